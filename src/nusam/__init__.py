@@ -1,0 +1,24 @@
+"""nusam: sharpness-aware minimization cheap enough to leave switched on.
+
+``opt = nusam.NuSAM(torch.optim.AdamW(model.parameters(), lr=1e-3), rho=0.05)`` and a loop over
+``opt.passes()`` are all that an existing training loop needs.
+"""
+
+from nusam import lmo, memory
+from nusam.memory import perturbation_numel
+from nusam.sharpness_aware import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm, SharpnessAware
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAM",
+    "SAMON",
+    "GaussSAM",
+    "NuSAM",
+    "NuSAMNorm",
+    "SharpnessAware",
+    "__version__",
+    "lmo",
+    "memory",
+    "perturbation_numel",
+]

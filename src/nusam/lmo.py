@@ -1,0 +1,226 @@
+"""Norm balls: from the ascent gradient to the perturbation ε (§3, eq. (5)–(6), Appendix C.1).
+
+Each class answers ``ε = argmax { ⟨ε, ∇f⟩ : ‖ε‖ ≤ ρ }`` for one norm. A new ball is one small class:
+subclass :class:`LMO`, return a :class:`Dense` or a :class:`RankOne` for every gradient.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nusam.power_iteration import power_iteration, working_dtype
+
+__all__ = [
+    "Dense",
+    "Gaussian",
+    "L2",
+    "LMO",
+    "Linf",
+    "Nuclear",
+    "NuclearNormalized",
+    "Perturbation",
+    "RankOne",
+    "Spectral",
+]
+
+State = dict[str, Tensor]
+
+
+class Dense(NamedTuple):
+    """A perturbation with an entry for every weight."""
+
+    epsilon: Tensor  # the parameter's shape
+    norm: Tensor  # () Frobenius norm of ε
+
+
+class RankOne(NamedTuple):
+    """The perturbation u·vᵀ of a matrix, kept as its two vectors."""
+
+    u: Tensor  # (n,) unit norm
+    v: Tensor  # (m,) carries the radius
+    sigma: Tensor  # () estimate of the gradient's top singular value
+    norm: Tensor  # () Frobenius (= nuclear) norm of ε
+
+
+Perturbation = Dense | RankOne
+
+
+class LMO(ABC):
+    """A norm ball's linear maximization oracle.
+
+    ``__call__`` gets the ascent gradients of the chosen parameters, a radius and a persistent state for
+    each, and a seed that is new in every step. It may overwrite the gradients. What it returns must not
+    depend on their common scale (a loss scaler multiplies them), and must be 0 where a gradient is zero,
+    infinite or NaN. It should not wait for the device.
+    """
+
+    target = "parameter"  # what it perturbs, in the words of an error message
+
+    def selects(self, parameter: Tensor) -> bool:
+        """Whether this ball perturbs ``parameter`` at all."""
+        return True
+
+    def numel(self, parameter: Tensor) -> int:
+        """Floats that ε of ``parameter`` needs."""
+        return parameter.numel()
+
+    def init_state(self, parameter: Tensor, seed: int) -> State:
+        """What is remembered for ``parameter`` from step to step (saved and resumed by name)."""
+        return {}
+
+    @abstractmethod
+    def __call__(
+        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+    ) -> list[Perturbation]: ...
+
+
+class Nuclear(LMO):
+    """νSAM (Lemma 3.1): ε = ρ·u·vᵀ with the top singular pair of each matrix's gradient, independently.
+
+    The ball is ``max_i ‖M_i‖_* ≤ ρ``. Only 2-D parameters are perturbed. ε costs n+m floats for an n×m
+    matrix: the persistent warm start u (n), drawn from the seed, and v (m).
+
+    Args:
+        power_iterations: T of Algorithm 2, at least 1.
+    """
+
+    target = "2-D parameter"
+
+    def __init__(self, power_iterations: int = 1) -> None:
+        if not isinstance(power_iterations, int) or isinstance(power_iterations, bool) or power_iterations < 1:
+            raise ValueError(f"power_iterations must be a whole number of at least 1, got {power_iterations!r}.")
+        self.power_iterations = power_iterations
+
+    def selects(self, parameter: Tensor) -> bool:
+        return parameter.ndim == 2 and parameter.numel() > 0
+
+    def numel(self, parameter: Tensor) -> int:
+        return sum(parameter.shape)
+
+    def init_state(self, parameter: Tensor, seed: int) -> State:
+        # Drawn on the CPU so that the start is the same on every device.
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.randn(parameter.shape[0], generator=generator, dtype=torch.float64)
+        u /= torch.linalg.vector_norm(u)
+        return {"u": u.to(parameter.device, working_dtype(parameter))}
+
+    def __call__(
+        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+    ) -> list[Perturbation]:
+        pairs = power_iteration(gradients, [state["u"] for state in states], self.power_iterations)
+        for state, pair in zip(states, pairs, strict=True):
+            state["u"] = pair.u
+        scales = self._scales([pair.sigma for pair in pairs])
+        return [
+            RankOne(pair.u, pair.v.mul_(radius * scale), pair.sigma, radius * scale * pair.alive)
+            for pair, radius, scale in zip(pairs, radii, scales, strict=True)
+        ]
+
+    def _scales(self, sigmas: list[Tensor]) -> list[Tensor]:
+        return [torch.ones_like(sigma) for sigma in sigmas]
+
+
+class NuclearNormalized(Nuclear):
+    """νSAM-Norm (Appendix C.1, eq. (21)): ε_i = ρ·σ_i·u_i·v_iᵀ / √Σσ_j².
+
+    The ball is ``√Σ‖M_i‖_*² ≤ ρ``: the layers share one radius.
+    """
+
+    def _scales(self, sigmas: list[Tensor]) -> list[Tensor]:
+        together = torch.stack([sigma.to(sigmas[0]) for sigma in sigmas])
+        shares, _ = _unit([together])
+        return [share.to(sigma) for share, sigma in zip(shares[0], sigmas, strict=True)]
+
+
+class L2(LMO):
+    """SAM (Foret et al.): ε = ρ·∇f/‖∇f‖₂ with one norm over all perturbed parameters."""
+
+    def __call__(
+        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+    ) -> list[Perturbation]:
+        directions, norms = _unit(gradients)
+        return [
+            Dense(direction.mul_(radius), norm * radius)
+            for direction, norm, radius in zip(directions, norms, radii, strict=True)
+        ]
+
+
+class Gaussian(LMO):
+    """GaussSAM (Fig. 1's control): ε = ρ·e/‖e‖₂ with e ~ N(0, I), whatever the gradient.
+
+    Not an LMO in the strict sense: it ignores the gradient's values, and costs as much as SAM.
+    """
+
+    def __call__(
+        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+    ) -> list[Perturbation]:
+        for index, gradient in enumerate(gradients):
+            gradient.normal_(generator=torch.Generator(gradient.device).manual_seed(seed + index))
+        return L2()(gradients, radii, states, seed)
+
+
+class Linf(LMO):
+    """Entry-wise maximum norm: ε = ρ·sign(∇f). Shows how a ball is added."""
+
+    def __call__(
+        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+    ) -> list[Perturbation]:
+        epsilons = [
+            G.sign().mul_(radius).masked_fill_(~_is_alive(G), 0) for G, radius in zip(gradients, radii, strict=True)
+        ]
+        return [Dense(epsilon, torch.linalg.vector_norm(epsilon)) for epsilon in epsilons]
+
+
+class Spectral(LMO):
+    """Spectral norm of each matrix: ε = ρ·UVᵀ from the gradient's SVD. 2-D parameters only.
+
+    Shows how a ball is added; a full SVD per matrix makes it slow, and it waits for the device.
+    """
+
+    target = "2-D parameter"
+
+    def selects(self, parameter: Tensor) -> bool:
+        return parameter.ndim == 2 and parameter.numel() > 0
+
+    def __call__(
+        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+    ) -> list[Perturbation]:
+        epsilons = [self._polar(gradient).mul_(radius) for gradient, radius in zip(gradients, radii, strict=True)]
+        return [Dense(epsilon, torch.linalg.vector_norm(epsilon)) for epsilon in epsilons]
+
+    def _polar(self, G: Tensor) -> Tensor:
+        dead = ~_is_alive(G)
+        finite = G.to(working_dtype(G)).masked_fill(dead, 0)
+        U, _, Vh = torch.linalg.svd(finite / _or_one(finite.abs().amax()), full_matrices=False)
+        polar: Tensor = (U @ Vh).masked_fill_(dead, 0)
+        return polar.to(G.dtype)
+
+
+def _unit(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors divided in place by their joint ℓ2 norm, and the norm of each quotient.
+
+    All zero where that norm is zero or not finite. Scaled by the largest entry first, so that the squares
+    neither under- nor overflow.
+    """
+    device, dtype = tensors[0].device, working_dtype(tensors[0])
+
+    def joint(norms: Sequence[Tensor]) -> Tensor:
+        return torch.stack([norm.to(device, dtype) for norm in norms])
+
+    largest = joint(torch._foreach_norm(list(tensors), float("inf"))).amax()
+    dead = ~(largest.isfinite() & (largest > 0))
+    scaled = [x.div_(largest.to(x.device)).masked_fill_(dead.to(x.device), 0) for x in tensors]
+    norms = [torch.linalg.vector_norm(x, dtype=working_dtype(x)) for x in scaled]
+    total = _or_one(torch.linalg.vector_norm(joint(norms)))
+    return [x.div_(total.to(x.device)) for x in scaled], [norm / total.to(norm.device) for norm in norms]
+
+
+def _is_alive(G: Tensor) -> Tensor:
+    return G.isfinite().all() & (G != 0).any()
+
+
+def _or_one(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.ones_like(x))

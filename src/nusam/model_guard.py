@@ -1,0 +1,113 @@
+"""What two passes would do to a model beyond its gradients, and what ``model=`` switches on against it.
+
+Batch statistics would count twice, dropout would draw two masks, and perturbed weights could be saved or
+evaluated.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from nusam.interrupts import always
+
+__all__ = ["frozen_statistics", "normalization_parameters", "refuse_use", "RandomState"]
+
+
+class RandomState:
+    """The global random generators of the CPU and of the model's devices, to be replayed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._cpu = torch.get_rng_state()
+        devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+        self._others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+
+    def replay(self) -> None:
+        """Set the generators back, so that the next pass draws the same dropout masks."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Normalize with the batch's statistics as in training, and leave the running ones alone."""
+    batch_norms: list[_BatchNorm] = []
+    instance_norms: list[tuple[_InstanceNorm, float | None]] = []
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+            batch_norms.append(module)
+        elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
+            instance_norms.append((module, module.momentum))
+
+    def undo() -> None:
+        for batch_norm in batch_norms:
+            batch_norm.track_running_stats = True
+        for instance_norm, momentum in instance_norms:
+            instance_norm.momentum = momentum
+
+    with always(undo):
+        for batch_norm in batch_norms:
+            batch_norm.track_running_stats = False
+        for instance_norm, _ in instance_norms:
+            instance_norm.momentum = 0.0
+        yield
+
+
+@contextmanager
+def refuse_use(model: nn.Module) -> Iterator[None]:
+    """While the weights are perturbed, saving, copying and evaluating the model raises."""
+    guard = _Guard()
+    handles: list[Any] = []
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    with always(undo):
+        for module in _with_wrapped(model):
+            handles.append(module.register_state_dict_pre_hook(guard))  # type: ignore[no-untyped-call]
+            handles.append(module.register_forward_pre_hook(_refuse_evaluation))
+        yield
+
+
+def normalization_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The own parameters of every normalization layer: modules whose class name contains "norm"."""
+    layers = (module for module in model.modules() if "norm" in type(module).__name__.lower())
+    return {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
+
+
+def _with_wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what it merely wraps (DistributedDataParallel, a compiled module)."""
+    yield model
+    children = list(model.children())
+    if len(children) == 1:
+        yield from _with_wrapped(children[0])
+
+
+class _Guard:
+    """A state_dict hook that refuses to be called, copied or pickled with its module."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            "The model's weights are perturbed inside the descent pass and can't be saved or copied there; "
+            "do it after the pass."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self()
+
+    def __reduce__(self) -> NoReturn:
+        self()
+
+
+def _refuse_evaluation(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "The model was called without gradients inside the descent pass, where its weights are perturbed; "
+            "evaluate it after the pass."
+        )
