@@ -6,7 +6,7 @@ evaluated.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,13 +65,15 @@ def refuse_use(model: nn.Module) -> Iterator[None]:
     handles: list[Any] = []
 
     def undo() -> None:
+        guard.armed = False  # a hook whose handle an interrupt kept from us stays, and does nothing
         for handle in handles:
             handle.remove()
 
     with always(undo):
+        guard.armed = True
         for module in _with_wrapped(model):
-            handles.append(module.register_state_dict_pre_hook(guard))  # type: ignore[no-untyped-call]
-            handles.append(module.register_forward_pre_hook(_refuse_evaluation))
+            handles.append(module.register_state_dict_pre_hook(guard.refuse_saving))  # type: ignore[no-untyped-call]
+            handles.append(module.register_forward_pre_hook(guard.refuse_evaluation))
         yield
 
 
@@ -90,24 +92,25 @@ def _with_wrapped(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Guard:
-    """A state_dict hook that refuses to be called, copied or pickled with its module."""
+    """Hooks that refuse, and refuse to be copied or pickled with their module."""
 
-    def __call__(self, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            "The model's weights are perturbed inside the descent pass and can't be saved or copied there; "
-            "do it after the pass."
-        )
+    def __init__(self) -> None:
+        self.armed = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self()
+    def refuse_saving(self, *_: Any) -> None:
+        if self.armed:
+            raise RuntimeError(
+                "The model's weights are perturbed inside the descent pass and can't be saved or copied there; "
+                "do it after the pass."
+            )
 
-    def __reduce__(self) -> NoReturn:
-        self()
+    def refuse_evaluation(self, *_: Any) -> None:
+        if self.armed and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "The model was called without gradients inside the descent pass, where its weights are perturbed; "
+                "evaluate it after the pass."
+            )
 
-
-def _refuse_evaluation(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if not torch.is_grad_enabled():
-        raise RuntimeError(
-            "The model was called without gradients inside the descent pass, where its weights are perturbed; "
-            "evaluate it after the pass."
-        )
+    def __getstate__(self) -> dict[str, bool]:
+        self.refuse_saving()
+        return {"armed": False}

@@ -1,0 +1,204 @@
+"""Whatever leaves a pass early, and wherever, the weights are the unperturbed ones afterwards."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nusam
+from tests.conftest import assert_unperturbed, batch, loss_of, mlp, train_step, weights
+
+METHODS = [nusam.NuSAM, nusam.NuSAMNorm, nusam.SAM, nusam.SAMON, nusam.GaussSAM]
+PACKAGE = str(Path(nusam.__file__).parent)
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt: no ``except Exception`` stops it."""
+
+
+def optimizer(kind, model, lr=0.1):
+    return kind(torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), rho=0.05, model=model)
+
+
+def bytecodes(run, interrupt_at=None):
+    """Run, and list the bytecodes executed inside the package; raise before the given one of them."""
+    seen = []
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            seen.append((frame.f_code, frame.f_lasti))
+            if len(seen) - 1 == interrupt_at:
+                sys.settrace(None)
+                raise Interrupted
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    except Interrupted:
+        pass
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "accumulate"), [(nusam.NuSAM, False), (nusam.NuSAM, True), (nusam.SAM, False)])
+def test_an_interrupt_at_every_bytecode_of_both_passes(kind, accumulate):
+    model = mlp()
+    opt = optimizer(kind, model)
+    train_step(model, opt)
+    before = weights(model)
+
+    def passes():
+        for _ in opt.passes(accumulate):
+            loss_of(model).backward()
+
+    def run(interrupt_at=None):
+        for parameter, old in zip(model.parameters(), before, strict=True):
+            parameter.data.copy_(old)  # so that each interrupt is judged on its own
+            parameter.grad = torch.full_like(old, 7.0)
+        return bytecodes(passes, interrupt_at)
+
+    executed = run()
+    assert len(executed) > 1000  # the trace does see the package
+    first = {bytecode: i for i, bytecode in reversed(list(enumerate(executed)))}
+    last = {bytecode: i for i, bytecode in enumerate(executed)}
+    for moment in sorted({*first.values(), *last.values()}):  # in a loop, its first and its last round
+        assert len(run(moment)) == moment + 1 or moment > len(executed) - 50
+        assert_unperturbed(model, before)
+    train_step(model, opt)  # and the optimizer is usable
+    assert opt.active
+    copy.deepcopy(model).load_state_dict(model.state_dict())  # and no guard is left behind
+    with torch.no_grad():
+        model(batch()[0])
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("where", ["ascent", "descent"])
+@pytest.mark.parametrize("moment", ["before backward", "after backward"])
+@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("style", ["loop", "closure", "halves"])
+def test_an_exception_in_the_body(kind, where, moment, exception, style):
+    model = mlp()
+    opt = optimizer(kind, model)
+    train_step(model, opt)
+    before = weights(model)
+    names = iter(["ascent", "descent"])
+
+    def body():
+        fails = next(names) == where
+        opt.zero_grad()
+        loss = loss_of(model)
+        if fails and moment == "before backward":
+            raise exception
+        loss.backward()
+        if fails:
+            raise exception
+        return loss
+
+    def halves():
+        with opt.ascent():
+            body()
+        with opt.descent():
+            body()
+
+    def loop():
+        for _ in opt.passes():
+            body()
+
+    with pytest.raises(exception):
+        {"loop": loop, "closure": lambda: opt.step(body), "halves": halves}[style]()
+    assert_unperturbed(model, before)
+    train_step(model, opt)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("where", ["ascent", "descent"])
+def test_break(kind, where):
+    model = mlp()
+    opt = optimizer(kind, model)
+    before = weights(model)
+    for name in opt.passes():
+        loss_of(model).backward()
+        if name == where:
+            break
+    assert_unperturbed(model, before)
+    if where == "ascent":  # its gradient is not the step's
+        assert all(p.grad is None for p in model.parameters())
+        state = opt.state_dict()
+        opt.step()
+        assert_unperturbed(model, before, rho=0)
+        assert opt.state_dict()["state"].keys() == state["state"].keys()
+    train_step(model, opt)
+
+
+def test_a_break_in_an_accumulating_ascent_keeps_what_was_accumulated():
+    model = mlp()
+    opt = optimizer(nusam.NuSAM, model)
+    for _ in opt.passes(accumulate=True):
+        loss_of(model, 0).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    for _ in opt.passes(accumulate=True):
+        loss_of(model, 1).backward()
+        break
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(p.grad, gradient)
+
+
+def test_an_iterator_that_is_dropped_half_way():
+    model = mlp()
+    opt = optimizer(nusam.NuSAM, model)
+    before = weights(model)
+    iterator = opt.passes()
+    next(iterator)
+    loss_of(model).backward()
+    next(iterator)
+    assert not torch.equal(model[0].weight, before[0])
+    del iterator
+    assert_unperturbed(model, before)
+
+
+def test_the_weights_that_are_restored_are_exact():
+    """W + ε − ε is within 1 ulp for a rank-one ε, and bit-equal for a dense one."""
+    for kind in METHODS:
+        model = mlp()
+        opt = optimizer(kind, model, lr=0.0)
+        before = weights(model)
+        for _ in opt.passes():
+            loss_of(model).backward()
+        assert_unperturbed(model, before)
+        if kind not in (nusam.NuSAM, nusam.NuSAMNorm):
+            assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_nothing_stays_perturbed_at_lr_zero(kind):
+    model = mlp()
+    opt = optimizer(kind, model, lr=0.0)
+    before = weights(model)
+    for step in range(100):
+        train_step(model, opt, step)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert (parameter - old).abs().max() <= 100 * torch.finfo(torch.float32).eps * (old.abs().max() + 0.05)
+
+
+def test_a_parameter_with_a_gradient_in_one_pass_only():
+    """davda54/sam leaves a parameter perturbed that had a gradient in pass 1 and none in pass 2."""
+    for kind in (nusam.NuSAM, nusam.SAM):
+        for missing in ("ascent", "descent"):
+            model = mlp()
+            opt = optimizer(kind, model, lr=0.0)
+            before = weights(model)
+            for name in opt.passes():
+                loss_of(model).backward()
+                if name == missing:
+                    model[0].weight.grad = None
+            opt.step()
+            assert_unperturbed(model, before)
+            if missing == "ascent":
+                assert "epsilon/0.weight" not in opt.metrics()
