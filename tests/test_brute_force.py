@@ -25,8 +25,9 @@ BASES = {
     "adamw-fused": lambda ps: torch.optim.AdamW(ps, lr=1e-2, fused=True),
     "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=1e-2),
     "adafactor-foreach": lambda ps: torch.optim.Adafactor(ps, lr=1e-2, foreach=True),
-    "muon": lambda ps: torch.optim.Muon(ps, lr=1e-2),
 }
+if hasattr(torch.optim, "Muon"):  # since PyTorch 2.9
+    BASES["muon"] = lambda ps: torch.optim.Muon(ps, lr=1e-2)
 METHODS = {
     "nusam": (nusam.NuSAM, {}),
     "nusam-3-iterations": (nusam.NuSAM, {"power_iterations": 3}),

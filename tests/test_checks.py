@@ -153,15 +153,12 @@ def test_steps_and_passes_inside_a_pass(inside, what, call):
 def test_a_descent_without_its_ascent():
     model = mlp()
     opt = nusam.NuSAM(sgd(model))
-    with pytest.raises(
-        RuntimeError, match=r"descent\(\) was entered without a perturbation; run 'with opt.ascent\(\):'"
-    ):
-        with opt.descent():
-            pass
+    sentence = r"descent\(\) was entered without a perturbation; run 'with opt.ascent\(\):'"
+    with pytest.raises(RuntimeError, match=sentence), opt.descent():
+        pass
     train_step(model, opt)
-    with pytest.raises(RuntimeError, match="without a perturbation"):  # that of the step before is spent
-        with opt.descent():
-            pass
+    with pytest.raises(RuntimeError, match=sentence), opt.descent():  # that of the step before is spent
+        pass
 
 
 @pytest.mark.parametrize("delay", [0, 10])

@@ -200,6 +200,7 @@ def test_no_schedule_of_torch_is_missing_here():
     assert found - {"LRScheduler"} <= SCHEDULERS.keys()
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # SequentialLR of PyTorch 2.6 warns about itself
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_every_schedule_steps_as_with_the_base_optimizer_alone(name, base):

@@ -1,0 +1,23 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	.venv/bin/nusam demo $(ARGS)
+
+test: .venv/installed
+	.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[experiments,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv dist

@@ -1,0 +1,65 @@
+"""The README's snippets run, and its figures are the recorded ones."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import nusam
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+DIFFS = re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def scope():
+    """What a reader has at hand before the snippets start."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 4))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 6, generator=generator)
+    loader = list(zip(x.split(8), x[:, :4].argmax(1).split(8), strict=True))
+    return {"torch": torch, "nusam": nusam, "model": model, "loader": loader, "criterion": nn.CrossEntropyLoss()}
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 4
+    assert len(DIFFS) == 1
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippet(snippet, scope):
+    scope["opt"] = nusam.NuSAM(torch.optim.AdamW(scope["model"].parameters(), lr=1e-3), model=scope["model"])
+    scope["x"], scope["y"] = scope["loader"][0]
+    before = scope["model"][0].weight.detach().clone()
+    exec(snippet, scope)
+    if ".step(" in snippet:
+        assert not torch.equal(scope["model"][0].weight, before)
+
+
+@pytest.mark.parametrize("side", ["+", "-"])
+def test_the_adoption_diff_runs_on_both_sides(side, scope):
+    lines = [line[1:] for line in DIFFS[0].splitlines() if line[0] in (" ", side)]
+    before = scope["model"][0].weight.detach().clone()
+    exec("\n".join(lines), scope)
+    assert not torch.equal(scope["model"][0].weight, before)
+    assert isinstance(scope["opt"], nusam.NuSAM) == (side == "+")
+
+
+def test_links_into_the_repository_exist():
+    root = Path(__file__).parents[1]
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (root / target).exists(), target
+
+
+def test_every_public_name_has_a_docstring():
+    for name in nusam.__all__:
+        thing = getattr(nusam, name)
+        assert isinstance(thing, str) or (thing.__doc__ or "").strip(), name
+        if isinstance(thing, type):
+            for attribute, value in vars(thing).items():
+                if not attribute.startswith("_") and callable(value):
+                    assert inspect.getdoc(getattr(thing, attribute)), f"{name}.{attribute}"
