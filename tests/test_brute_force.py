@@ -31,7 +31,10 @@ if hasattr(torch.optim, "Muon"):  # since PyTorch 2.9
 METHODS = {
     "nusam": (nusam.NuSAM, {}),
     "nusam-3-iterations": (nusam.NuSAM, {"power_iterations": 3}),
+    "nusam-matrix-free": (nusam.NuSAM, {"ascent": "matrix-free"}),
+    "nusam-in-forward": (nusam.NuSAM, {"ascent": "matrix-free", "placement": "forward"}),
     "nusam-norm": (nusam.NuSAMNorm, {}),
+    "nusam-norm-matrix-free": (nusam.NuSAMNorm, {"ascent": "matrix-free", "power_iterations": 2}),
     "sam": (nusam.SAM, {}),
     "sam-on": (nusam.SAMON, {}),
     "gauss-sam": (nusam.GaussSAM, {}),

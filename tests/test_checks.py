@@ -26,15 +26,19 @@ def sgd(model=None):
         ({"power_iterations": 0}, ValueError, "power_iterations must be a whole number of at least 1, got 0"),
         ({"rho_schedule": 0.5}, TypeError, "rho_schedule must map a step to a factor on rho, or be None, got 0.5"),
         ({"model": "vit"}, TypeError, "model must be the torch.nn.Module being trained, or None, got str"),
-        ({"ascent": "matrix"}, ValueError, "ascent must be one of 'auto', 'gradient', got 'matrix'"),
-        ({"placement": "gpu"}, ValueError, "placement must be one of 'auto', 'weights', got 'gpu'"),
+        ({"ascent": "matrix"}, ValueError, "ascent must be one of 'auto', 'gradient', 'matrix-free', got 'matrix'"),
+        ({"placement": "gpu"}, ValueError, "placement must be one of 'auto', 'weights', 'forward', got 'gpu'"),
         ({"m_sam": "yes"}, ValueError, "m_sam must be one of False, got 'yes'"),
         (
             {"ascent": "matrix-free"},
-            NotImplementedError,
-            "ascent='matrix-free' is not available yet; use ascent='auto'",
+            ValueError,
+            "ascent='matrix-free' needs model= to reach the layers; pass the module",
         ),
-        ({"placement": "forward"}, NotImplementedError, "placement='forward' is not available yet"),
+        ({"placement": "forward"}, ValueError, "placement='forward' needs model= to reach the layers"),
+        ({"targets": "frozen"}, ValueError, "targets='frozen' needs model= to reach the layers"),
+        ({"targets": "all"}, ValueError, "targets must be one of 'trainable', 'frozen', got 'all'"),
+        ({"targets": lambda name, p: True}, ValueError, "A predicate for targets needs model= for the names"),
+        ({"ascent_every": 0}, ValueError, "ascent_every must be a whole number of at least 1, got 0"),
         ({"m_sam": True}, NotImplementedError, "m_sam=True is not available yet; use m_sam=False"),
     ],
 )
@@ -99,6 +103,16 @@ def test_nothing_to_perturb(make, sentence):
         make()
 
 
+@pytest.mark.parametrize("kind", [nusam.SAM, nusam.SAMON, nusam.GaussSAM])
+@pytest.mark.parametrize(
+    "options", [{"ascent": "matrix-free"}, {"placement": "forward"}, {"targets": "frozen"}, {"ascent_every": 2}]
+)
+def test_options_that_work_on_layers_need_a_rank_one_perturbation(kind, options):
+    model = mlp()
+    with pytest.raises(ValueError, match=r"needs the rank-one perturbation of NuSAM or NuSAMNorm, got (L2|Gaussian)"):
+        kind(sgd(model), model=model, **options)
+
+
 def test_complex_weights():
     with pytest.raises(TypeError, match="complex64, only real floating point can be perturbed; set its rho to 0"):
         nusam.NuSAM(torch.optim.SGD([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], lr=0.1))
@@ -122,7 +136,7 @@ def test_an_added_group_that_is_refused_is_not_added():
     opt = nusam.NuSAM(sgd())
     with pytest.raises(ValueError, match=NUMBER):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "rho": -1.0})
-    with pytest.raises(NotImplementedError, match="bfloat16"):
+    with pytest.raises(ValueError, match="bfloat16"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))]})
     assert len(opt.param_groups) == 1
 

@@ -54,11 +54,11 @@ class HundredMillion(nn.Module):
         return x
 
 
-def allocated(kind, folder):
+def allocated_by(build, prepare, folder):
     """The allocator's live bytes at the end of each pass and after the step, and their peak, from one step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model = HundredMillion()
-        opt = kind(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+        model = build()
+        opt = prepare(model)
         x = torch.randn(1, 2000)
         for name in opt.passes():
             model(x).square().mean().backward()
@@ -82,7 +82,9 @@ def allocated(kind, folder):
 
 @pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.NuSAMNorm, nusam.SAM])
 def test_live_bytes_while_perturbed_counted_by_the_allocator(kind, tmp_path):
-    model, at, peak = allocated(kind, tmp_path)
+    model, at, peak = allocated_by(
+        HundredMillion, lambda model: kind(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05), tmp_path
+    )
     cost = footprint(model, kind)
     assert cost.weights == cost.gradients == 4 * 100_050_000
     # Σ(n+m) floats for a rank-one ε, a second copy of the weights for SAM
@@ -92,3 +94,12 @@ def test_live_bytes_while_perturbed_counted_by_the_allocator(kind, tmp_path):
     assert peak <= cost.total + MB
     left = 0 if kind is nusam.SAM else 4 * 25 * 2000  # one warm start a matrix
     assert cost.weights + left <= at["step"] <= cost.weights + left + MB // 4
+
+
+def test_a_matrix_free_ascent_holds_no_gradient(tmp_path):
+    model, at, _ = allocated_by(
+        HundredMillion, lambda m: nusam.NuSAM(torch.optim.SGD(m.parameters(), lr=0.1), model=m), tmp_path
+    )
+    cost = footprint(model, nusam.NuSAM)
+    assert at["ascent"] <= cost.weights + 4 * cost.perturbation + MB // 2
+    assert cost.total <= at["descent"] <= cost.total + MB

@@ -62,7 +62,7 @@ def test_the_descent_pass_still_normalizes_with_the_batch():
     """Freezing the statistics changes no gradient."""
     guarded, plain = Net(), Net()
     plain.load_state_dict(guarded.state_dict())
-    for model, options in ((guarded, {"model": guarded}), (plain, {})):
+    for model, options in ((guarded, {"model": guarded, "ascent": "gradient"}), (plain, {})):
         model.dropout.p = 0.0
         opt = optimizer(model, **options)
         for _ in opt.passes():

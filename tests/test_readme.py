@@ -1,4 +1,4 @@
-"""The README's snippets run, and its figures are the recorded ones."""
+"""The snippets of README and docs run, and their figures are the recorded ones."""
 
 import inspect
 import re
@@ -10,8 +10,10 @@ from torch import nn
 
 import nusam
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = README + "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+SNIPPETS = re.findall(r"```python\n(.*?)```", PAGES, flags=re.DOTALL)
 DIFFS = re.findall(r"```diff\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -32,12 +34,14 @@ def test_there_are_snippets():
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippet(snippet, scope):
+    if "frozen" in snippet:
+        scope["model"][0].requires_grad_(False)
     scope["opt"] = nusam.NuSAM(torch.optim.AdamW(scope["model"].parameters(), lr=1e-3), model=scope["model"])
     scope["x"], scope["y"] = scope["loader"][0]
-    before = scope["model"][0].weight.detach().clone()
+    before = scope["model"][3].weight.detach().clone()
     exec(snippet, scope)
     if ".step(" in snippet:
-        assert not torch.equal(scope["model"][0].weight, before)
+        assert not torch.equal(scope["model"][3].weight, before)
 
 
 @pytest.mark.parametrize("side", ["+", "-"])
@@ -50,9 +54,19 @@ def test_the_adoption_diff_runs_on_both_sides(side, scope):
 
 
 def test_links_into_the_repository_exist():
-    root = Path(__file__).parents[1]
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (root / target).exists(), target
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_tables_are_the_recorded_ones():
+    recorded = "".join(page.read_text() for page in (ROOT / "benchmarks" / "results").glob("*.md"))
+    rows = [
+        line for line in README.splitlines() if line.startswith(("| AdamW |", "| SGD |", "| ViT-S/4", "| Mixer-S/4"))
+    ]
+    assert len(rows) >= 8
+    for row in rows:
+        assert row in recorded, row
 
 
 def test_every_public_name_has_a_docstring():

@@ -6,7 +6,7 @@
 
 from nusam import lmo, memory
 from nusam.memory import perturbation_numel
-from nusam.sharpness_aware import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm, SharpnessAware
+from nusam.sharpness_aware import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm, SharpnessAware, step_in_backward
 
 __version__ = "0.1.0"
 
@@ -21,4 +21,5 @@ __all__ = [
     "lmo",
     "memory",
     "perturbation_numel",
+    "step_in_backward",
 ]

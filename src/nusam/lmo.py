@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.power_iteration import power_iteration, working_dtype
+from nusam.power_iteration import TopPair, power_iteration, working_dtype
 
 __all__ = [
     "Dense",
@@ -111,6 +111,12 @@ class Nuclear(LMO):
         self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
     ) -> list[Perturbation]:
         pairs = power_iteration(gradients, [state["u"] for state in states], self.power_iterations)
+        return self.from_pairs(pairs, radii, states)
+
+    def from_pairs(
+        self, pairs: Sequence[TopPair], radii: Sequence[float], states: Sequence[State]
+    ) -> list[Perturbation]:
+        """ε from top pairs that are known already, however they were found."""
         for state, pair in zip(states, pairs, strict=True):
             state["u"] = pair.u
         scales = self._scales([pair.sigma for pair in pairs])

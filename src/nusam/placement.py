@@ -1,4 +1,4 @@
-"""Where ε lives between the ascent and the end of the descent pass."""
+"""ε in the weights between the ascent and the end of the descent pass; in the forward, see :mod:`nusam.layers`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

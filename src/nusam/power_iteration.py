@@ -1,14 +1,37 @@
 """Algorithm 2, the warm-started power iteration, on a list of matrices at once."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["TAU", "TopPair", "power_iteration", "working_dtype"]
+__all__ = ["TAU", "Matrix", "TopPair", "power_iteration", "working_dtype"]
 
 TAU = 1e-12  # τ of Algorithm 2, here relative to the largest entry of the vector it regularises
+
+
+class Matrix(Protocol):
+    """What a power iteration needs of an n×m matrix A."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Av, of length n."""
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        """Aᵀu, of length m."""
+
+
+class Explicit:
+    """A matrix that is there."""
+
+    def __init__(self, A: Tensor) -> None:
+        self.A = A
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.A @ v
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return self.A.mT @ u
 
 
 class TopPair(NamedTuple):
@@ -20,19 +43,22 @@ class TopPair(NamedTuple):
     alive: Tensor  # () bool: False where A is zero, or holds an inf or a NaN
 
 
-def power_iteration(matrices: Sequence[Tensor], us: Sequence[Tensor], iterations: int = 1) -> list[TopPair]:
+def power_iteration(matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int = 1) -> list[TopPair]:
     """``iterations`` rounds of v = Aᵀu/‖Aᵀu‖, u = Av/‖Av‖ for each A (n×m) and its warm start u (n).
 
     Two deviations from Algorithm 2 as printed, so that a warm start never dies and the result does not
     depend on the scale of A: vectors are normalised relative to their own largest entry before τ is
     added, and a zero, infinite or NaN matrix returns its warm start unchanged with ``alive = False``.
-    Matrices below float32 are multiplied in float32. Nothing here waits for the device.
+    Tensors are multiplied in their warm start's dtype. Nothing here waits for the device.
     """
-    matrices = [A.to(working_dtype(A)) for A in matrices]
+    if not matrices:
+        return []
+    operators = [Explicit(A.to(u.dtype)) if isinstance(A, Tensor) else A for A, u in zip(matrices, us, strict=True)]
     current = list(us)
     for _ in range(iterations):
-        vs, _ = _normalize([A.mT @ u for A, u in zip(matrices, current, strict=True)])
-        current, sigmas = _normalize([A @ v for A, v in zip(matrices, vs, strict=True)])
+        vs, _ = _normalize([A.rmatvec(u) for A, u in zip(operators, current, strict=True)])
+        current, norms = _normalize([A.matvec(v) for A, v in zip(operators, vs, strict=True)])
+    sigmas = [norm * largest for norm, largest in zip(*norms, strict=True)]
     pairs = []
     for warm, u, v, sigma in zip(us, current, vs, sigmas, strict=True):
         alive = sigma.isfinite()  # 0/0, inf/inf and NaN all end up as a NaN norm
@@ -46,10 +72,10 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _normalize(xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """x/(‖x‖ + τ) for every x, free of under- and overflow, and the norms."""
+def _normalize(xs: list[Tensor]) -> tuple[list[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """x/(‖x‖ + τ) for every x, free of under- and overflow, and the norms in two factors."""
     largest = torch._foreach_norm(xs, float("inf"))
     torch._foreach_div_(xs, largest)
     norms = torch._foreach_norm(xs)
     torch._foreach_div_(xs, torch._foreach_add(norms, TAU))
-    return xs, list(torch._foreach_mul(norms, largest))
+    return xs, (norms, largest)

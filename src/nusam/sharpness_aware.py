@@ -3,28 +3,49 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nusam.checks import check_base_optimizer, check_choice, check_count, check_parameter, check_radius
+from nusam.checks import (
+    check_base_optimizer,
+    check_choice,
+    check_count,
+    check_parameter,
+    check_radius,
+    check_served,
+)
 from nusam.interrupts import always
+from nusam.layers import Handler, InForward, find_uses, rerouted
 from nusam.lmo import L2, LMO, Gaussian, Nuclear, NuclearNormalized, Perturbation, RankOne, State
+from nusam.matrix_free import MatrixFreeAscent, why_not_served
 from nusam.model_guard import RandomState, frozen_statistics, normalization_parameters, refuse_use
 from nusam.placement import in_weights
+from nusam.power_iteration import power_iteration
+from nusam.saving import merge, split
+from nusam.step_in_backward import StepInBackward
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["GaussSAM", "NuSAM", "NuSAMNorm", "SAM", "SAMON", "SharpnessAware"]
+__all__ = ["GaussSAM", "NuSAM", "NuSAMNorm", "SAM", "SAMON", "SharpnessAware", "step_in_backward"]
 
-_STATE_PREFIX = "nusam_"  # marks our entries among the base optimizer's in a state dict
-_STEPS = "nusam_steps"
+WORTH_SERVING = 2**16  # entries of a matrix from which a matrix-free ascent is faster than its gradient
+
+Targets = str | Callable[[str, nn.Parameter], bool]
+
+
+class Target(NamedTuple):
+    """A parameter to be perturbed in this step."""
+
+    parameter: Tensor
+    radius: float
+    seed: int
 
 
 class Options(TypedDict, total=False):
@@ -33,7 +54,9 @@ class Options(TypedDict, total=False):
     delay: int
     rho_schedule: Callable[[int], float] | None
     model: nn.Module | None
+    targets: Targets
     ascent: str
+    ascent_every: int
     placement: str
     m_sam: bool
     seed: int
@@ -68,9 +91,20 @@ class SharpnessAware(Optimizer):
             ascent pass), both passes see the same dropout mask, and saving, copying or evaluating the model
             inside the descent pass raises. Without it, statistics move twice, masks differ, and the descent
             pass is yours to respect.
-        ascent: ``"gradient"``; ``"auto"`` chooses it.
-        placement: ``"weights"`` adds ε to the weights and takes it back; ``"auto"`` chooses it, and refuses
-            rank-one perturbations of weights below float32, where most of ε would be rounded away.
+        targets: which parameters are perturbed, as far as the ball selects them: ``"trainable"``, those that the
+            optimizer holds; ``"frozen"``, the model's parameters that need no gradient, such as the base weights
+            under LoRA; or a predicate ``(name, parameter) -> bool`` over the model's parameters. The latter two
+            need ``model=`` and a rank-one ball. Parameters outside the optimizer are perturbed by ``rho``.
+        ascent: ``"gradient"`` computes ε from the weights' gradients; ``"matrix-free"`` from each layer's input and
+            output gradient, so that the ascent forms no gradient of a weight, bias or norm (rank-one balls, needs
+            ``model=``; a matrix that no layer can serve falls back to its gradient, see :meth:`metrics`).
+            ``"auto"`` is matrix-free where it can be and pays: for matrices of at least 65,536 entries. Below that
+            the gradient is computed faster than it is avoided (measured on a CPU, ``benchmarks/breakeven.py``).
+        ascent_every: run the ascent in every k-th perturbed step only, and keep ε in between. 1 is the paper's
+            algorithm; more is a different, cheaper one. Rank-one balls only.
+        placement: ``"weights"`` adds ε to the weights and takes it back; ``"forward"`` adds ρ(x·v)uᵀ to each layer's
+            output and writes no weight (rank-one balls, needs ``model=``). ``"auto"`` is ``"forward"`` where the
+            weight is below float32 or frozen, else ``"weights"``.
         m_sam: must be False: distributed m-SAM is not available yet.
         seed: of the warm starts and of Gaussian noise. The global generators are never drawn from.
 
@@ -89,7 +123,9 @@ class SharpnessAware(Optimizer):
         delay: int = 0,
         rho_schedule: Callable[[int], float] | None = None,
         model: nn.Module | None = None,
+        targets: Targets = "trainable",
         ascent: str = "auto",
+        ascent_every: int = 1,
         placement: str = "auto",
         m_sam: bool = False,
         seed: int = 0,
@@ -105,9 +141,22 @@ class SharpnessAware(Optimizer):
             raise TypeError(f"rho_schedule must map a step to a factor on rho, or be None, got {rho_schedule!r}.")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be the torch.nn.Module being trained, or None, got {type(model).__name__}.")
-        check_choice("ascent", ascent, ("auto", "gradient"), later=("matrix-free",))
-        check_choice("placement", placement, ("auto", "weights"), later=("forward",))
+        if not callable(targets):
+            check_choice("targets", targets, ("trainable", "frozen"))
+        check_choice("ascent", ascent, ("auto", "gradient", "matrix-free"))
+        check_count("ascent_every", ascent_every, least=1)
+        check_choice("placement", placement, ("auto", "weights", "forward"))
         check_choice("m_sam", m_sam, (False,), later=(True,))
+        if targets == "frozen":
+            check_served("targets='frozen'", lmo, model)
+        elif targets != "trainable" and model is None:
+            raise ValueError("A predicate for targets needs model= for the names; pass the module being trained.")
+        if ascent == "matrix-free":
+            check_served("ascent='matrix-free'", lmo, model)
+        if ascent_every > 1:
+            check_served(f"ascent_every={ascent_every}", lmo, model or base_optimizer)
+        if placement == "forward":
+            check_served("placement='forward'", lmo, model)
 
         # Optimizer.__init__ fills fresh groups and state; ours are the base optimizer's, so a stand-in takes them.
         stand_in = SimpleNamespace(add_param_group=lambda group: None)
@@ -120,21 +169,22 @@ class SharpnessAware(Optimizer):
         self.delay = delay
         self.rho_schedule = rho_schedule
         self.model = model
+        self.targets = targets
+        self.ascent_every = ascent_every
         self.placement = placement
         self.seed = seed
+        self._matrix_free = ascent != "gradient" and model is not None and isinstance(lmo, Nuclear)
+        self._least_served = 0 if ascent == "matrix-free" else WORTH_SERVING
         self._states: dict[Tensor, State] = {}
         self._measured: dict[Tensor, dict[str, Tensor]] = {}
-        self._pending: tuple[list[Tensor], list[Perturbation]] | None = None
+        self._pending: dict[Tensor, Perturbation] | None = None
+        self._fallbacks: dict[Tensor, str] = {}  # matrices that need their gradient for good, and why
+        self._fallbacks_of_last_pass: dict[Tensor, str] = {}
+        self._counted: set[Tensor] = set()  # whose uses in a compiled graph were read once
+        self._in_backward: StepInBackward | None = None
         self._random_state: RandomState | None = None
         self._progress = _Progress()
-        chosen = [p for group in self.param_groups for p in group["params"] if self._perturbs(p)]
-        if not chosen:
-            raise ValueError(
-                f"{type(self).__name__} has nothing to perturb: the optimizer holds no trainable {self._target}; "
-                "hand it such parameters, or choose another method."
-            )
-        for parameter in chosen:
-            check_parameter(parameter, self.lmo, self.placement)
+        self._check_targets()
         for group in base_optimizer.param_groups:
             group.setdefault("rho", rho)
         self._watch_progress()
@@ -153,7 +203,7 @@ class SharpnessAware(Optimizer):
             RuntimeError: inside another pass, or if a pass computed no gradient at all.
             ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0.
         """
-        if self.active:
+        if self.active and self._ascent_is_due():
             with self.ascent(accumulate):
                 yield "ascent"
         with self.descent(accumulate):
@@ -167,7 +217,8 @@ class SharpnessAware(Optimizer):
         there is nothing to gain from running it.
         """
         self._refuse_inside_pass("ascent()")
-        radii = self._radii()
+        targets = self._targets() if self.active else []
+        pass_ = self._matrix_free_ascent(targets)
         parameters = self._parameters()
         kept = [parameter.grad if accumulate else None for parameter in parameters]
 
@@ -177,26 +228,37 @@ class SharpnessAware(Optimizer):
             self._pass = None
 
         self._pending = None
-        with always(undo):
+        with always(undo), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
             _clear_gradients(parameters)
             if self.model is not None:
                 self._random_state = RandomState(self.model)
             yield
-            self._require_gradients("ascent")
-            self._pending = self._perturb(radii)
+            if not (pass_ and pass_.saw_gradients()):
+                self._require_gradients("ascent")
+            self._pending = self._perturb(targets, pass_)
 
     @contextmanager
     def descent(self, accumulate: bool = False) -> Iterator[None]:
         """The second half of :meth:`passes`: inside, the weights are x + ε; afterwards x again."""
         self._refuse_inside_pass("descent()")
+        if self._in_backward and accumulate:
+            raise RuntimeError("accumulate=True needs gradients that step_in_backward() frees; use one or the other.")
         if self._pending is None and self.active:
-            raise RuntimeError(
-                "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
-                "or loop over opt.passes()."
-            )
-        parameters, perturbations = self._pending or ([], [])
-        perturbed = in_weights(parameters, perturbations)
+            if self._ascent_is_due():
+                raise RuntimeError(
+                    "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
+                    "or loop over opt.passes()."
+                )
+            self._pending = self._kept()
+        perturbations = self._pending or {}
+        forward: dict[Tensor, Handler] = {
+            parameter: InForward(epsilon.u, epsilon.v)
+            for parameter, epsilon in perturbations.items()
+            if self._in_forward(parameter) and isinstance(epsilon, RankOne)
+        }
+        in_place = [p for p in perturbations if p not in forward]
+        perturbed = in_weights(in_place, [perturbations[p] for p in in_place])
 
         def undo() -> None:
             perturbed.remove()
@@ -206,17 +268,21 @@ class SharpnessAware(Optimizer):
             self._pass = "descent"
             if not accumulate:
                 _clear_gradients(self._parameters())
-            if self._pending is not None and self.model is not None:
-                guards.enter_context(frozen_statistics(self.model))
+            if perturbations and self.model is not None:
                 guards.enter_context(refuse_use(self.model))
-                if self._random_state is not None:
+                if forward:
+                    guards.enter_context(rerouted(list(find_uses(self.model)), forward))
+                if self._random_state is not None:  # an ascent came before
+                    guards.enter_context(frozen_statistics(self.model))
                     self._random_state.replay()
+            if self._in_backward:
+                guards.enter_context(self._in_backward.running())
             self._pending = None
             self._random_state = None
             del perturbations
             perturbed.add()
             yield
-            if not accumulate:
+            if not accumulate and not self._in_backward:
                 self._require_gradients("descent")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -236,7 +302,8 @@ class SharpnessAware(Optimizer):
                 with torch.enable_grad():
                     losses.append(closure())
         self._pending = None
-        self.base_optimizer.step()
+        if self._in_backward is None:
+            self.base_optimizer.step()
         self._progress.steps += 1
         return losses[0] if losses else None
 
@@ -253,13 +320,7 @@ class SharpnessAware(Optimizer):
 
     def perturbation_numel(self) -> int:
         """Floats that ε needs: Σ(n+m) over the matrices for νSAM (Table 1), every perturbed weight for SAM."""
-        return sum(
-            self.lmo.numel(parameter)
-            for group in self.param_groups
-            if group["rho"] > 0
-            for parameter in group["params"]
-            if self._perturbs(parameter)
-        )
+        return sum(self.lmo.numel(target.parameter) for target in self._targets(factor=1.0))
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for any logger; the only call that waits for the device.
@@ -267,7 +328,9 @@ class SharpnessAware(Optimizer):
         ``active`` (of the next step) and ``rho`` (the largest radius of the groups, after the schedule); for
         each parameter of the last ascent ``epsilon/NAME``, ‖ε‖_F, and for rank-one perturbations
         ``sigma/NAME``, the estimate of its gradient's top singular value, times the loss scale if a scaler was
-        at work. Names are the model's where ``model=`` was given, else the optimizer's own, else GROUP.INDEX.
+        at work. ``fallback/NAME: REASON`` is 1 for a matrix that a matrix-free ascent could not serve, and whose
+        gradient was formed instead (or which was not perturbed, if it has none). Names are the model's where
+        ``model=`` was given, else the optimizer's own, else GROUP.INDEX.
         """
         names = self._names()
         measured = {
@@ -278,7 +341,33 @@ class SharpnessAware(Optimizer):
         device = next(iter(measured.values())).device if measured else None
         tensors = [value.to(device, torch.float32) for value in measured.values()]
         values = torch.stack(tensors).tolist() if tensors else []
-        return {"active": float(self.active), "rho": max(self._radii()), **dict(zip(measured, values, strict=True))}
+        fallbacks = {**self._fallbacks, **self._fallbacks_of_last_pass} if self._matrix_free else {}
+        return {
+            "active": float(self.active),
+            "rho": max(self._radii()),
+            **dict(zip(measured, values, strict=True)),
+            **{f"fallback/{names[parameter]}: {reason}": 1.0 for parameter, reason in fallbacks.items()},
+        }
+
+    def detach(self) -> None:
+        """Let go of the model for good: the ascent computes gradients, nothing of the model is guarded.
+
+        Between passes the model carries no trace of the optimizer anyway, except the hooks of
+        :func:`step_in_backward`, which are removed.
+
+        Raises:
+            RuntimeError: inside a pass, or if parameters outside the optimizer are perturbed.
+        """
+        self._refuse_inside_pass("detach()")
+        if self.targets != "trainable" or self.placement == "forward":
+            raise RuntimeError(
+                "detach() would leave targets or placement without the model they need; "
+                "build an optimizer with targets='trainable' and placement='auto' instead."
+            )
+        if self._in_backward is not None:
+            self._in_backward.remove()
+        self._in_backward = self.model = None
+        self._matrix_free = False
 
     # ---------------------------------------------------------------- what makes it an optimizer
 
@@ -290,6 +379,15 @@ class SharpnessAware(Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base_optimizer.param_groups = groups
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # asked by GradScaler.step
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "A GradScaler can't unscale gradients that step_in_backward() has spent already; use bfloat16 without "
+                "a scaler, or leave step_in_backward() out."
+            )
+        return False
 
     @property
     def state(self) -> Any:
@@ -309,9 +407,7 @@ class SharpnessAware(Optimizer):
             return
         try:
             check_radius(groups[-1].setdefault("rho", self.defaults["rho"]))
-            for parameter in groups[-1]["params"]:
-                if self._perturbs(parameter):
-                    check_parameter(parameter, self.lmo, self.placement)
+            self._check_targets()
         except Exception:
             groups.pop()
             raise
@@ -322,14 +418,8 @@ class SharpnessAware(Optimizer):
         self._progress.warn_if_never_perturbed()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        saved = self.base_optimizer.state_dict()
-        state = dict(saved["state"])
-        for key, parameter in self._keys(saved):
-            ours = {_STATE_PREFIX + name: value for name, value in self._states.get(parameter, {}).items()}
-            if ours:
-                state[key] = {**state.get(key, {}), **ours}
-        groups = [{**group, _STEPS: self._progress.steps} for group in saved["param_groups"]]
-        saved = {**saved, "state": state, "param_groups": groups}
+        outside = {name: self._states[p] for name, p in self._outside().items() if p in self._states}
+        saved = merge(self.base_optimizer.state_dict(), self.param_groups, self._states, outside, self._progress.steps)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved
@@ -343,28 +433,31 @@ class SharpnessAware(Optimizer):
         self._refuse_inside_pass("load_state_dict()")
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        rhos = [group["rho"] for group in self.param_groups]
-        steps = max((group.get(_STEPS, 0) for group in state_dict["param_groups"]), default=0)
         for group in state_dict["param_groups"]:
             check_radius(group.get("rho", 0))
-        theirs, states = self._split(state_dict)
-        self.base_optimizer.load_state_dict(theirs)
+        saved = split(state_dict, self.param_groups)
+        outside = self._outside()
+        found = saved.states | {outside[name]: state for name, state in saved.outside.items() if name in outside}
+        states = {p: self._checked_state(p, state) for p, state in found.items() if self._perturbs(p)}
+        rhos = [group["rho"] for group in self.param_groups]
+        self.base_optimizer.load_state_dict(saved.base)
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
         self._states, self._measured, self._pending = states, {}, None
-        self._progress.steps, self._progress.ascents = steps, max(0, steps - self.delay)
+        self._progress.steps, self._progress.ascents = saved.steps, max(0, saved.steps - self.delay)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_pass("copying or pickling the optimizer")
-        left_out = ("step", "_hook_for_profile", "_pending", "_random_state")
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "An optimizer with step_in_backward() can't be copied or pickled; save its state_dict()."
+            )
+        left_out = ("step", "_hook_for_profile")
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
-        return {
-            **{name: state[name] for name in state if name not in left_out},
-            "_pending": None,
-            "_random_state": None,
-        }
+        kept = {name: value for name, value in state.items() if name not in left_out}
+        return {**kept, "_pending": None, "_random_state": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -377,51 +470,166 @@ class SharpnessAware(Optimizer):
         return self.lmo.target
 
     def _perturbs(self, parameter: Tensor) -> bool:
-        return parameter.requires_grad and self.lmo.selects(parameter)
+        return self.lmo.selects(parameter)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _radii(self) -> list[float]:
         """ρ of every group at this step: its own times the schedule's factor."""
-        factor = 1.0 if self.rho_schedule is None else self.rho_schedule(self._progress.steps)
-        check_radius(factor, f"rho_schedule({self._progress.steps})")
+        factor = self._factor()
         for group in self.param_groups:
             check_radius(group["rho"])
-        return [float(group["rho"]) * float(factor) for group in self.param_groups]
+        return [float(group["rho"]) * factor for group in self.param_groups]
+
+    def _factor(self) -> float:
+        factor = 1.0 if self.rho_schedule is None else self.rho_schedule(self._progress.steps)
+        check_radius(factor, f"rho_schedule({self._progress.steps})")
+        return float(factor)
+
+    def _outside(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that the optimizer does not hold, by name, if they may be perturbed."""
+        if self.targets == "trainable" or self.model is None:
+            return {}
+        held = set(self._parameters())
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter not in held}
+
+    def _targets(self, factor: float | None = None) -> list[Target]:
+        """What is perturbed in this step, by how much, and the seed of its state."""
+        factor = self._factor() if factor is None else factor
+        everything = [
+            (parameter, group.get("rho", self.defaults["rho"]))
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
+        everything += [(parameter, self.defaults["rho"]) for parameter in self._outside().values()]
+        names = self._names() if callable(self.targets) else {}
+        targets = []
+        for index, (parameter, rho) in enumerate(everything):
+            check_radius(rho)
+            if callable(self.targets):
+                wanted = self.targets(names[parameter], parameter)
+            else:
+                wanted = parameter.requires_grad == (self.targets == "trainable")
+            if wanted and rho * factor > 0 and self._perturbs(parameter):
+                targets.append(Target(parameter, float(rho) * factor, _mix(self.seed, index)))
+        return targets
+
+    def _check_targets(self) -> None:
+        """Refuse what can't be perturbed, before anything is."""
+        targets = self._targets(factor=1.0)
+        positive = self.defaults["rho"] > 0 or any(group.get("rho", 0) > 0 for group in self.param_groups)
+        if not targets and positive:
+            raise ValueError(
+                f"{type(self).__name__} has nothing to perturb: "
+                f"{'the model' if self.targets != 'trainable' else 'the optimizer'} holds no "
+                f"{self.targets if isinstance(self.targets, str) else 'targeted'} {self._target}; "
+                "hand it such parameters, or choose another method."
+            )
+        uses = set() if self.model is None else {use.parameter for use in find_uses(self.model)}
+        for target in targets:
+            check_parameter(target.parameter, self.lmo, self.placement, reachable=target.parameter in uses)
+
+    def _in_forward(self, parameter: Tensor) -> bool:
+        if self.placement == "auto":
+            low_or_frozen = parameter.dtype.itemsize < 4 or not parameter.requires_grad
+            return low_or_frozen and self.model is not None and isinstance(self.lmo, Nuclear)
+        return self.placement == "forward"
+
+    def _state_of(self, target: Target) -> State:
+        if target.parameter not in self._states:
+            self._states[target.parameter] = self.lmo.init_state(target.parameter, target.seed)
+        return self._states[target.parameter]
+
+    def _matrix_free_ascent(self, targets: list[Target]) -> MatrixFreeAscent | None:
+        """The pass that serves the targets from their layers, if that is wanted and possible."""
+        if not (self._matrix_free and targets and self.model is not None):
+            return None
+        uses = list(find_uses(self.model))
+        worth = [t for t in targets if t.parameter.numel() >= self._least_served or not t.parameter.requires_grad]
+        reasons = why_not_served(uses, [target.parameter for target in worth]) | self._fallbacks
+        self._fallbacks_of_last_pass = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
+        served = {t.parameter: self._state_of(t)["u"] for t in worth if t.parameter not in reasons}
+        if not served:
+            return None
+        needed = served.keys() | {target.parameter for target in targets}
+        idle = [parameter for parameter in self._parameters() if parameter not in needed]
+        return MatrixFreeAscent(uses, served, cast(Nuclear, self.lmo).power_iterations, idle)
 
     @torch.no_grad()
-    def _perturb(self, radii: list[float]) -> tuple[list[Tensor], list[Perturbation]]:
-        """ε for every parameter that is to be perturbed and has an ascent gradient."""
-        groups = zip(self.param_groups, radii, strict=True)
-        positions = enumerate((parameter, radius) for group, radius in groups for parameter in group["params"])
-        chosen = [
-            (index, parameter, radius)
-            for index, (parameter, radius) in positions
-            if radius > 0 and parameter.grad is not None and self._perturbs(parameter)
-        ]
-        parameters = [parameter for _, parameter, _ in chosen]
-        if not parameters:
-            return [], []
-        for parameter in parameters:
-            check_parameter(parameter, self.lmo, self.placement)
-        for index, parameter, _ in chosen:
-            if parameter not in self._states:
-                self._states[parameter] = self.lmo.init_state(parameter, _mix(self.seed, index))
-        perturbations = self.lmo(
-            [cast(Tensor, parameter.grad) for parameter in parameters],
-            [radius for _, _, radius in chosen],
-            [self._states[parameter] for parameter in parameters],
-            _mix(self.seed, self._progress.steps),
-        )
+    def _perturb(self, targets: list[Target], pass_: MatrixFreeAscent | None) -> dict[Tensor, Perturbation]:
+        """ε for every target that the ascent reached."""
+        pairs = pass_.top_pairs() if pass_ else {}
+        reached = [t for t in targets if t.parameter in pairs or t.parameter.grad is not None]
+        if not reached:
+            return {}
+        for target in reached:
+            check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
+        states = [self._state_of(target) for target in reached]
+        radii = [target.radius for target in reached]
+        if pass_:
+            lmo = cast(Nuclear, self.lmo)
+            rest = [t.parameter for t in reached if t.parameter not in pairs]
+            gradients = [cast(Tensor, parameter.grad) for parameter in rest]
+            us = [self._states[parameter]["u"] for parameter in rest]
+            pairs |= dict(zip(rest, power_iteration(gradients, us, lmo.power_iterations), strict=True))
+            perturbations = lmo.from_pairs([pairs[target.parameter] for target in reached], radii, states)
+            self._note_fallbacks(pass_)
+        else:
+            gradients = [cast(Tensor, target.parameter.grad) for target in reached]
+            perturbations = self.lmo(gradients, radii, states, _mix(self.seed, self._progress.steps))
         self._measured = {
-            parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
+            target.parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
             if isinstance(perturbation, RankOne)
             else {"epsilon": perturbation.norm}
-            for parameter, perturbation in zip(parameters, perturbations, strict=True)
+            for target, perturbation in zip(reached, perturbations, strict=True)
         }
         self._progress.ascents += 1
-        return parameters, perturbations
+        found = {target.parameter: perturbation for target, perturbation in zip(reached, perturbations, strict=True)}
+        if self.ascent_every > 1:
+            self._keep(found, {target.parameter: target.radius for target in reached})
+        return found
+
+    def _note_fallbacks(self, pass_: MatrixFreeAscent) -> None:
+        """Learn from a finished pass which matrices their layers can't serve."""
+        reasons = pass_.not_served()
+        self._fallbacks_of_last_pass |= reasons
+        for parameter, reason in reasons.items():
+            if "its layer" in reason:
+                self._fallbacks[parameter] = reason
+                if self._in_forward(parameter):
+                    raise RuntimeError(
+                        f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
+                        "with targets= or use placement='weights'."
+                    )
+        compiled, repeated = pass_.used_repeatedly_in_a_graph(self._counted)
+        self._counted.update(compiled)
+        self._fallbacks |= {
+            p: "used repeatedly in a graph" for p, again in zip(compiled, repeated, strict=True) if again
+        }
+
+    def _ascent_is_due(self) -> bool:
+        perturbed_steps = self._progress.steps - self.delay
+        return perturbed_steps % self.ascent_every == 0 or not any("v" in state for state in self._states.values())
+
+    def _keep(self, found: dict[Tensor, Perturbation], radii: dict[Tensor, float]) -> None:
+        """Remember ε as v per unit of radius, beside u, so that it is saved and follows ρ."""
+        for state in self._states.values():
+            state.pop("v", None)
+        for parameter, perturbation in found.items():
+            if isinstance(perturbation, RankOne):
+                self._states[parameter]["v"] = perturbation.v / radii[parameter]
+
+    @torch.no_grad()
+    def _kept(self) -> dict[Tensor, Perturbation]:
+        """ε of the last ascent, at the radius of this step."""
+        kept: dict[Tensor, Perturbation] = {}
+        for target in self._targets():
+            state = self._states.get(target.parameter, {})
+            if "v" in state:
+                v = state["v"] * target.radius
+                kept[target.parameter] = RankOne(state["u"], v, v.new_zeros(()), v.new_zeros(()))
+        return kept
 
     def _require_gradients(self, name: str) -> None:
         if all(parameter.grad is None for parameter in self._parameters()):
@@ -445,41 +653,50 @@ class SharpnessAware(Optimizer):
             names.update((parameter, name) for name, parameter in self.model.named_parameters())
         return names
 
-    def _keys(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
-        """The key of every parameter in a state dict of the same groups."""
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            yield from zip(saved["params"], group["params"], strict=True)
-
-    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Tensor, State]]:
-        """A state dict as the base optimizer would have saved it, and our states."""
-        saved_groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError(
-                "The state dict's parameter groups don't match the optimizer's in number or size; "
-                "build the optimizer from the same groups before loading."
-            )
-        groups = [{name: value for name, value in group.items() if name != _STEPS} for group in saved_groups]
-        state: dict[Any, Any] = dict(state_dict["state"])
-        states: dict[Tensor, State] = {}
-        for key, parameter in self._keys(state_dict):
-            entries = state.pop(key, {})
-            ours = {name: value for name, value in entries.items() if str(name).startswith(_STATE_PREFIX)}
-            rest = {name: value for name, value in entries.items() if name not in ours}
-            if rest:
-                state[key] = rest
-            fresh = self.lmo.init_state(parameter, 0) if ours and self._perturbs(parameter) else {}
-            for name, like in fresh.items():
-                value = ours.get(_STATE_PREFIX + name, like)
-                if value.shape != like.shape:
-                    raise ValueError(
-                        f"The state dict holds {name!r} of shape {tuple(value.shape)} for a parameter that needs "
-                        f"{tuple(like.shape)}; load it into the model it was saved from."
-                    )
-                states.setdefault(parameter, {})[name] = value.to(like.device, like.dtype)
-        return {**state_dict, "state": state, "param_groups": groups}, states
+    def _checked_state(self, parameter: Tensor, state: State) -> State:
+        """What the ball remembers of the parameter, on its device; ε's v too if it is kept from step to step."""
+        fresh = self.lmo.init_state(parameter, 0)
+        if self.ascent_every > 1 and "v" in state:
+            fresh["v"] = fresh["u"].new_empty(parameter.shape[1])
+        for name, like in fresh.items():
+            value = state.get(name, like)
+            if value.shape != like.shape:
+                raise ValueError(
+                    f"The state dict holds {name!r} of shape {tuple(value.shape)} for a parameter that needs "
+                    f"{tuple(like.shape)}; load it into the model it was saved from."
+                )
+            fresh[name] = value.to(like.device, like.dtype)
+        return fresh
 
     def _watch_progress(self) -> None:
         weakref.finalize(self, self._progress.warn_if_never_perturbed)
+
+
+def step_in_backward(opt: SharpnessAware) -> None:
+    """Let each parameter's update run inside the descent's backward, as soon as its gradient is complete.
+
+    Gradients are freed at once, so that with a matrix-free ascent a step needs the weights, the optimizer's state,
+    one gradient and Σ(n+m) floats: less than the base optimizer alone. ``opt.step()`` is still called once a step,
+    for schedules and the count. ε then lives in the forward (``placement="forward"``), since weights change
+    while it is in use.
+
+    What needs all gradients at once can't be had with it: clipping by a global norm finds no gradient and does
+    nothing, accumulation is refused, and so is a GradScaler, at its ``step``. Undone by :meth:`SharpnessAware.detach`.
+
+    Raises:
+        ValueError: if some perturbed matrix has no layer in whose forward ε could live.
+    """
+    opt._refuse_inside_pass("step_in_backward()")
+    check_served("step_in_backward()", opt.lmo, opt.model)
+    before, opt.placement = opt.placement, "forward"
+    try:
+        opt._check_targets()
+    except ValueError:
+        opt.placement = before
+        raise
+    if opt._in_backward is None:
+        opt._in_backward = StepInBackward(opt.base_optimizer)
+        weakref.finalize(opt, opt._in_backward.remove)
 
 
 class _Progress:

@@ -1,0 +1,252 @@
+"""How each kind of layer uses its matrix W (n×m): output, products with its gradient, effect of a rank-one ε.
+
+With the layer's input rows X and the gradient D of its output rows, both at hand in the backward, the gradient G
+of W need not be formed to be multiplied: for a linear layer G = DᵀX, so Gv = Dᵀ(Xv) and Gᵀu = Xᵀ(Du).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nusam.interrupts import always
+
+__all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Use", "find_uses", "rerouted"]
+
+
+class Kind:
+    """A linear layer: y = xWᵀ + b, with x (..., m) and y (..., n), so G = DᵀX."""
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        return F.linear(x, W, extra)
+
+    @staticmethod
+    def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
+        """X (T×m) and D (T×n)."""
+        return x.reshape(-1, x.shape[-1]), D.reshape(-1, D.shape[-1])
+
+    @staticmethod
+    def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
+        """Gv, of length n."""
+        return D.mT @ (X @ v)
+
+    @staticmethod
+    def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
+        """Gᵀu, of length m."""
+        return X.mT @ (D @ u)
+
+    @staticmethod
+    def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
+        """G itself, where it must be formed."""
+        return D.mT @ X
+
+    @staticmethod
+    def input_gradient(D: Tensor, W: Tensor) -> Tensor:
+        return D @ W.to(D.dtype)
+
+    @staticmethod
+    def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """What ε = uvᵀ adds to the output."""
+        return (x.to(v.dtype) @ v).unsqueeze(-1) * u
+
+
+Linear = Kind
+
+
+class Conv1D(Kind):
+    """Hugging Face's Conv1D: y = xW + b, a linear layer with its matrix transposed, so G = XᵀD."""
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        return F.linear(x, W.mT, extra)
+
+    @staticmethod
+    def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
+        return X.mT @ (D @ v)
+
+    @staticmethod
+    def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
+        return D.mT @ (X @ u)
+
+    @staticmethod
+    def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
+        return X.mT @ D
+
+    @staticmethod
+    def input_gradient(D: Tensor, W: Tensor) -> Tensor:
+        return D @ W.to(D.dtype).mT
+
+    @staticmethod
+    def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return (x.to(u.dtype) @ u).unsqueeze(-1) * v
+
+
+class Embedding(Kind):
+    """A table whose rows are looked up: X is the index (T), one-hot rows of length n in effect.
+
+    ``extra`` is the padding index, whose row gets no gradient.
+    """
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        return F.embedding(x, W, extra)
+
+    @staticmethod
+    def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
+        index, rows = x.reshape(-1), D.reshape(-1, D.shape[-1])
+        if extra is not None:
+            rows = rows.masked_fill((index == extra)[:, None], 0)
+        return index, rows
+
+    @staticmethod
+    def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
+        return v.new_zeros(n).index_add(0, X, D @ v)
+
+    @staticmethod
+    def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
+        return D.mT @ u[X]
+
+    @staticmethod
+    def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
+        return D.new_zeros(n, D.shape[1]).index_add(0, X, D)
+
+    @staticmethod
+    def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return u[x].unsqueeze(-1) * v
+
+
+Handler = Callable[[type[Kind], Tensor, Tensor, Any], Tensor]  # (kind, x, W, extra) → y
+
+
+class InForward:
+    """A layer with W + uvᵀ, computed without writing W: y = xWᵀ + b + (x·v)uᵀ, exact in any precision."""
+
+    def __init__(self, u: Tensor, v: Tensor) -> None:
+        self.u, self.v = u, v
+
+    def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        y = kind.apply(x, W, extra)
+        return y + kind.delta(x, self.u, self.v).to(y.dtype)
+
+
+class Use(NamedTuple):
+    """One parameter as one module uses it."""
+
+    module: nn.Module
+    parameter: nn.Parameter
+    kind: type[Kind]
+
+
+def find_uses(model: nn.Module) -> Iterator[Use]:
+    """Every matrix of the model that reaches its input through a layer whose forward is known."""
+    for module in model.modules():
+        forward = getattr(type(module), "forward", None)
+        if "forward" in vars(module):
+            continue  # somebody replaced it already
+        if forward is nn.Linear.forward:
+            yield from _uses(module, ("weight",), Linear)
+        elif forward is nn.Embedding.forward and not module.sparse and not module.scale_grad_by_freq:
+            if module.max_norm is None:
+                yield from _uses(module, ("weight",), Embedding)
+        elif forward is nn.MultiheadAttention.forward:
+            yield from _uses(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), Linear)
+        elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+            yield from _uses(module, ("weight",), Conv1D)
+
+
+def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterator[Use]:
+    for name in names:
+        parameter = module._parameters.get(name)
+        if isinstance(parameter, nn.Parameter) and parameter.ndim == 2:
+            yield Use(module, parameter, kind)
+
+
+@contextmanager
+def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]:
+    """Inside, each use of a parameter with a handler goes through it; the modules are as found afterwards.
+
+    The forward is replaced on the instance: a thread-local mode would be missed by activation checkpointing,
+    a class swap would fight those of other libraries, and torch.compile guards on the replacement.
+    """
+    forwards = {use.module: _forward(use, handlers) for use in uses if use.parameter in handlers}
+
+    def undo() -> None:
+        for module in forwards:
+            vars(module).pop("forward", None)
+        for parameter in handlers:
+            vars(parameter).pop(_HANDLER, None)
+
+    with always(undo):
+        for parameter, handler in handlers.items():
+            setattr(parameter, _HANDLER, handler)
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+
+
+def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
+    module: Any = use.module
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_forward(module, handlers)
+    kind, handler = use.kind, handlers[use.parameter]
+
+    def forward(x: Tensor) -> Tensor:
+        extra = module.padding_idx if kind is Embedding else module.bias
+        return handler(kind, x, module.weight, extra)
+
+    return forward
+
+
+_F: Any = F  # its private parts
+
+
+def _attention_forward(module: nn.MultiheadAttention, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
+    """nn.MultiheadAttention hands its projections' weights to F.linear itself, ``out_proj`` included.
+
+    So its functions run here with an F.linear of ours, which finds the handler on the weight.
+    """
+    return partial(_multihead_attention, module)
+
+
+def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    handler: Handler | None = getattr(W, _HANDLER, None)
+    return F.linear(x, W, bias) if handler is None else handler(Linear, x, W, bias)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, W: Tensor, bias: Tensor | None = None) -> Any:
+    """Where query, key and value differ, pieces of one matrix are multiplied: none is served, but ε's are added."""
+    if q is k and k is v:
+        return _packed_self(q, k, v, W, bias)
+    outputs = _F._in_projection_packed(q, k, v, W, bias)
+    handler = getattr(W, _HANDLER, None)
+    if isinstance(handler, InForward):
+        pieces = zip(outputs, (q, k, v), handler.u.chunk(3), strict=True)
+        outputs = [y + Linear.delta(x, u, handler.v).to(y.dtype) for y, x, u in pieces]
+    return outputs
+
+
+def _rebound(function: Any, **names: Any) -> Any:
+    """The function, with other objects behind some of the global names that it uses."""
+    namespace = {**function.__globals__, **names}
+    del namespace["__name__"]  # it would lead the compiler back to the module's own names
+    copy = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_HANDLER = "_nusam_handler"
+_packed_self = _rebound(_F._in_projection_packed, linear=_linear)
+_attend = _rebound(
+    F.multi_head_attention_forward,
+    linear=_linear,
+    _in_projection_packed=_packed,
+    _in_projection=_rebound(_F._in_projection, linear=_linear),
+)
+_multihead_attention = _rebound(
+    nn.MultiheadAttention.forward, F=SimpleNamespace(**{**vars(F), "multi_head_attention_forward": _attend})
+)

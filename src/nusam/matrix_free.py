@@ -1,0 +1,195 @@
+"""Ascent without weight gradients: Algorithm 2's products from each layer's input and output gradient.
+
+A whole sequential iteration, v from u and then u from the new v, fits inside the layer's backward (see
+:mod:`nusam.layers` for the products), and the gradient is never formed.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nusam.interrupts import always
+from nusam.layers import Handler, Kind, Use, rerouted
+from nusam.power_iteration import TopPair, power_iteration
+
+__all__ = ["LayerGradient", "MatrixFreeAscent", "why_not_served"]
+
+
+class LayerGradient:
+    """The gradient of a layer's matrix, multiplied without being formed."""
+
+    def __init__(self, kind: type[Kind], X: Tensor, D: Tensor, n: int) -> None:
+        self.kind, self.X, self.D, self.n = kind, X, D, n
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.kind.matvec(self.X, self.D, v, self.n)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return self.kind.rmatvec(self.X, self.D, u)
+
+
+def why_not_served(uses: list[Use], parameters: Iterable[Tensor]) -> dict[Tensor, str]:
+    """The parameters that no layer can serve on its own, as far as the model's structure tells."""
+    count: Counter[Tensor] = Counter(use.parameter for use in uses)
+    reasons = {p: f"tied: used by {count[p]} layers" for p in parameters if count[p] > 1}
+    return reasons | {p: "no known layer holds it" for p in parameters if count[p] == 0}
+
+
+class MatrixFreeAscent:
+    """One ascent pass in which the given uses of matrices hand out top pairs instead of gradients.
+
+    Args:
+        uses: where the model uses the matrices; those of one parameter must be one.
+        warm_starts: u (n) of every parameter to be served.
+        iterations: T of Algorithm 2.
+        idle: parameters whose gradient nobody needs in this pass (biases, norms).
+    """
+
+    def __init__(
+        self,
+        uses: list[Use],
+        warm_starts: dict[Tensor, Tensor],
+        iterations: int,
+        idle: Iterable[Tensor],
+    ) -> None:
+        self._uses = uses
+        self._records = {parameter: _Record(parameter, u, iterations) for parameter, u in warm_starts.items()}
+        self._idle = [parameter for parameter in idle if parameter.requires_grad]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the pass inside; the model is as found afterwards."""
+        handlers: dict[Tensor, Handler] = {p: record.use for p, record in self._records.items()}
+
+        def undo() -> None:
+            for parameter in self._idle:
+                parameter.requires_grad_(True)
+
+        with always(undo), rerouted(self._uses, handlers):
+            for parameter in self._idle:
+                parameter.requires_grad_(False)
+            yield
+
+    def saw_gradients(self) -> bool:
+        """Whether any backward has passed through a served layer."""
+        return any(record.probe.grad is not None for record in self._records.values())
+
+    def top_pairs(self) -> dict[Tensor, TopPair]:
+        """The pair of every parameter that was used once. Others have an ordinary gradient, if any.
+
+        A matrix that was also used elsewhere has both; its pair is then dead: half of its gradient is not the
+        gradient.
+        """
+        return {p: record.top_pair() for p, record in self._records.items() if record.probe.grad is not None}
+
+    def not_served(self) -> dict[Tensor, str]:
+        """Why a matrix could not be served in this pass, as far as that is known on the host."""
+        reasons: dict[Tensor, str] = {}
+        for parameter, record in self._records.items():
+            if record.calls > 1:
+                reasons[parameter] = f"used {record.calls} times"
+            elif record.probe.grad is not None and parameter.grad is not None:
+                reasons[parameter] = "also used outside its layer"
+            elif parameter.grad is not None and parameter.requires_grad:
+                reasons[parameter] = "reached in pieces or by another way"
+        return reasons
+
+    def used_repeatedly_in_a_graph(self, counted: set[Tensor]) -> tuple[list[Tensor], list[bool]]:
+        """Compiled passes count on the device alone: which of the others were counted there, and more than once.
+
+        Waits for the device, so it is asked once for every parameter.
+        """
+        compiled = [
+            (parameter, record.probe.grad[-1])
+            for parameter, record in self._records.items()
+            if parameter not in counted and record.calls == 0 and record.probe.grad is not None
+        ]
+        counts = torch.stack([count.float().to(compiled[0][1].device) for _, count in compiled]) if compiled else None
+        return [parameter for parameter, _ in compiled], [] if counts is None else [c != 1 for c in counts.tolist()]
+
+
+class _Record:
+    """What a pass learns about one matrix.
+
+    The gradient of ``probe`` = [u, 0 (m), 0, 0] is [u', v', σ, 1] of the use, summed over uses: a pure
+    function of the layer, so it works inside a compiled graph. In eager mode uses are counted as they happen.
+    """
+
+    def __init__(self, parameter: Tensor, u: Tensor, iterations: int) -> None:
+        m = parameter.shape[1]
+        self.parameter = parameter
+        self.iterations = iterations
+        self.probe = torch.cat([u, u.new_zeros(m + 2)]).requires_grad_()
+        self.calls = 0
+        self.done = False
+
+    def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        record = None
+        if not torch.compiler.is_compiling():
+            record = self
+            # recomputation by activation checkpointing is no new use
+            self.calls += torch._C._current_graph_task_id() == -1
+        output: Tensor = _Products.apply(x, W, extra, self.probe, kind, self.iterations, record)
+        return output
+
+    def refuse_second_backward(self) -> None:
+        if self.done:
+            raise RuntimeError(
+                f"A matrix of shape {tuple(self.parameter.shape)} saw two backward calls in one matrix-free ascent, "
+                "whose products don't add up; call backward once a pass, loop over opt.passes(accumulate=True) for "
+                "micro-batches, or use ascent='gradient'."
+            )
+        self.done = True
+
+    def top_pair(self) -> TopPair:
+        n, m = self.parameter.shape
+        gradient = self.probe.grad
+        assert gradient is not None
+        u, v, sigma, count = torch.split(gradient, [n, m, 1, 1])
+        alive = (sigma > 0) & (count == 1) if self.parameter.grad is None else torch.zeros_like(sigma, dtype=torch.bool)
+        u = torch.where(alive, u, self.probe.detach()[:n])
+        return TopPair(u, v.masked_fill(~alive, 0), sigma.masked_fill(~alive, 0)[0], alive[0])
+
+
+class _Products(torch.autograd.Function):
+    """A layer whose backward gives the input's gradient and, for the weight, a power iteration."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, extra: Any, probe: Tensor, kind: type[Kind], iterations: int, record: Any
+    ) -> Tensor:
+        y = kind.apply(x, W, extra)
+        output: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # no view, so that an activation may overwrite it
+        # under autocast, what a plain layer would save: the input as it was multiplied
+        ctx.save_for_backward(x.to(y.dtype) if x.is_floating_point() else x, W, probe)
+        ctx.kind, ctx.iterations, ctx.record = kind, iterations, record
+        ctx.extra = None if isinstance(extra, Tensor) else extra
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, D: Tensor) -> Any:
+        x, W, probe = ctx.saved_tensors
+        kind: type[Kind] = ctx.kind
+        n = W.shape[0]
+        input_gradient = weight_gradient = probe_gradient = None
+        with torch.autocast(D.device.type, enabled=False):
+            X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
+            if ctx.needs_input_grad[0]:
+                input_gradient = kind.input_gradient(D, W).view(x.shape)
+            if ctx.record is not None and ctx.record.calls > 1:
+                weight_gradient = kind.gradient(X, D, n)
+            else:
+                if ctx.record is not None:
+                    ctx.record.refuse_second_backward()
+                X = X.to(probe.dtype) if X.is_floating_point() else X
+                G = LayerGradient(kind, X, D.to(probe.dtype), n)
+                (pair,) = power_iteration([G], [probe[:n]], ctx.iterations)
+                sigma = pair.sigma.reshape(1)
+                probe_gradient = torch.cat([pair.u, pair.v, sigma, torch.ones_like(sigma)])
+        return input_gradient, weight_gradient, None, probe_gradient, None, None, None

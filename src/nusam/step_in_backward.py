@@ -1,0 +1,68 @@
+"""The base optimizer's update of each parameter as soon as its gradient is complete, which is freed at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nusam.interrupts import always
+
+__all__ = ["StepInBackward"]
+
+
+class StepInBackward:
+    """Hooks that step ``base_optimizer`` for one parameter at a time while :meth:`running`.
+
+    The update must be per parameter, as it is in torch.optim: what a parameter's update needs is its group's
+    hyperparameters and its own state.
+    """
+
+    def __init__(self, base_optimizer: Optimizer) -> None:
+        self._base_optimizer = base_optimizer
+        self._groups: dict[Tensor, dict[str, Any]] = {}  # of every parameter, while running
+        self._stepped = 0
+        trainable = [p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._handles = [parameter.register_post_accumulate_grad_hook(self._step) for parameter in trainable]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The descent pass, in which complete gradients are spent."""
+
+        def undo() -> None:
+            self._groups = {}
+
+        with always(undo):
+            self._stepped = 0
+            self._groups = {p: group for group in self._base_optimizer.param_groups for p in group["params"]}
+            yield
+            if not self._stepped:
+                raise RuntimeError(
+                    "The descent pass ended without any gradient; compute the loss and call loss.backward() "
+                    "in every pass."
+                )
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _step(self, parameter: Tensor) -> None:
+        group = self._groups.get(parameter)
+        if group is None:
+            return
+        alone = {**group, "params": [parameter]}
+        groups = self._base_optimizer.param_groups
+        self._base_optimizer.param_groups = [alone]
+        try:
+            self._base_optimizer.step()
+        finally:
+            self._base_optimizer.param_groups = groups
+        if any(value is not group[name] for name, value in alone.items() if name != "params"):
+            raise TypeError(
+                f"{type(self._base_optimizer).__name__} keeps state in its param groups, which steps of one parameter "
+                "at a time would lose; use a base optimizer that keeps its state per parameter."
+            )
+        parameter.grad = None
+        self._stepped += 1

@@ -1,0 +1,349 @@
+"""ε in the forward: exact in any precision, never a write; and where ε in the weights goes wrong."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nusam
+from nusam.layers import Conv1D, Embedding, InForward, Linear
+from nusam.reference import svd_top1
+from tests.conftest import loss_of, mlp, train_step, weights
+from tests.test_matrix_free import KINDS, cross_entropy, square_loss
+
+
+def descent(model, loss, placement, ascent="gradient"):
+    """The descent pass's loss and gradients, and the weights that it saw."""
+    opt = nusam.NuSAM(
+        torch.optim.SGD(model.parameters(), lr=0.0), rho=0.3, model=model, placement=placement, ascent=ascent
+    )
+    torch.manual_seed(5)
+    for name in opt.passes():
+        value = loss(model)
+        value.backward()
+        if name == "descent":
+            seen = weights(model)
+    return value.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, seen
+
+
+def assert_same_descent(model, loss):
+    before = weights(model)
+    in_weights = descent(copy.deepcopy(model), loss, "weights")
+    forward = descent(model, loss, "forward")
+    assert forward[0] == pytest.approx(in_weights[0], abs=1e-12)
+    assert forward[1].keys() == in_weights[1].keys()
+    scale = max(gradient.abs().max() for gradient in in_weights[1].values())
+    for name, gradient in forward[1].items():
+        assert (gradient - in_weights[1][name]).abs().max() <= 1e-12 * max(scale, 1.0), name
+    assert all(torch.equal(a, b) for a, b in zip(forward[2], before, strict=True))  # while perturbed
+    assert not all(torch.equal(a, b) for a, b in zip(in_weights[2], before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedding-frequency"])
+def test_every_kind_of_layer_computes_as_with_perturbed_weights(kind):
+    model = KINDS[kind][0]().double()
+    for p in model.parameters():
+        p.data += 0.1  # no exact zeros
+    assert_same_descent(model, square_loss())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.filterwarnings("ignore")
+def test_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = transformers.GPT2Config(vocab_size=31, n_positions=16, n_embd=24, n_layer=1, n_head=2)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.BertConfig(
+            vocab_size=31, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        )
+        model = transformers.BertModel(config, add_pooling_layer=False)
+    assert_same_descent(model.double(), cross_entropy(3, 12, vocabulary=31))
+
+
+def test_timm_vit():
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=5
+    )  # fmt: skip
+    assert_same_descent(model.double(), cross_entropy(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("kind", [Linear, Conv1D, Embedding])
+def test_the_forward_of_one_layer_against_a_perturbed_matrix(kind):
+    n, m = 5, 4
+    W, u, v = torch.randn(n, m).double(), torch.randn(n).double(), torch.randn(m).double()
+    x = torch.randint(0, n, (2, 3)) if kind is Embedding else torch.randn(2, 3, n if kind is Conv1D else m).double()
+    handler = InForward(u, v)
+    torch.testing.assert_close(handler(kind, x, W, None), kind.apply(x, W + torch.outer(u, v), None))
+
+
+@pytest.mark.parametrize(("n", "m", "least"), [(768, 768, 0.30), (1024, 4096, 0.50)])
+def test_the_trap_of_bfloat16_weights(n, m, least):
+    """ρuvᵀ added to bfloat16 weights is mostly rounded away; in the forward it is there to bfloat16 accuracy."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(m, n, bias=False).bfloat16()
+    with torch.no_grad():
+        layer.weight.copy_(0.02 * torch.randn(n, m, generator=generator))
+    u = nn.functional.normalize(torch.randn(n, generator=generator), dim=0)
+    v = nn.functional.normalize(torch.randn(m, generator=generator), dim=0)
+    epsilon = 0.05 * torch.outer(u, v)
+
+    written = (layer.weight + epsilon.bfloat16()).float() - layer.weight.float()
+    assert torch.linalg.vector_norm(written - epsilon) >= least * torch.linalg.vector_norm(epsilon)
+    assert (written == 0).float().mean() > 0.5
+
+    x = torch.randn(8, m, generator=generator).bfloat16()
+    exact = x.double() @ (layer.weight.double() + epsilon.double()).mT
+    unperturbed = x.double() @ layer.weight.double().mT
+    handler = InForward(u, 0.05 * v)
+    y = handler(Linear, x, layer.weight, None).double()
+    assert ((y - exact).abs() <= 2**-7 * exact.abs() + 2**-8).all()
+    # and what it adds is ε's effect, not rounding noise
+    added = handler(Linear, x.float(), layer.weight.float(), None).double() - unperturbed
+    torch.testing.assert_close(added, exact - unperturbed, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_weights_are_never_written_and_train():
+    model = mlp(torch.bfloat16)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, model=model)  # auto
+    before = weights(model)
+    losses = {}
+    for name in opt.passes():
+        loss = loss_of(model)
+        loss.backward()
+        losses[name] = loss.item()
+        assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    assert losses["descent"] > losses["ascent"]
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.01, model=model)
+    for _ in range(60):
+        train_step(model, opt)
+    assert loss_of(model).item() < 0.7 * losses["ascent"]
+
+
+@pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.NuSAMNorm])
+def test_a_thousand_steps_at_lr_zero_are_bit_equal(kind):
+    model = mlp()
+    opt = kind(torch.optim.SGD(model.parameters(), lr=0.0), model=model, placement="forward")
+    before = weights(model)
+    for step in range(1000):
+        train_step(model, opt, step)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_autocast():
+    model = mlp()
+    results = []
+    for placement in ("weights", "forward"):
+        clone = copy.deepcopy(model)
+
+        def loss(model):
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss_of(model)
+
+        results.append(descent(clone, loss, placement))
+    assert results[1][0] == pytest.approx(results[0][0], rel=0.02)
+    for name, gradient in results[0][1].items():
+        assert (
+            torch.linalg.vector_norm(gradient - results[1][1][name]) <= 0.1 * torch.linalg.vector_norm(gradient) + 1e-3
+        )
+
+
+def test_a_matrix_without_a_known_layer_is_refused_at_once():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x):
+            return x @ self.weight.mT
+
+    model = Raw()
+    with pytest.raises(ValueError, match="no known layer in whose forward ε could live; exclude it with targets="):
+        nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, placement="forward")
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)  # auto: in the weights
+    for _ in opt.passes():
+        square_loss()(model).backward()
+    assert opt.metrics()["fallback/weight: no known layer holds it"] == 1.0
+
+
+# ------------------------------------------------------------------ targets
+
+
+class LoRA(nn.Module):
+    """A frozen layer with trainable low-rank factors beside it."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.base = nn.Linear(6, 5).to(dtype).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 5, bias=False)
+
+    def forward(self, x):
+        return self.base(x.to(self.base.weight.dtype)).to(x.dtype) + self.up(self.down(x))
+
+
+def lora(dtype=torch.float32):
+    torch.manual_seed(2)
+    return nn.Sequential(LoRA(dtype), nn.GELU(), nn.Linear(5, 3).requires_grad_(False))
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_weights_are_perturbed_without_a_gradient_or_a_write(dtype):
+    model = lora(dtype)
+    before = weights(model)
+    frozen = {"0.base.weight": model[0].base.weight, "2.weight": model[2].weight}
+    opt = nusam.NuSAM(torch.optim.SGD(trainable(model), lr=0.0), rho=0.2, model=model, targets="frozen")
+    assert opt.perturbation_numel() == 5 + 6 + 3 + 5
+    losses = []
+    for _ in range(3):
+        for _pass in opt.passes():
+            x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            assert all(p.grad is None for p in frozen.values())
+            assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+        opt.step()
+    assert losses[-1] > losses[-2]
+    metrics = opt.metrics()
+    assert {k for k in metrics if k.startswith("epsilon/")} == {f"epsilon/{name}" for name in frozen}
+    assert all(metrics[f"epsilon/{name}"] == pytest.approx(0.2) for name in frozen)
+
+
+def test_the_perturbation_of_frozen_weights_is_the_one_their_gradient_gives():
+    model = lora().double()
+    opt = nusam.NuSAM(torch.optim.SGD(trainable(model), lr=0.0), rho=0.2, model=model, targets="frozen")
+    thawed = copy.deepcopy(model).requires_grad_(True)
+    reference = nusam.NuSAM(torch.optim.SGD(thawed.parameters(), lr=0.0), rho=0.2, model=thawed, ascent="gradient")
+    saved = opt.state_dict()
+    for m, o in ((thawed, reference), (model, opt)):
+        for _ in o.passes():
+            square_loss()(m).backward()
+        if o is reference:
+            u0 = nusam.lmo.Nuclear().init_state(model[0].base.weight, 0)["u"]
+            saved["param_groups"][0]["nusam_outside"] = {
+                "0.base.weight": {"u": u0},
+                "2.weight": {"u": torch.ones(3) / 3},
+            }
+            opt.load_state_dict(saved)
+    G = {}
+    loss = square_loss()(thawed)
+    G["0.base.weight"], G["2.weight"] = torch.autograd.grad(loss, [thawed[0].base.weight, thawed[2].weight])
+    for name, start in (("0.base.weight", u0), ("2.weight", torch.ones(3).double() / 3)):
+        parameter = dict(model.named_parameters())[name]
+        u, _ = svd_top1(G[name] / G[name].abs().max(), start)
+        assert torch.linalg.vector_norm(opt._states[parameter]["u"] - u) <= 1e-12
+
+
+def test_frozen_perturbations_resume():
+    runs = []
+    for resumed in (False, True):
+        model = lora()
+        opt = nusam.NuSAM(torch.optim.AdamW(trainable(model), lr=1e-2), rho=0.1, model=model, targets="frozen")
+        for step in range(6):
+            if resumed and step == 3:
+                saved, state = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
+                model = lora()
+                model.load_state_dict(state)
+                opt = nusam.NuSAM(torch.optim.AdamW(trainable(model), lr=1e-2), rho=0.1, model=model, targets="frozen")
+                opt.load_state_dict(saved)
+            for _ in opt.passes():
+                square_loss(step)(model).backward()
+            opt.step()
+        runs.append(weights(model))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_predicate_chooses_among_all_parameters():
+    model = lora()
+    opt = nusam.NuSAM(
+        torch.optim.SGD(trainable(model), lr=0.0),
+        model=model,
+        targets=lambda name, p: name.endswith(("base.weight", "up.weight")),
+    )
+    for _ in opt.passes():
+        square_loss()(model).backward()
+    assert {k for k in opt.metrics() if "epsilon" in k} == {"epsilon/0.base.weight", "epsilon/0.up.weight"}
+
+
+def test_no_frozen_matrix_is_an_error():
+    model = mlp()
+    with pytest.raises(ValueError, match="nothing to perturb: the model holds no frozen 2-D parameter"):
+        nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, targets="frozen")
+
+
+# ------------------------------------------------------------------ ε kept from step to step
+
+
+def test_ascent_every_reuses_epsilon_and_counts_its_passes():
+    model = mlp()
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.1, delay=2, ascent_every=3)
+    seen, moved = [], []
+    original = weights(model)
+    for step in range(9):
+        passes = []
+        for name in opt.passes():
+            passes.append(name)
+            loss_of(model, step).backward()
+            if name == "descent":
+                moved.append(model[0].weight.detach() - original[0])
+        opt.step()
+        seen.append(len(passes))
+    assert seen == [1, 1, 2, 1, 1, 2, 1, 1, 2]
+    torch.testing.assert_close(moved[3], moved[2])
+    torch.testing.assert_close(moved[4], moved[2])
+    assert not torch.allclose(moved[5], moved[2], atol=1e-3)
+    assert torch.linalg.svdvals(moved[3])[0] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_kept_epsilon_follows_the_radius():
+    model = mlp()
+    opt = nusam.NuSAM(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        rho=0.1,
+        ascent_every=2,
+        rho_schedule=lambda k: 1.0 if k % 2 == 0 else 0.5,
+    )
+    original, sizes = weights(model), []
+    for step in range(4):
+        for name in opt.passes():
+            loss_of(model, step).backward()
+            if name == "descent":
+                sizes.append(torch.linalg.vector_norm(model[0].weight.detach() - original[0]).item())
+        opt.step()
+    assert sizes == pytest.approx([0.1, 0.05, 0.1, 0.05], rel=1e-3)
+
+
+@pytest.mark.parametrize("cut", [2, 3, 4])
+def test_a_kept_epsilon_resumes_bit_exactly(cut):
+    runs = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        opt = nusam.NuSAM(torch.optim.AdamW(model.parameters(), lr=1e-2), rho=0.1, ascent_every=3, model=model)
+        for step in range(8):
+            if resumed and step == cut:
+                saved, state = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
+                model = mlp()
+                model.load_state_dict(state)
+                opt = nusam.NuSAM(torch.optim.AdamW(model.parameters(), lr=1e-2), rho=0.1, ascent_every=3, model=model)
+                opt.load_state_dict(saved)
+            train_step(model, opt, step)
+        runs.append(weights(model))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_batch_statistics_move_once_in_steps_without_an_ascent():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), ascent_every=2, model=model)
+    for step in range(4):
+        train_step(model, opt, step)
+    assert model[1].num_batches_tracked == 4
