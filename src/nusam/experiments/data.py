@@ -1,0 +1,176 @@
+"""The images that the experiments learn from: small subsets, validation images carved from the training images."""
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision import datasets
+
+from nusam.experiments.errors import Refused
+
+__all__ = ["DATASETS", "Dataset", "Images", "Source", "load", "split"]
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# How much is used of the data sets that have more.
+TRAIN = 400
+POOL = 1_400  # images for training and validation together
+TEST = 1_000
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before training and validation are told apart; plain arrays travel between processes."""
+
+    title: str
+    classes: int
+    train_size: int
+    pool: Pixels  # (N, C, S, S)
+    pool_labels: Labels
+    test: Pixels
+    test_labels: Labels
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return int(self.pool.shape[1])
+
+    @property
+    def image_size(self) -> int:
+        """Pixels on a side."""
+        return int(self.pool.shape[2])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images in each split."""
+        validation = len(self.pool_labels) - self.train_size
+        return {"train": self.train_size, "validation": validation, "test": len(self.test_labels)}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images in −1..1 with their classes."""
+
+    pixels: Tensor  # (N, C, S, S) float32
+    labels: Tensor  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What one run learns from, chooses ρ with, and is judged by."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+
+def load(name: str, root: Path) -> Source:
+    """Read a data set that is on this machine; nothing is downloaded.
+
+    Raises:
+        Refused: if the name is unknown, or its files are not there or can't be read.
+    """
+    if name not in DATASETS:
+        raise Refused(f"--data must be one of {', '.join(DATASETS)}, got {name}.")
+    try:
+        return DATASETS[name](root)
+    except (OSError, EOFError, ValueError, RuntimeError) as error:
+        raise Refused(f"--data {name} was found but could not be read: {error}; put complete files there.") from error
+
+
+def split(source: Source, seed: int, device: torch.device) -> Dataset:
+    """Training and validation images are drawn from the pool by the seed; the test images are always the same."""
+    order = _shuffled(len(source.pool_labels), seed)
+
+    def images(pixels: Pixels, labels: Labels) -> Images:
+        scaled = torch.from_numpy(pixels).to(device, torch.float32).div_(127.5).sub_(1)
+        return Images(scaled, torch.from_numpy(labels).to(device))
+
+    train, validation = (
+        images(source.pool[chosen], source.pool_labels[chosen])
+        for chosen in (order[: source.train_size], order[source.train_size :])
+    )
+    return Dataset(train, validation, images(source.test, source.test_labels))
+
+
+def _digits(root: Path) -> Source:
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = digits.target.astype(np.int64)
+    order = _shuffled(len(labels), seed=0)
+    pool, test = order[:1000], order[1000:]
+    return Source("digits", 10, 300, pixels[pool], labels[pool], pixels[test], labels[test])
+
+
+def _fashion_mnist(root: Path) -> Source:
+    if (root / "FashionMNIST" / "raw").is_dir():
+        parts = [datasets.FashionMNIST(root, train) for train in (True, False)]
+        train, test = ((part.data.numpy(), part.targets.numpy()) for part in parts)
+    elif DEBIAN_FASHION_MNIST.is_dir():
+        train, test = (_idx_files(DEBIAN_FASHION_MNIST, part) for part in ("train", "t10k"))
+    else:
+        raise Refused(
+            f"--data fashion-mnist needs the folder FashionMNIST/raw in --data-root, which is {root}, or the Debian "
+            "package dataset-fashion-mnist, and found neither; provide one of them."
+        )
+    return _subset("Fashion-MNIST", *((pixels[:, None], labels) for pixels, labels in (train, test)))
+
+
+def _idx_files(folder: Path, part: str) -> tuple[Pixels, Labels]:
+    pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+    return np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
+
+
+def _cifar10(root: Path) -> Source:
+    if (root / "cifar-10-batches-py").is_dir():
+        parts = [datasets.CIFAR10(root, train) for train in (True, False)]
+        train, test = ((part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in parts)
+        return _subset("CIFAR-10", train, test)
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        folders = [datasets.ImageFolder(str(root / part)) for part in ("train", "test")]
+        if folders[0].classes != folders[1].classes:
+            raise Refused(f"--data cifar10 needs the same classes in {root}/train and {root}/test; complete them.")
+        return _subset("CIFAR-10 (JPEG re-encoded)", *map(_decoded, folders, (POOL, TEST)))
+    raise Refused(
+        f"--data cifar10 needs the folders train and test, with a folder of images for each class, or "
+        f"cifar-10-batches-py in --data-root, which is {root}, and found neither; point --data-root to them."
+    )
+
+
+def _decoded(folder: datasets.ImageFolder, most: int) -> tuple[Pixels, Labels]:
+    chosen = _shuffled(len(folder), seed=0)[:most]
+    pixels = np.stack([np.asarray(folder[index][0]) for index in chosen])
+    return pixels.transpose(0, 3, 1, 2), np.array(folder.targets)[chosen]
+
+
+def _subset(title: str, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source:
+    pool = _shuffled(len(train[1]), seed=0)[:POOL]
+    held_out = _shuffled(len(test[1]), seed=0)[:TEST]
+    return Source(
+        title,
+        classes=int(train[1].max()) + 1,
+        train_size=min(TRAIN, len(pool) // 2),
+        pool=train[0][pool],
+        pool_labels=train[1][pool].astype(np.int64),
+        test=test[0][held_out],
+        test_labels=test[1][held_out].astype(np.int64),
+    )
+
+
+def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).permutation(count)
+
+
+DATASETS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar10}

@@ -1,0 +1,96 @@
+"""``nusam demo``: AdamW, SAM, SAM-ON and νSAM on an MLP-Mixer and a ViT small enough for two processor cores."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from nusam.experiments.comparison import Comparison
+from nusam.experiments.data import load
+from nusam.experiments.errors import Refused
+from nusam.experiments.methods import METHODS
+from nusam.experiments.models import TITLES
+from nusam.experiments.rho_selection import Contest, Plan
+from nusam.experiments.training import Recipe
+
+__all__ = ["Demo"]
+
+EPOCHS = {"digits": 40, "fashion-mnist": 30, "cifar10": 30}
+TRIAL_SEEDS = 2
+MOST_JOBS = 8  # each worker takes about half a gigabyte
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train an MLP-Mixer and a ViT with AdamW, SAM, SAM-ON and νSAM; compare accuracy, step time and memory.
+
+    Leaves results.json and a figure of the learning curves. ρ is chosen by validation accuracy. Ctrl-C keeps what
+    was finished.
+    """
+
+    data: str = "digits"
+    """digits, or fashion-mnist or cifar10 where their files are in --data-root; small subsets of them."""
+    data_root: Path = Path("data")
+    """Folder with FashionMNIST/raw, cifar-10-batches-py, or train/CLASS/*.jpg and test/CLASS/*.jpg."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD")] = ("adamw", "sam", "sam-on", "nusam")
+    """Which to compare, separated by spaces or commas; also nusam-2, nusam-5 and nusam-10, which reuse ε."""
+    rho: float | None = None
+    """One radius for every method and model, instead of choosing it."""
+    seeds: int = 4
+    """How many. A seed decides the data split, the initial weights and the order, alike for all methods."""
+    epochs: int | None = None
+    """Passes over the training images; 40 for digits and 30 for the others unless given."""
+    jobs: int | None = None
+    """Runs side by side; the number of cores, at most 8, on a processor and 1 elsewhere unless given."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    out: Path = Path("runs/demo")
+    """Folder for results.json and demo.png."""
+
+    def __call__(self) -> int:
+        """Run it; the exit code."""
+        device = _device(self.device)
+        methods = _methods(self.methods)
+        for option, value in (("--seeds", self.seeds), ("--epochs", self.epochs), ("--jobs", self.jobs)):
+            if value is not None and value < 1:
+                raise Refused(f"{option} must be at least 1, got {value}.")
+        if self.rho is not None and not (math.isfinite(self.rho) and self.rho > 0):
+            raise Refused(f"--rho must be a positive number, got {self.rho}; leave it out to have it chosen.")
+        source = load(self.data, self.data_root)
+        recipe = Recipe(self.epochs or EPOCHS[self.data])
+        jobs = self.jobs or (min(torch.get_num_threads(), MOST_JOBS) if device.type == "cpu" else 1)
+        plan = Plan(_radii(methods, self.rho), self.seeds, TRIAL_SEEDS)
+        return Comparison(source, recipe, device, plan, self.out, {**asdict(self), "methods": methods}).run(jobs)
+
+
+def _device(name: str) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    allowed = ["cpu"]
+    if accelerator is not None:
+        indices = range(torch.accelerator.device_count())
+        allowed += [accelerator.type, *(f"{accelerator.type}:{index}" for index in indices)]
+    if name not in allowed:
+        raise Refused(f"--device must be {' or '.join(allowed)} on this machine, got {name}.")
+    return torch.device(name)
+
+
+def _methods(given: Sequence[str]) -> list[str]:
+    names = [name for part in given for name in part.split(",") if name]
+    for name in names or ["nothing"]:
+        if name not in METHODS:
+            raise Refused(f"--methods must name some of {', '.join(METHODS)}, got {name}.")
+    return list(dict.fromkeys(names))
+
+
+def _radii(methods: Sequence[str], rho: float | None) -> dict[Contest, tuple[float, ...]]:
+    """The candidates: nothing to choose for AdamW, nor where a radius is given."""
+    radii: dict[Contest, tuple[float, ...]] = {}
+    for model in TITLES:
+        for method in methods:
+            candidates = METHODS[method].radii.get(model, (0.0,))
+            radii[Contest(model, method)] = candidates if rho is None or method == "adamw" else (rho,)
+    return radii

@@ -1,0 +1,71 @@
+"""results.json: everything that a comparison did and found."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from nusam.experiments.methods import METHODS
+from nusam.experiments.rho_selection import Plan
+from nusam.experiments.table import Row
+from nusam.experiments.training import Outcome
+
+__all__ = ["device_name", "write"]
+
+
+def write(path: Path, settings: Mapping[str, Any], plan: Plan, table: Sequence[Row]) -> None:
+    """Replace the file at once, so that it is whole whenever it is read or the program is stopped."""
+    content = {
+        **settings,
+        "versions": {"python": python_version(), **{name: version(name) for name in ("nusam", "torch", "timm")}},
+        "runs_planned": plan.runs(),
+        "runs_finished": len(plan.outcomes),
+        "table": [asdict(row) for row in table],
+        "rho_selection": _selection(plan),
+        "runs": [_run(outcome) for outcome in plan.outcomes],
+    }
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def device_name(device: torch.device) -> str:
+    """The device and, where torch knows it, what it is."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _selection(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": contest.model,
+            "method": contest.method,
+            "delay": METHODS[contest.method].delay,
+            "chosen_rho": plan.chosen.get(contest),
+            "trials": [
+                {"rho": rho, "validation_accuracy": fmean(accuracies), "seeds": len(accuracies)}
+                for rho, accuracies in plan.trials(contest).items()
+            ],
+        }
+        for contest in plan.radii
+    ]
+
+
+def _run(outcome: Outcome) -> dict[str, Any]:
+    return {
+        **asdict(outcome.run),
+        "validation_accuracy": outcome.validation_accuracy,
+        "test_accuracy": outcome.test_accuracy,
+        "delay_steps": outcome.delay_steps,
+        "seconds": round(outcome.seconds, 3),
+        # JSON has no NaN, which a diverged run's loss is.
+        "train_loss": [e.train_loss if math.isfinite(e.train_loss) else None for e in outcome.epochs],
+        "test_accuracy_curve": [e.test_accuracy for e in outcome.epochs],
+    }

@@ -1,0 +1,54 @@
+"""How long a step takes, measured apart from the training runs, which disturb each other."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import median
+
+import torch
+from torch.optim import AdamW
+
+from nusam.experiments.data import Images
+from nusam.experiments.methods import METHODS
+from nusam.experiments.models import build
+from nusam.experiments.training import one_pass
+
+__all__ = ["step_seconds"]
+
+ROUNDS = 25
+STEPS = 3
+
+
+def step_seconds(model_name: str, radii: Mapping[str, float], batch: Images, classes: int) -> dict[str, float]:
+    """Median seconds of a step for each method, the methods taking turns so that all see the same machine."""
+    steps = {method: _stepper(model_name, method, rho, batch, classes) for method, rho in radii.items()}
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in training
+    try:
+        for _ in range(1 + ROUNDS):
+            for method, step in steps.items():
+                seconds[method].append(_seconds(step, batch.pixels.device))
+    finally:
+        torch.set_num_threads(threads)
+    return {method: median(rounds[1:]) for method, rounds in seconds.items()}  # the first round warms up
+
+
+def _stepper(model_name: str, method: str, rho: float, batch: Images, classes: int) -> Callable[[], object]:
+    model = build(model_name, batch.pixels.shape[-1], batch.pixels.shape[1], classes).to(batch.pixels.device)
+    optimizer = METHODS[method].wrap(AdamW(model.parameters()), rho, 0, model)
+    return partial(optimizer.step, partial(one_pass, model, optimizer, batch.pixels, batch.labels))
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    _wait_for(device)
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    _wait_for(device)
+    return (time.perf_counter() - began) / STEPS
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

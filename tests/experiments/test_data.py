@@ -1,0 +1,133 @@
+"""Data sets, from the folders that people have."""
+
+import gzip
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nusam.experiments import data
+from nusam.experiments.errors import Refused
+
+CPU = torch.device("cpu")
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The format of MNIST's files."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_fashion_mnist(folder: Path, compress: bool) -> None:
+    """Forty training and twenty test images whose every pixel is ten times the class."""
+    folder.mkdir(parents=True)
+    for part, count in (("train", 40), ("t10k", 20)):
+        labels = np.arange(count) % 10
+        for name, array in (
+            (f"{part}-images-idx3-ubyte", np.broadcast_to(10 * labels[:, None, None], (count, 28, 28))),
+            (f"{part}-labels-idx1-ubyte", labels),
+        ):
+            if compress:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+            else:
+                (folder / name).write_bytes(idx(array))
+
+
+def write_image_folders(root: Path, classes=("cat", "dog", "eel"), test_classes=None) -> None:
+    """Ten training and four test images of each class; red is twenty times the class."""
+    for part, names, count in (("train", classes, 10), ("test", test_classes or classes, 4)):
+        for label, name in enumerate(names):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (32, 32), (20 * label, 128, 255)).save(folder / f"{index:04}.jpg", quality=95)
+
+
+def assert_pixels_follow_labels(source: data.Source, factor: int) -> None:
+    """No image has lost its label on the way."""
+    for pixels, labels in ((source.pool, source.pool_labels), (source.test, source.test_labels)):
+        assert np.abs(pixels[:, 0].mean((1, 2)) - factor * labels).max() < 3
+        assert pixels.dtype == np.uint8
+        assert labels.dtype == np.int64
+
+
+@pytest.fixture
+def no_debian_files(monkeypatch, tmp_path):
+    """As if the Debian package were not installed."""
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
+
+
+def test_digits_splits_are_disjoint_and_the_test_split_is_fixed(tmp_path):
+    source = data.load("digits", tmp_path)
+    assert (source.channels, source.image_size, source.classes) == (1, 8, 10)
+    assert sum(source.sizes.values()) == 1797
+    splits = [data.split(source, seed, CPU) for seed in (0, 0, 1)]
+    assert torch.equal(splits[0].train.pixels, splits[1].train.pixels)
+    assert not torch.equal(splits[0].train.pixels, splits[2].train.pixels)
+    assert torch.equal(splits[0].test.pixels, splits[2].test.pixels)
+    for images, size in ((splits[0].train, 300), (splits[0].validation, 700), (splits[0].test, 797)):
+        assert images.pixels.shape == (size, 1, 8, 8)
+        assert images.pixels.min() >= -1
+        assert images.pixels.max() <= 1
+    parts = (splits[0].train, splits[0].validation)
+    train, validation = ({row.numpy().tobytes() for row in images.pixels} for images in parts)
+    assert not train & validation
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "debian"])
+def test_fashion_mnist_is_read_from_either_layout(layout, tmp_path, monkeypatch, no_debian_files):
+    if layout == "debian":
+        monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "share")
+        write_fashion_mnist(tmp_path / "share", compress=True)
+    else:
+        write_fashion_mnist(tmp_path / "FashionMNIST" / "raw", compress=False)
+    source = data.load("fashion-mnist", tmp_path)
+    assert source.title == "Fashion-MNIST"
+    assert (source.channels, source.image_size, source.classes) == (1, 28, 10)
+    assert source.sizes == {"train": 20, "validation": 20, "test": 20}
+    assert_pixels_follow_labels(source, factor=10)
+
+
+def test_cifar10_is_read_from_folders_of_images(tmp_path):
+    write_image_folders(tmp_path)
+    source = data.load("cifar10", tmp_path)
+    assert source.title == "CIFAR-10 (JPEG re-encoded)"
+    assert (source.channels, source.image_size, source.classes) == (3, 32, 3)
+    assert source.sizes == {"train": 15, "validation": 15, "test": 12}
+    assert_pixels_follow_labels(source, factor=20)
+
+
+def test_large_data_sets_are_cut_to_a_fixed_subset(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "POOL", 10)
+    monkeypatch.setattr(data, "TEST", 5)
+    write_image_folders(tmp_path)
+    sources = [data.load("cifar10", tmp_path) for _ in range(2)]
+    assert sources[0].sizes == {"train": 5, "validation": 5, "test": 5}
+    assert np.array_equal(sources[0].pool_labels, sources[1].pool_labels)
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
+def test_broken_files_are_refused_in_one_sentence(name, tmp_path, no_debian_files):
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps({}))
+    with pytest.raises(Refused, match=f"--data {name} was found but could not be read"):
+        data.load(name, tmp_path)
+
+
+def test_a_truncated_archive_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "share")
+    write_fashion_mnist(tmp_path / "share", compress=True)
+    images = tmp_path / "share" / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:100])
+    with pytest.raises(Refused, match="could not be read"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_folders_with_other_classes_are_refused(tmp_path):
+    write_image_folders(tmp_path, test_classes=("cat", "dog", "fox"))
+    with pytest.raises(Refused, match="the same classes"):
+        data.load("cifar10", tmp_path)

@@ -1,0 +1,69 @@
+"""Runs are reproducible, and methods are compared on the same footing."""
+
+import math
+
+import pytest
+import torch
+
+import nusam
+from nusam.experiments.data import load
+from nusam.experiments.methods import METHODS
+from nusam.experiments.models import TITLES, build
+from nusam.experiments.training import Recipe, Run, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return load("digits", tmp_path_factory.mktemp("unused"))
+
+
+def epochs(run: Run, recipe: Recipe, source) -> list:
+    """The reported epochs, which are also the outcome's."""
+    reported = []
+    outcome = train(run, recipe, source, CPU, reported.append)
+    assert outcome.epochs == reported
+    return reported
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_result(method, digits):
+    run = Run("vit", method, 0.0 if method == "adamw" else 0.05, seed=3)
+    torch.manual_seed(1)
+    first = epochs(run, Recipe(epochs=2), digits)
+    torch.manual_seed(2)
+    assert epochs(run, Recipe(epochs=2), digits) == first
+    assert epochs(Run(run.model, run.method, run.rho, seed=4), Recipe(epochs=2), digits) != first
+
+
+@pytest.mark.parametrize("method", ["sam", "nusam"])
+def test_methods_share_split_weights_and_order_until_the_delay_is_over(method, digits):
+    recipe = Recipe(epochs=10)  # the delay of 10% is the first epoch
+    alone = epochs(Run("mixer", "adamw", 0.0, seed=1), recipe, digits)
+    perturbed = epochs(Run("mixer", method, 0.1, seed=1), recipe, digits)
+    assert perturbed[0] == alone[0]
+    assert perturbed[1] != alone[1]
+
+
+def test_training_learns(digits):
+    learned = train(Run("mixer", "nusam", 0.05, seed=0), Recipe(epochs=15), digits, CPU, lambda epoch: None)
+    assert learned.test_accuracy > 0.7
+    assert learned.validation_accuracy > 0.7
+    assert learned.epochs[-1].train_loss < learned.epochs[0].train_loss / 2
+    assert learned.delay_steps == 15
+
+
+@pytest.mark.parametrize("model", TITLES)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "adamw"])
+def test_floats_of_the_perturbation_are_those_of_the_model(model, method, digits):
+    outcome = train(Run(model, method, 0.05, seed=0), Recipe(epochs=1), digits, CPU, lambda epoch: None)
+    net = build(model, digits.image_size, digits.channels, digits.classes)
+    expected = {"sam": nusam.SAM, "sam-on": nusam.SAMON, "nusam": nusam.NuSAM}[method]
+    assert outcome.perturbation_numel == nusam.perturbation_numel(net, expected)
+
+
+def test_a_collapsed_run_is_reported_not_hidden(digits):
+    outcome = train(Run("vit", "nusam", 1e6, seed=0), Recipe(epochs=2), digits, CPU, lambda epoch: None)
+    assert outcome.test_accuracy < 0.2
+    assert math.isnan(outcome.epochs[-1].train_loss) or outcome.epochs[-1].train_loss > 1
