@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
 PYTHON ?= python3
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/installed
 	.venv/bin/nusam demo $(ARGS)
@@ -18,6 +18,13 @@ check: .venv/installed
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[experiments,dev]"
 	touch $@
+
+bench: .venv/installed
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	.venv/bin/python benchmarks/speed.py
+	.venv/bin/python benchmarks/memory.py
+	.venv/bin/python benchmarks/exactness.py
+	.venv/bin/python benchmarks/breakeven.py
 
 clean:
 	rm -rf .venv dist
