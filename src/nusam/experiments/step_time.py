@@ -15,8 +15,8 @@ from nusam.experiments.training import one_pass
 
 __all__ = ["step_seconds"]
 
-ROUNDS = 25
-STEPS = 3
+ROUNDS = 10
+STEPS = 10  # whole periods of every ascent_every
 
 
 def step_seconds(model_name: str, radii: Mapping[str, float], batch: Images, classes: int) -> dict[str, float]:
