@@ -153,6 +153,21 @@ def test_autocast():
         )
 
 
+@pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.SAM])
+def test_one_autocast_around_both_passes_sees_the_perturbed_weights(kind):
+    """Autocast caches its low-precision copy of a weight until its outermost context ends."""
+    model = mlp()
+    opt = kind(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5)
+    losses = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in opt.passes():
+            losses.append(loss_of(model))
+            losses[-1].backward()
+        losses.append(loss_of(model))
+    assert losses[1].item() > losses[0].item() + 0.05
+    assert losses[2].item() == pytest.approx(losses[0].item(), abs=1e-2)
+
+
 def test_a_matrix_without_a_known_layer_is_refused_at_once():
     class Raw(nn.Module):
         def __init__(self):
@@ -165,7 +180,8 @@ def test_a_matrix_without_a_known_layer_is_refused_at_once():
     model = Raw()
     with pytest.raises(ValueError, match="no known layer in whose forward ε could live; exclude it with targets="):
         nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, placement="forward")
-    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)  # auto: in the weights
+    # in the weights, it can be perturbed
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, ascent="matrix-free")
     for _ in opt.passes():
         square_loss()(model).backward()
     assert opt.metrics()["fallback/weight: no known layer holds it"] == 1.0

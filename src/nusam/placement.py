@@ -51,11 +51,13 @@ class _RankOneInWeights(InWeights):
     @torch.no_grad()
     def add(self) -> None:
         torch._foreach_addcmul_(self._written, self._columns, self._rows, value=1)
+        torch.clear_autocast_cache()  # an autocast around both passes would go on with its copy of the weights
 
     @torch.no_grad()
     def remove(self) -> None:
         if self._marker.item():
             torch._foreach_addcmul_(self._written, self._columns, self._rows, value=-1)
+            torch.clear_autocast_cache()
 
 
 class _DenseInWeights(InWeights):
@@ -71,10 +73,12 @@ class _DenseInWeights(InWeights):
         if self._parameters:
             self._originals = [parameter.clone() for parameter in self._parameters]
             torch._foreach_add_(self._parameters, self._epsilons)
+            torch.clear_autocast_cache()
         self._epsilons.clear()
 
     @torch.no_grad()
     def remove(self) -> None:
         if self._originals:
             torch._foreach_copy_(self._parameters, self._originals)
+            torch.clear_autocast_cache()
             self._originals = []
