@@ -192,7 +192,9 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
 def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
     module: Any = use.module
     if isinstance(module, nn.MultiheadAttention):
-        return _attention_forward(module, handlers)
+        # It hands its projections' weights to F.linear itself, out_proj's included: so its functions run with an
+        # F.linear of ours, which finds the handler on the weight.
+        return partial(_multihead_attention, module)
     kind, handler = use.kind, handlers[use.parameter]
 
     def forward(x: Tensor) -> Tensor:
@@ -203,14 +205,6 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
 
 
 _F: Any = F  # its private parts
-
-
-def _attention_forward(module: nn.MultiheadAttention, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
-    """nn.MultiheadAttention hands its projections' weights to F.linear itself, ``out_proj`` included.
-
-    So its functions run here with an F.linear of ours, which finds the handler on the weight.
-    """
-    return partial(_multihead_attention, module)
 
 
 def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
