@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from nusam.interrupts import always
 from nusam.layers import Handler, Kind, Use, rerouted
-from nusam.power_iteration import TopPair, power_iteration
+from nusam.power_iteration import TopPair, normalized, products
 
 __all__ = ["LayerGradient", "MatrixFreeAscent", "why_not_served"]
 
@@ -85,7 +85,12 @@ class MatrixFreeAscent:
         A matrix that was also used elsewhere has both; its pair is then dead: half of its gradient is not the
         gradient.
         """
-        return {p: record.top_pair() for p, record in self._records.items() if record.probe.grad is not None}
+        reached = {p: record for p, record in self._records.items() if record.probe.grad is not None}
+        if not reached:
+            return {}
+        us, vs = zip(*(record.vectors() for record in reached.values()), strict=True)
+        warm_starts = [record.warm_start for record in reached.values()]
+        return dict(zip(reached, normalized(list(us), list(vs), warm_starts), strict=True))
 
     def not_served(self) -> dict[Tensor, str]:
         """Why a matrix could not be served in this pass, as far as that is known on the host."""
@@ -116,15 +121,16 @@ class MatrixFreeAscent:
 class _Record:
     """What a pass learns about one matrix.
 
-    The gradient of ``probe`` = [u, 0 (m), 0, 0] is [u', v', σ, 1] of the use, summed over uses: a pure
-    function of the layer, so it works inside a compiled graph. In eager mode uses are counted as they happen.
+    The gradient of ``probe`` = [u, 0 (m), 0] is [Gv, v, 1] of the use, summed over uses: a pure function of the
+    layer, so it works inside a compiled graph. In eager mode uses are counted as they happen.
     """
 
     def __init__(self, parameter: Tensor, u: Tensor, iterations: int) -> None:
         m = parameter.shape[1]
         self.parameter = parameter
+        self.warm_start = u
         self.iterations = iterations
-        self.probe = torch.cat([u, u.new_zeros(m + 2)]).requires_grad_()
+        self.probe = torch.cat([u, u.new_zeros(m + 1)]).requires_grad_()
         self.calls = 0
         self.done = False
 
@@ -146,14 +152,16 @@ class _Record:
             )
         self.done = True
 
-    def top_pair(self) -> TopPair:
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Gv and v, or zeros where they are not those of the whole gradient."""
         n, m = self.parameter.shape
         gradient = self.probe.grad
         assert gradient is not None
-        u, v, sigma, count = torch.split(gradient, [n, m, 1, 1])
-        alive = (sigma > 0) & (count == 1) if self.parameter.grad is None else torch.zeros_like(sigma, dtype=torch.bool)
-        u = torch.where(alive, u, self.probe.detach()[:n])
-        return TopPair(u, v.masked_fill(~alive, 0), sigma.masked_fill(~alive, 0)[0], alive[0])
+        if self.parameter.grad is not None:
+            gradient = torch.zeros_like(gradient)
+        Gv, v, count = torch.split(gradient, [n, m, 1])
+        once = count == 1
+        return torch.where(once, Gv, 0), torch.where(once, v, 0)
 
 
 class _Products(torch.autograd.Function):
@@ -189,7 +197,6 @@ class _Products(torch.autograd.Function):
                     ctx.record.refuse_second_backward()
                 X = X.to(probe.dtype) if X.is_floating_point() else X
                 G = LayerGradient(kind, X, D.to(probe.dtype), n)
-                (pair,) = power_iteration([G], [probe[:n]], ctx.iterations)
-                sigma = pair.sigma.reshape(1)
-                probe_gradient = torch.cat([pair.u, pair.v, sigma, torch.ones_like(sigma)])
+                (Gv,), (v,) = products([G], [probe[:n]], ctx.iterations)
+                probe_gradient = torch.cat([Gv, v, v.new_ones(1)])
         return input_gradient, weight_gradient, None, probe_gradient, None, None, None

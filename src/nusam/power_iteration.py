@@ -6,7 +6,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["TAU", "Matrix", "TopPair", "power_iteration", "working_dtype"]
+__all__ = [
+    "ALONE",
+    "TAU",
+    "Matrix",
+    "Together",
+    "TopPair",
+    "normalized",
+    "power_iteration",
+    "products",
+    "working_dtype",
+]
 
 TAU = 1e-12  # τ of Algorithm 2, here relative to the largest entry of the vector it regularises
 
@@ -43,7 +53,38 @@ class TopPair(NamedTuple):
     alive: Tensor  # () bool: False where A is zero, or holds an inf or a NaN
 
 
-def power_iteration(matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int = 1) -> list[TopPair]:
+class Together(Protocol):
+    """How processes that hold parts of matrices add up what each computed from its own.
+
+    The lists that it gets have an entry for every matrix, always in the same order.
+    """
+
+    def sum_(self, xs: list[Tensor], own_rows_suffice: bool = False) -> None:
+        """Sum every x over the processes, in place.
+
+        ``own_rows_suffice``: nothing but a process's own rows of the matrix will be multiplied with the sum.
+        """
+
+    def max_(self, xs: list[Tensor]) -> None:
+        """The largest of every x over the processes, in place."""
+
+
+class Alone:
+    """Every matrix is here as a whole."""
+
+    def sum_(self, xs: list[Tensor], own_rows_suffice: bool = False) -> None:
+        pass
+
+    def max_(self, xs: list[Tensor]) -> None:
+        pass
+
+
+ALONE: Together = Alone()
+
+
+def power_iteration(
+    matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int = 1, together: Together = ALONE
+) -> list[TopPair]:
     """``iterations`` rounds of v = Aᵀu/‖Aᵀu‖, u = Av/‖Av‖ for each A (n×m) and its warm start u (n).
 
     Two deviations from Algorithm 2 as printed, so that a warm start never dies and the result does not
@@ -51,16 +92,37 @@ def power_iteration(matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], i
     added, and a zero, infinite or NaN matrix returns its warm start unchanged with ``alive = False``.
     Tensors are multiplied in their warm start's dtype. Nothing here waits for the device.
     """
-    if not matrices:
-        return []
+    return normalized(*products(matrices, us, iterations, together), us) if matrices else []
+
+
+def products(
+    matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int, together: Together = ALONE
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The last Av and v of every A, v with a largest entry of one: all of the iteration but its norms.
+
+    Norms in between would change nothing but rounding; scaling keeps products within the dtype's range.
+    """
     operators = [Explicit(A.to(u.dtype)) if isinstance(A, Tensor) else A for A, u in zip(matrices, us, strict=True)]
     current = list(us)
-    for _ in range(iterations):
-        vs, _ = _normalize([A.rmatvec(u) for A, u in zip(operators, current, strict=True)])
-        current, norms = _normalize([A.matvec(v) for A, v in zip(operators, vs, strict=True)])
-    sigmas = [norm * largest for norm, largest in zip(*norms, strict=True)]
+    for left in reversed(range(iterations)):
+        vs = [A.rmatvec(u) for A, u in zip(operators, current, strict=True)]
+        together.sum_(vs)
+        largest = torch._foreach_norm(vs, float("inf"))
+        torch._foreach_div_(vs, largest)
+        current = [A.matvec(v) for A, v in zip(operators, vs, strict=True)]
+        together.sum_(current, own_rows_suffice=left > 0)
+        if left:
+            torch._foreach_div_(current, largest)
+    return current, vs
+
+
+def normalized(us: list[Tensor], vs: list[Tensor], warm_starts: Sequence[Tensor]) -> list[TopPair]:
+    """The triples of :func:`products`' vectors, which are overwritten."""
+    u_norms, u_largest = _normalize(us)
+    v_norms, v_largest = _normalize(vs)
     pairs = []
-    for warm, u, v, sigma in zip(us, current, vs, sigmas, strict=True):
+    for i, (warm, u, v) in enumerate(zip(warm_starts, us, vs, strict=True)):
+        sigma = u_norms[i] / v_norms[i] * (u_largest[i] / v_largest[i])
         alive = sigma.isfinite()  # 0/0, inf/inf and NaN all end up as a NaN norm
         v, sigma = v.masked_fill_(~alive, 0), sigma.masked_fill(~alive, 0)
         pairs.append(TopPair(torch.where(alive, u, warm), v, sigma, alive))
@@ -72,10 +134,10 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _normalize(xs: list[Tensor]) -> tuple[list[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """x/(‖x‖ + τ) for every x, free of under- and overflow, and the norms in two factors."""
+def _normalize(xs: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """x/(‖x‖ + τ) for every x in place, free of under- and overflow; the norms in two factors."""
     largest = torch._foreach_norm(xs, float("inf"))
     torch._foreach_div_(xs, largest)
     norms = torch._foreach_norm(xs)
     torch._foreach_div_(xs, torch._foreach_add(norms, TAU))
-    return xs, (norms, largest)
+    return norms, largest
