@@ -107,12 +107,12 @@ def own_work(device: str, rounds: int) -> dict[str, object]:
 
     @torch.no_grad()
     def traffic() -> None:
-        for G in gradients:
-            G.sum()
-            G.sum()
-        for p in parameters:
-            p.mul_(1.0)
-            p.mul_(1.0)
+        for _ in range(2):  # all of them, then all again: a second read at once would come from the cache
+            for G in gradients:
+                G.sum()
+        for _ in range(2):
+            for p in parameters:
+                p.mul_(1.0)
 
     seconds: dict[Callable[[], None], list[float]] = {work: [], traffic: []}
     for _ in range(rounds * 3):

@@ -28,7 +28,7 @@ def sgd(model=None):
         ({"model": "vit"}, TypeError, "model must be the torch.nn.Module being trained, or None, got str"),
         ({"ascent": "matrix"}, ValueError, "ascent must be one of 'auto', 'gradient', 'matrix-free', got 'matrix'"),
         ({"placement": "gpu"}, ValueError, "placement must be one of 'auto', 'weights', 'forward', got 'gpu'"),
-        ({"m_sam": "yes"}, ValueError, "m_sam must be one of False, got 'yes'"),
+        ({"m_sam": "yes"}, TypeError, "m_sam must be True, False or the process group that shares ε, got 'yes'"),
         (
             {"ascent": "matrix-free"},
             ValueError,
@@ -39,7 +39,7 @@ def sgd(model=None):
         ({"targets": "all"}, ValueError, "targets must be one of 'trainable', 'frozen', got 'all'"),
         ({"targets": lambda name, p: True}, ValueError, "A predicate for targets needs model= for the names"),
         ({"ascent_every": 0}, ValueError, "ascent_every must be a whole number of at least 1, got 0"),
-        ({"m_sam": True}, NotImplementedError, "m_sam=True is not available yet; use m_sam=False"),
+        ({"m_sam": True}, ValueError, "m_sam=True needs model= to be the module wrapped by DistributedDataParallel"),
     ],
 )
 def test_a_wrong_argument_is_refused_and_the_base_optimizer_is_as_it_was(options, error, sentence):

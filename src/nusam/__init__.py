@@ -6,7 +6,8 @@
 
 from nusam import lmo, memory
 from nusam.memory import perturbation_numel
-from nusam.sharpness_aware import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm, SharpnessAware, step_in_backward
+from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
+from nusam.sharpness_aware import SharpnessAware, step_in_backward
 
 __version__ = "0.1.0"
 

@@ -9,8 +9,19 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from nusam.lmo import LMO, Nuclear
+from nusam.sharding import DataParallel, is_sharded
 
-__all__ = ["check_base_optimizer", "check_choice", "check_count", "check_parameter", "check_radius", "check_served"]
+__all__ = [
+    "check_base_optimizer",
+    "check_choice",
+    "check_count",
+    "check_m_sam",
+    "check_parameter",
+    "check_radius",
+    "check_rank_one",
+    "check_served",
+    "check_sharded",
+]
 
 
 def check_base_optimizer(base: Any) -> None:
@@ -42,21 +53,43 @@ def check_count(what: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}.")
 
 
-def check_choice(what: str, value: Any, allowed: tuple[Any, ...], later: tuple[Any, ...] = ()) -> None:
-    if value in later:
-        raise NotImplementedError(f"{what}={value!r} is not available yet; use {what}={allowed[0]!r}.")
+def check_choice(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def check_served(what: str, lmo: LMO, model: Any) -> None:
-    """Whether an option that works on the model's layers can work."""
+def check_rank_one(what: str, lmo: LMO) -> None:
+    """Whether an option that needs two vectors a matrix can work."""
     if not isinstance(lmo, Nuclear):
         raise ValueError(
             f"{what} needs the rank-one perturbation of NuSAM or NuSAMNorm, got {type(lmo).__name__}; leave it out."
         )
+
+
+def check_served(what: str, lmo: LMO, model: Any) -> None:
+    """Whether an option that works on the model's layers can work."""
+    check_rank_one(what, lmo)
     if model is None:
         raise ValueError(f"{what} needs model= to reach the layers; pass the module being trained.")
+
+
+def check_m_sam(m_sam: Any, lmo: LMO, workers: DataParallel) -> None:
+    """Whether the processes can have perturbations of their own."""
+    if isinstance(m_sam, bool):
+        if m_sam and not (workers.replicates or workers.shards):
+            raise ValueError(
+                "m_sam=True needs model= to be the module wrapped by DistributedDataParallel or fully_shard, whose "
+                "processes then perturb for themselves; pass it, or leave m_sam out in a single process."
+            )
+    elif not hasattr(m_sam, "rank"):
+        raise TypeError(f"m_sam must be True, False or the process group that shares ε, got {m_sam!r}.")
+    else:
+        check_rank_one("m_sam=<a process group>", lmo)
+        if not workers.replicates:
+            raise ValueError(
+                "m_sam=<a process group> needs model= to be the module wrapped by DistributedDataParallel; "
+                "pass that module, or use m_sam=True."
+            )
 
 
 def check_parameter(parameter: Tensor, lmo: LMO, placement: str, reachable: bool) -> None:
@@ -67,9 +100,10 @@ def check_parameter(parameter: Tensor, lmo: LMO, placement: str, reachable: bool
     what = f"A perturbed parameter of shape {tuple(parameter.shape)}"
     if not parameter.is_floating_point():
         raise TypeError(f"{what} is {parameter.dtype}, only real floating point can be perturbed; set its rho to 0.")
-    if hasattr(parameter, "device_mesh"):
+    if is_sharded(parameter) and not lmo.sees_shards:
         raise NotImplementedError(
-            f"{what} is a DTensor, and sharded parameters are not supported yet; use DistributedDataParallel."
+            f"{what} is sharded, which {type(lmo).__name__} can't see through; use NuSAM, NuSAMNorm, SAM or SAMON, or "
+            "DistributedDataParallel."
         )
     if parameter.grad is not None and parameter.grad.layout != torch.strided:
         raise TypeError(f"{what} has a sparse gradient, only dense ones are supported; use sparse=False or rho=0.")
@@ -89,3 +123,17 @@ def check_parameter(parameter: Tensor, lmo: LMO, placement: str, reachable: bool
             "pass model= so that ε can live in its layer's forward, keep the weights in float32 and use autocast, or "
             "accept the rounding with placement='weights'."
         )
+
+
+def check_sharded(parameter: Tensor, model: Any, m_sam: Any, workers: DataParallel, in_forward: bool) -> None:
+    """Whether a perturbed parameter that is a DTensor can be served as asked."""
+    what = f"A perturbed parameter of shape {tuple(parameter.shape)}"
+    if model is None:
+        raise ValueError(f"{what} is sharded, and its module must learn when it changes; pass the module as model=.")
+    if m_sam and not in_forward:
+        raise ValueError(
+            f"{what} is sharded, so that its processes can have perturbations of their own in the forward only; use "
+            "NuSAM or NuSAMNorm with placement='forward', or m_sam=False."
+        )
+    if m_sam and workers.is_tensor_parallel(parameter):
+        raise NotImplementedError(f"{what} is tensor parallel, where m_sam is not available; use m_sam=False.")

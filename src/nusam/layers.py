@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nusam.interrupts import always
+from nusam.sharding import is_sharded
 
 __all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Use", "find_uses", "rerouted"]
 
@@ -194,6 +195,8 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
     if isinstance(module, nn.MultiheadAttention):
         # It hands its projections' weights to F.linear itself, out_proj's included: so its functions run with an
         # F.linear of ours, which finds the handler on the weight.
+        if is_sharded(use.parameter):
+            return partial(_sharded_attention, module, _places(module, handlers))
         return partial(_multihead_attention, module)
     kind, handler = use.kind, handlers[use.parameter]
 
@@ -222,6 +225,26 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, W: Tensor, bias: Tensor | None = No
         pieces = zip(outputs, (q, k, v), handler.u.chunk(3), strict=True)
         outputs = [y + Linear.delta(x, u, handler.v).to(y.dtype) for y, x, u in pieces]
     return outputs
+
+
+def _places(module: nn.MultiheadAttention, handlers: dict[Tensor, Handler]) -> list[tuple[nn.Module, str, Handler]]:
+    owners = (module, module.out_proj)
+    named = [(owner, name, p) for owner in owners for name, p in owner._parameters.items() if p is not None]
+    return [(owner, name, handlers[p]) for owner, name, p in named if p in handlers]
+
+
+def _sharded_attention(
+    module: nn.MultiheadAttention, places: list[tuple[nn.Module, str, Handler]], *args: Any, **kwargs: Any
+) -> Any:
+    """While it runs, FSDP2 has put other tensors in the place of those that the handlers are known by."""
+    weights = [getattr(owner, name) for owner, name, _ in places]
+    try:
+        for W, (_, _, handler) in zip(weights, places, strict=True):
+            setattr(W, _HANDLER, handler)
+        return _multihead_attention(module, *args, **kwargs)
+    finally:
+        for W in weights:
+            vars(W).pop(_HANDLER, None)
 
 
 def _rebound(function: Any, **names: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.power_iteration import TopPair, power_iteration, working_dtype
+from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration, working_dtype
 
 __all__ = [
     "Dense",
@@ -55,8 +55,12 @@ class LMO(ABC):
     each, and a seed that is new in every step. It may overwrite the gradients. What it returns must not
     depend on their common scale (a loss scaler multiplies them), and must be 0 where a gradient is zero,
     infinite or NaN. It should not wait for the device.
+
+    A ball with ``sees_shards`` also gets ``together``, and gradients of which each process may hold a part
+    (FSDP2, tensor parallelism): it must complete every sum or maximum over entries with it.
     """
 
+    sees_shards = False
     target = "parameter"  # what it perturbs, in the words of an error message
 
     def selects(self, parameter: Tensor) -> bool:
@@ -87,6 +91,7 @@ class Nuclear(LMO):
         power_iterations: T of Algorithm 2, at least 1.
     """
 
+    sees_shards = True
     target = "2-D parameter"
 
     def __init__(self, power_iterations: int = 1) -> None:
@@ -108,9 +113,14 @@ class Nuclear(LMO):
         return {"u": u.to(parameter.device, working_dtype(parameter))}
 
     def __call__(
-        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+        self,
+        gradients: Sequence[Tensor | Matrix],
+        radii: Sequence[float],
+        states: Sequence[State],
+        seed: int,
+        together: Together = ALONE,
     ) -> list[Perturbation]:
-        pairs = power_iteration(gradients, [state["u"] for state in states], self.power_iterations)
+        pairs = power_iteration(gradients, [state["u"] for state in states], self.power_iterations, together)
         return self.from_pairs(pairs, radii, states)
 
     def from_pairs(
@@ -144,10 +154,17 @@ class NuclearNormalized(Nuclear):
 class L2(LMO):
     """SAM (Foret et al.): ε = ρ·∇f/‖∇f‖₂ with one norm over all perturbed parameters."""
 
+    sees_shards = True
+
     def __call__(
-        self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
+        self,
+        gradients: Sequence[Tensor],
+        radii: Sequence[float],
+        states: Sequence[State],
+        seed: int,
+        together: Together = ALONE,
     ) -> list[Perturbation]:
-        directions, norms = _unit(gradients)
+        directions, norms = _unit(gradients, together)
         return [
             Dense(direction.mul_(radius), norm * radius)
             for direction, norm, radius in zip(directions, norms, radii, strict=True)
@@ -205,7 +222,7 @@ class Spectral(LMO):
         return polar.to(G.dtype)
 
 
-def _unit(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _unit(tensors: Sequence[Tensor], together: Together = ALONE) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors divided in place by their joint ℓ2 norm, and the norm of each quotient.
 
     All zero where that norm is zero or not finite. Scaled by the largest entry first, so that the squares
@@ -216,12 +233,23 @@ def _unit(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     def joint(norms: Sequence[Tensor]) -> Tensor:
         return torch.stack([norm.to(device, dtype) for norm in norms])
 
-    largest = joint(torch._foreach_norm(list(tensors), float("inf"))).amax()
+    maxima = [_largest_entry(x) for x in tensors]
+    together.max_(maxima)
+    largest = joint(maxima).amax()
     dead = ~(largest.isfinite() & (largest > 0))
     scaled = [x.div_(largest.to(x.device)).masked_fill_(dead.to(x.device), 0) for x in tensors]
-    norms = [torch.linalg.vector_norm(x, dtype=working_dtype(x)) for x in scaled]
-    total = _or_one(torch.linalg.vector_norm(joint(norms)))
-    return [x.div_(total.to(x.device)) for x in scaled], [norm / total.to(norm.device) for norm in norms]
+    squares = [torch.linalg.vector_norm(x, dtype=working_dtype(x)).square() for x in scaled]
+    together.sum_(squares)
+    norms = joint(squares).sqrt()
+    total = torch.linalg.vector_norm(norms)
+    dead |= ~total.isfinite()  # a maximum over processes may miss a NaN, a sum does not
+    total = _or_one(total)
+    unit = [x.div_(total.to(x.device)).masked_fill_(dead.to(x.device), 0) for x in scaled]
+    return unit, [norm.to(x.device) for norm, x in zip((norms / total).masked_fill(dead, 0), unit, strict=True)]
+
+
+def _largest_entry(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, float("inf")) if x.numel() else x.new_zeros(())
 
 
 def _is_alive(G: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from nusam.interrupts import always
 from nusam.layers import Handler, Kind, Use, rerouted
-from nusam.power_iteration import TopPair, normalized, products
+from nusam.power_iteration import Matrix, TopPair, normalized, products
+from nusam.sharding import compute_device, is_sharded
 
 __all__ = ["LayerGradient", "MatrixFreeAscent", "why_not_served"]
 
@@ -27,10 +28,16 @@ class LayerGradient:
         self.kind, self.X, self.D, self.n = kind, X, D, n
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.kind.matvec(self.X, self.D, v, self.n)
+        X, D = self._in(v)
+        return self.kind.matvec(X, D, v.to(D.device), self.n).to(v.device)
 
     def rmatvec(self, u: Tensor) -> Tensor:
-        return self.kind.rmatvec(self.X, self.D, u)
+        X, D = self._in(u)
+        return self.kind.rmatvec(X, D, u.to(D.device)).to(u.device)
+
+    def _in(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        X = self.X.to(like.dtype) if self.X.is_floating_point() else self.X
+        return X, self.D.to(like.dtype)
 
 
 def why_not_served(uses: list[Use], parameters: Iterable[Tensor]) -> dict[Tensor, str]:
@@ -48,6 +55,9 @@ class MatrixFreeAscent:
         warm_starts: u (n) of every parameter to be served.
         iterations: T of Algorithm 2.
         idle: parameters whose gradient nobody needs in this pass (biases, norms).
+        keeps: whether layers hand out their input and output gradient for :meth:`matrix`, to be multiplied after
+            the pass, instead of a top pair: products of summands that several processes hold must be added up
+            before the next product. Costs both until then.
     """
 
     def __init__(
@@ -56,9 +66,11 @@ class MatrixFreeAscent:
         warm_starts: dict[Tensor, Tensor],
         iterations: int,
         idle: Iterable[Tensor],
+        keeps: bool = False,
     ) -> None:
+        self.keeps = keeps
         self._uses = uses
-        self._records = {parameter: _Record(parameter, u, iterations) for parameter, u in warm_starts.items()}
+        self._records = {p: _Record(p, u, iterations, keeps) for p, u in warm_starts.items()}
         self._idle = [parameter for parameter in idle if parameter.requires_grad]
 
     @contextmanager
@@ -91,6 +103,11 @@ class MatrixFreeAscent:
         us, vs = zip(*(record.vectors() for record in reached.values()), strict=True)
         warm_starts = [record.warm_start for record in reached.values()]
         return dict(zip(reached, normalized(list(us), list(vs), warm_starts), strict=True))
+
+    def matrix(self, parameter: Tensor) -> Matrix | None:
+        """The gradient, or this process's summand of it, if the pass kept it."""
+        record = self._records.get(parameter)
+        return None if record is None else record.kept
 
     def not_served(self) -> dict[Tensor, str]:
         """Why a matrix could not be served in this pass, as far as that is known on the host."""
@@ -125,17 +142,22 @@ class _Record:
     layer, so it works inside a compiled graph. In eager mode uses are counted as they happen.
     """
 
-    def __init__(self, parameter: Tensor, u: Tensor, iterations: int) -> None:
+    def __init__(self, parameter: Tensor, u: Tensor, iterations: int, keeps: bool) -> None:
         m = parameter.shape[1]
         self.parameter = parameter
         self.warm_start = u
         self.iterations = iterations
+        self.keeps = keeps
+        self.kept: LayerGradient | None = None
+        u = u.to(compute_device(parameter))
         self.probe = torch.cat([u, u.new_zeros(m + 1)]).requires_grad_()
         self.calls = 0
         self.done = False
 
     def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         record = None
+        if is_sharded(W) or (self.keeps and torch.compiler.is_compiling()):
+            return kind.apply(x, W, extra)  # its gradient will be formed
         if not torch.compiler.is_compiling():
             record = self
             # recomputation by activation checkpointing is no new use
@@ -161,7 +183,8 @@ class _Record:
             gradient = torch.zeros_like(gradient)
         Gv, v, count = torch.split(gradient, [n, m, 1])
         once = count == 1
-        return torch.where(once, Gv, 0), torch.where(once, v, 0)
+        device = self.warm_start.device
+        return torch.where(once, Gv, 0).to(device), torch.where(once, v, 0).to(device)
 
 
 class _Products(torch.autograd.Function):
@@ -190,13 +213,18 @@ class _Products(torch.autograd.Function):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
             if ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W).view(x.shape)
-            if ctx.record is not None and ctx.record.calls > 1:
+            record: _Record | None = ctx.record
+            if record is not None and record.calls > 1:
                 weight_gradient = kind.gradient(X, D, n)
             else:
-                if ctx.record is not None:
-                    ctx.record.refuse_second_backward()
-                X = X.to(probe.dtype) if X.is_floating_point() else X
-                G = LayerGradient(kind, X, D.to(probe.dtype), n)
-                (Gv,), (v,) = products([G], [probe[:n]], ctx.iterations)
-                probe_gradient = torch.cat([Gv, v, v.new_ones(1)])
+                if record is not None:
+                    record.refuse_second_backward()
+                if record is not None and record.keeps:
+                    record.kept = LayerGradient(kind, X, D, n)
+                    probe_gradient = torch.zeros_like(probe)
+                else:
+                    X = X.to(probe.dtype) if X.is_floating_point() else X
+                    G = LayerGradient(kind, X, D.to(probe.dtype), n)
+                    (Gv,), (v,) = products([G], [probe[:n]], ctx.iterations)
+                    probe_gradient = torch.cat([Gv, v, v.new_ones(1)])
         return input_gradient, weight_gradient, None, probe_gradient, None, None, None

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from nusam.lmo import Nuclear
-from nusam.sharpness_aware import NuSAM, SharpnessAware
+from nusam.methods import NuSAM
+from nusam.sharpness_aware import SharpnessAware
 
 __all__ = ["Footprint", "footprint", "perturbation_numel"]
 

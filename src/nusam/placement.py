@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nusam.lmo import Dense, Perturbation, RankOne
+from nusam.sharding import block, is_sharded, local
 
 __all__ = ["InWeights", "in_weights"]
 
@@ -25,13 +26,27 @@ class InWeights(ABC):
     def remove(self) -> None: ...
 
 
-def in_weights(parameters: Sequence[Tensor], perturbations: Sequence[Perturbation]) -> InWeights:
-    """Prepare to add each perturbation to its parameter; nothing is written yet."""
-    rank_one = [perturbation for perturbation in perturbations if isinstance(perturbation, RankOne)]
-    dense = [perturbation for perturbation in perturbations if isinstance(perturbation, Dense)]
-    if rank_one and dense:
+def in_weights(
+    parameters: Sequence[Tensor], perturbations: Sequence[Perturbation], bit_exact: bool = False
+) -> InWeights:
+    """Prepare to add each perturbation to what is here of its parameter; nothing is written yet.
+
+    ``bit_exact``: whether a rank-one ε must be restored bit for bit too, at the cost of a copy of the weights.
+    """
+    here = [_here(p, epsilon) for p, epsilon in zip(parameters, perturbations, strict=True)]
+    rank_one = [epsilon for epsilon in here if isinstance(epsilon, RankOne)]
+    if rank_one and len(rank_one) < len(here):
         raise TypeError("An LMO must return perturbations of one kind, got both Dense and RankOne.")
-    return _RankOneInWeights(parameters, rank_one) if rank_one else _DenseInWeights(parameters, dense)
+    written = [local(parameter) for parameter in parameters]
+    return _RankOneInWeights(written, rank_one) if rank_one and not bit_exact else _WithCopy(written, here)
+
+
+def _here(parameter: Tensor, epsilon: Perturbation) -> Perturbation:
+    """The block of ε that belongs to what is here of the parameter."""
+    if isinstance(epsilon, Dense) or not is_sharded(parameter):
+        return epsilon
+    part = block(parameter)
+    return epsilon._replace(u=epsilon.u[part.rows], v=epsilon.v[part.columns])
 
 
 class _RankOneInWeights(InWeights):
@@ -60,21 +75,25 @@ class _RankOneInWeights(InWeights):
             torch.clear_autocast_cache()
 
 
-class _DenseInWeights(InWeights):
+class _WithCopy(InWeights):
     """Keeps a copy of the weights while they are perturbed, and restores it bit for bit."""
 
-    def __init__(self, parameters: Sequence[Tensor], perturbations: Sequence[Dense]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], perturbations: Sequence[Perturbation]) -> None:
         self._parameters = list(parameters)
-        self._epsilons = [perturbation.epsilon for perturbation in perturbations]
+        self._perturbations = list(perturbations)
         self._originals: list[Tensor] = []
 
     @torch.no_grad()
     def add(self) -> None:
         if self._parameters:
             self._originals = [parameter.clone() for parameter in self._parameters]
-            torch._foreach_add_(self._parameters, self._epsilons)
+            for parameter, epsilon in zip(self._parameters, self._perturbations, strict=True):
+                if isinstance(epsilon, RankOne):
+                    parameter.addcmul_(epsilon.u[:, None], epsilon.v[None, :])
+                else:
+                    parameter.add_(epsilon.epsilon)
             torch.clear_autocast_cache()
-        self._epsilons.clear()
+        self._perturbations.clear()
 
     @torch.no_grad()
     def remove(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = [
     "ALONE",
     "TAU",
+    "Explicit",
     "Matrix",
     "Together",
     "TopPair",

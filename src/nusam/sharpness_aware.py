@@ -4,48 +4,40 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nusam.ascent import Ascent, Target
 from nusam.checks import (
     check_base_optimizer,
     check_choice,
     check_count,
+    check_m_sam,
     check_parameter,
     check_radius,
+    check_rank_one,
     check_served,
+    check_sharded,
 )
 from nusam.interrupts import always
 from nusam.layers import Handler, InForward, find_uses, rerouted
-from nusam.lmo import L2, LMO, Gaussian, Nuclear, NuclearNormalized, Perturbation, RankOne, State
-from nusam.matrix_free import MatrixFreeAscent, why_not_served
-from nusam.model_guard import RandomState, frozen_statistics, normalization_parameters, refuse_use
+from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
+from nusam.matrix_free import MatrixFreeAscent
+from nusam.model_guard import RandomState, frozen_statistics, refuse_use
 from nusam.placement import in_weights
-from nusam.power_iteration import power_iteration
 from nusam.saving import merge, split
+from nusam.sharding import DataParallel, is_sharded, unwrapped
 from nusam.step_in_backward import StepInBackward
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-__all__ = ["GaussSAM", "NuSAM", "NuSAMNorm", "SAM", "SAMON", "SharpnessAware", "step_in_backward"]
+__all__ = ["Options", "SharpnessAware", "step_in_backward"]
 
 WORTH_SERVING = 2**16  # entries of a matrix from which a matrix-free ascent is faster than its gradient
 
 Targets = str | Callable[[str, nn.Parameter], bool]
-
-
-class Target(NamedTuple):
-    """A parameter to be perturbed in this step."""
-
-    parameter: Tensor
-    radius: float
-    seed: int
 
 
 class Options(TypedDict, total=False):
@@ -58,7 +50,7 @@ class Options(TypedDict, total=False):
     ascent: str
     ascent_every: int
     placement: str
-    m_sam: bool
+    m_sam: Any
     seed: int
 
 
@@ -105,7 +97,9 @@ class SharpnessAware(Optimizer):
         placement: ``"weights"`` adds ε to the weights and takes it back; ``"forward"`` adds ρ(x·v)uᵀ to each layer's
             output and writes no weight (rank-one balls, needs ``model=``). ``"auto"`` is ``"forward"`` where the
             weight is below float32 or frozen, else ``"weights"``.
-        m_sam: must be False: distributed m-SAM is not available yet.
+        m_sam: whether every process has an ε of its own, computed from its own share of the batch without any
+            communication (Algorithm 3); or the process group that shares one (under DistributedDataParallel). False
+            is one ε for all. Needs ``model=`` to be the wrapped module.
         seed: of the warm starts and of Gaussian noise. The global generators are never drawn from.
 
     Raises:
@@ -113,6 +107,7 @@ class SharpnessAware(Optimizer):
     """
 
     _pass: str | None = None  # the pass that is running
+    _had_pass = False  # whether a descent pass ran since the last step
 
     def __init__(
         self,
@@ -127,7 +122,7 @@ class SharpnessAware(Optimizer):
         ascent: str = "auto",
         ascent_every: int = 1,
         placement: str = "auto",
-        m_sam: bool = False,
+        m_sam: Any = False,
         seed: int = 0,
     ) -> None:
         check_base_optimizer(base_optimizer)
@@ -146,7 +141,7 @@ class SharpnessAware(Optimizer):
         check_choice("ascent", ascent, ("auto", "gradient", "matrix-free"))
         check_count("ascent_every", ascent_every, least=1)
         check_choice("placement", placement, ("auto", "weights", "forward"))
-        check_choice("m_sam", m_sam, (False,), later=(True,))
+        check_m_sam(m_sam, lmo, DataParallel(model, m_sam))
         if targets == "frozen":
             check_served("targets='frozen'", lmo, model)
         elif targets != "trainable" and model is None:
@@ -154,7 +149,7 @@ class SharpnessAware(Optimizer):
         if ascent == "matrix-free":
             check_served("ascent='matrix-free'", lmo, model)
         if ascent_every > 1:
-            check_served(f"ascent_every={ascent_every}", lmo, model or base_optimizer)
+            check_rank_one(f"ascent_every={ascent_every}", lmo)
         if placement == "forward":
             check_served("placement='forward'", lmo, model)
 
@@ -173,14 +168,11 @@ class SharpnessAware(Optimizer):
         self.ascent_every = ascent_every
         self.placement = placement
         self.seed = seed
-        self._matrix_free = ascent != "gradient" and model is not None and isinstance(lmo, Nuclear)
-        self._least_served = 0 if ascent == "matrix-free" else WORTH_SERVING
-        self._states: dict[Tensor, State] = {}
-        self._measured: dict[Tensor, dict[str, Tensor]] = {}
+        self.m_sam = m_sam
+        serves = ascent != "gradient" and model is not None and isinstance(lmo, Nuclear)
+        everything = ascent == "matrix-free" or (m_sam is not False and DataParallel(model).shards)
+        self._ascent = Ascent(lmo, (0 if everything else WORTH_SERVING) if serves else None)
         self._pending: dict[Tensor, Perturbation] | None = None
-        self._fallbacks: dict[Tensor, str] = {}  # matrices that need their gradient for good, and why
-        self._fallbacks_of_last_pass: dict[Tensor, str] = {}
-        self._counted: set[Tensor] = set()  # whose uses in a compiled graph were read once
         self._in_backward: StepInBackward | None = None
         self._random_state: RandomState | None = None
         self._progress = _Progress()
@@ -218,9 +210,12 @@ class SharpnessAware(Optimizer):
         """
         self._refuse_inside_pass("ascent()")
         targets = self._targets() if self.active else []
-        pass_ = self._matrix_free_ascent(targets)
+        workers = self._workers()
+        workers.refuse_unreduced()
         parameters = self._parameters()
-        kept = [parameter.grad if accumulate else None for parameter in parameters]
+        pass_ = None if self.model is None else self._ascent.matrix_free(self.model, targets, parameters, workers)
+        reduces = workers.reduces_gradients(pass_ is not None)
+        kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
 
         def undo() -> None:
             for parameter, gradient in zip(parameters, kept, strict=True):
@@ -228,7 +223,7 @@ class SharpnessAware(Optimizer):
             self._pass = None
 
         self._pending = None
-        with always(undo), pass_.running() if pass_ else nullcontext():
+        with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
             _clear_gradients(parameters)
             if self.model is not None:
@@ -236,7 +231,7 @@ class SharpnessAware(Optimizer):
             yield
             if not (pass_ and pass_.saw_gradients()):
                 self._require_gradients("ascent")
-            self._pending = self._perturb(targets, pass_)
+            self._pending = self._perturb(targets, pass_, workers)
 
     @contextmanager
     def descent(self, accumulate: bool = False) -> Iterator[None]:
@@ -250,7 +245,7 @@ class SharpnessAware(Optimizer):
                     "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
                     "or loop over opt.passes()."
                 )
-            self._pending = self._kept()
+            self._pending = self._ascent.kept(self._targets())
         perturbations = self._pending or {}
         forward: dict[Tensor, Handler] = {
             parameter: InForward(epsilon.u, epsilon.v)
@@ -258,10 +253,15 @@ class SharpnessAware(Optimizer):
             if self._in_forward(parameter) and isinstance(epsilon, RankOne)
         }
         in_place = [p for p in perturbations if p not in forward]
-        perturbed = in_weights(in_place, [perturbations[p] for p in in_place])
+        # processes with perturbations of their own would drift apart by the rounding of a subtraction
+        perturbed = in_weights(in_place, [perturbations[p] for p in in_place], bit_exact=self.m_sam is not False)
+        workers = self._workers()
+        workers.refuse_unreduced()
 
         def undo() -> None:
             perturbed.remove()
+            if in_place:
+                workers.weights_changed()
             self._pass = None
 
         with always(undo), ExitStack() as guards:
@@ -279,8 +279,11 @@ class SharpnessAware(Optimizer):
                 guards.enter_context(self._in_backward.running())
             self._pending = None
             self._random_state = None
+            self._had_pass = True
             del perturbations
-            perturbed.add()
+            if in_place:
+                perturbed.add()
+                workers.weights_changed()
             yield
             if not accumulate and not self._in_backward:
                 self._require_gradients("descent")
@@ -304,8 +307,14 @@ class SharpnessAware(Optimizer):
         self._pending = None
         if self._in_backward is None:
             self.base_optimizer.step()
-        self._progress.steps += 1
+        if self._had_pass or not self._stands_still():
+            self._progress.steps += 1
+        self._had_pass = False
         return losses[0] if losses else None
+
+    def _stands_still(self) -> bool:
+        """Whether no step moves anything: torch.distributed.checkpoint takes one such to make empty state."""
+        return all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base optimizer does it."""
@@ -335,18 +344,17 @@ class SharpnessAware(Optimizer):
         names = self._names()
         measured = {
             f"{kind}/{names[parameter]}": value
-            for parameter, values in self._measured.items()
+            for parameter, values in self._ascent.measured.items()
             for kind, value in values.items()
         }
         device = next(iter(measured.values())).device if measured else None
         tensors = [value.to(device, torch.float32) for value in measured.values()]
         values = torch.stack(tensors).tolist() if tensors else []
-        fallbacks = {**self._fallbacks, **self._fallbacks_of_last_pass} if self._matrix_free else {}
         return {
             "active": float(self.active),
             "rho": max(self._radii()),
             **dict(zip(measured, values, strict=True)),
-            **{f"fallback/{names[parameter]}: {reason}": 1.0 for parameter, reason in fallbacks.items()},
+            **{f"fallback/{names[parameter]}: {reason}": 1.0 for parameter, reason in self._ascent.fallbacks.items()},
         }
 
     def detach(self) -> None:
@@ -366,8 +374,7 @@ class SharpnessAware(Optimizer):
             )
         if self._in_backward is not None:
             self._in_backward.remove()
-        self._in_backward = self.model = None
-        self._matrix_free = False
+        self._in_backward = self.model = self._ascent.serve_from = None
 
     # ---------------------------------------------------------------- what makes it an optimizer
 
@@ -418,8 +425,9 @@ class SharpnessAware(Optimizer):
         self._progress.warn_if_never_perturbed()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        outside = {name: self._states[p] for name, p in self._outside().items() if p in self._states}
-        saved = merge(self.base_optimizer.state_dict(), self.param_groups, self._states, outside, self._progress.steps)
+        states = self._states_to_save()
+        outside = {name: states[p] for name, p in self._outside().items() if p in states}
+        saved = merge(self.base_optimizer.state_dict(), self.param_groups, states, outside, self._progress.steps)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved
@@ -443,7 +451,7 @@ class SharpnessAware(Optimizer):
         self.base_optimizer.load_state_dict(saved.base)
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-        self._states, self._measured, self._pending = states, {}, None
+        self._ascent.states, self._ascent.measured, self._pending = states, {}, None
         self._progress.steps, self._progress.ascents = saved.steps, max(0, saved.steps - self.delay)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -492,7 +500,8 @@ class SharpnessAware(Optimizer):
         if self.targets == "trainable" or self.model is None:
             return {}
         held = set(self._parameters())
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter not in held}
+        named = unwrapped(self.model).named_parameters()
+        return {name: parameter for name, parameter in named if parameter not in held}
 
     def _targets(self, factor: float | None = None) -> list[Target]:
         """What is perturbed in this step, by how much, and the seed of its state."""
@@ -527,109 +536,50 @@ class SharpnessAware(Optimizer):
                 "hand it such parameters, or choose another method."
             )
         uses = set() if self.model is None else {use.parameter for use in find_uses(self.model)}
-        for target in targets:
-            check_parameter(target.parameter, self.lmo, self.placement, reachable=target.parameter in uses)
+        workers = self._workers()
+        for parameter in (target.parameter for target in targets):
+            reachable = parameter in uses and not workers.is_tensor_parallel(parameter)
+            check_parameter(parameter, self.lmo, self.placement, reachable)
+            if is_sharded(parameter):
+                check_sharded(parameter, self.model, self.m_sam, workers, self._in_forward(parameter))
 
     def _in_forward(self, parameter: Tensor) -> bool:
         if self.placement == "auto":
-            low_or_frozen = parameter.dtype.itemsize < 4 or not parameter.requires_grad
-            return low_or_frozen and self.model is not None and isinstance(self.lmo, Nuclear)
+            own_of_a_shard = self.m_sam is not False and is_sharded(parameter)
+            needed = parameter.dtype.itemsize < 4 or not parameter.requires_grad or own_of_a_shard
+            return needed and self.model is not None and isinstance(self.lmo, Nuclear)
         return self.placement == "forward"
 
-    def _state_of(self, target: Target) -> State:
-        if target.parameter not in self._states:
-            self._states[target.parameter] = self.lmo.init_state(target.parameter, target.seed)
-        return self._states[target.parameter]
-
-    def _matrix_free_ascent(self, targets: list[Target]) -> MatrixFreeAscent | None:
-        """The pass that serves the targets from their layers, if that is wanted and possible."""
-        if not (self._matrix_free and targets and self.model is not None):
-            return None
-        uses = list(find_uses(self.model))
-        worth = [t for t in targets if t.parameter.numel() >= self._least_served or not t.parameter.requires_grad]
-        reasons = why_not_served(uses, [target.parameter for target in worth]) | self._fallbacks
-        self._fallbacks_of_last_pass = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
-        served = {t.parameter: self._state_of(t)["u"] for t in worth if t.parameter not in reasons}
-        if not served:
-            return None
-        needed = served.keys() | {target.parameter for target in targets}
-        idle = [parameter for parameter in self._parameters() if parameter not in needed]
-        return MatrixFreeAscent(uses, served, cast(Nuclear, self.lmo).power_iterations, idle)
-
-    @torch.no_grad()
-    def _perturb(self, targets: list[Target], pass_: MatrixFreeAscent | None) -> dict[Tensor, Perturbation]:
+    def _perturb(
+        self, targets: list[Target], pass_: MatrixFreeAscent | None, workers: DataParallel
+    ) -> dict[Tensor, Perturbation]:
         """ε for every target that the ascent reached."""
-        pairs = pass_.top_pairs() if pass_ else {}
-        reached = [t for t in targets if t.parameter in pairs or t.parameter.grad is not None]
-        if not reached:
-            return {}
-        for target in reached:
-            check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
-        states = [self._state_of(target) for target in reached]
-        radii = [target.radius for target in reached]
-        if pass_:
-            lmo = cast(Nuclear, self.lmo)
-            rest = [t.parameter for t in reached if t.parameter not in pairs]
-            gradients = [cast(Tensor, parameter.grad) for parameter in rest]
-            us = [self._states[parameter]["u"] for parameter in rest]
-            pairs |= dict(zip(rest, power_iteration(gradients, us, lmo.power_iterations), strict=True))
-            perturbations = lmo.from_pairs([pairs[target.parameter] for target in reached], radii, states)
-            self._note_fallbacks(pass_)
-        else:
-            gradients = [cast(Tensor, target.parameter.grad) for target in reached]
-            perturbations = self.lmo(gradients, radii, states, _mix(self.seed, self._progress.steps))
-        self._measured = {
-            target.parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
-            if isinstance(perturbation, RankOne)
-            else {"epsilon": perturbation.norm}
-            for target, perturbation in zip(reached, perturbations, strict=True)
-        }
-        self._progress.ascents += 1
-        found = {target.parameter: perturbation for target, perturbation in zip(reached, perturbations, strict=True)}
-        if self.ascent_every > 1:
-            self._keep(found, {target.parameter: target.radius for target in reached})
+        for target in targets:
+            if target.parameter.grad is not None:
+                check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
+        found = self._ascent.perturbations(targets, pass_, _mix(self.seed, self._progress.steps), workers)
+        for parameter, reason in (self._ascent.learn(pass_) if pass_ else {}).items():
+            if self._in_forward(parameter):
+                raise RuntimeError(
+                    f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
+                    "with targets= or use placement='weights'."
+                )
+        if found:
+            self._progress.ascents += 1
+            if self.ascent_every > 1:
+                self._ascent.keep(found, targets)
         return found
-
-    def _note_fallbacks(self, pass_: MatrixFreeAscent) -> None:
-        """Learn from a finished pass which matrices their layers can't serve."""
-        reasons = pass_.not_served()
-        self._fallbacks_of_last_pass |= reasons
-        for parameter, reason in reasons.items():
-            if "its layer" in reason:
-                self._fallbacks[parameter] = reason
-                if self._in_forward(parameter):
-                    raise RuntimeError(
-                        f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
-                        "with targets= or use placement='weights'."
-                    )
-        compiled, repeated = pass_.used_repeatedly_in_a_graph(self._counted)
-        self._counted.update(compiled)
-        self._fallbacks |= {
-            p: "used repeatedly in a graph" for p, again in zip(compiled, repeated, strict=True) if again
-        }
 
     def _ascent_is_due(self) -> bool:
         perturbed_steps = self._progress.steps - self.delay
-        return perturbed_steps % self.ascent_every == 0 or not any("v" in state for state in self._states.values())
+        return perturbed_steps % self.ascent_every == 0 or not self._ascent.is_kept
 
-    def _keep(self, found: dict[Tensor, Perturbation], radii: dict[Tensor, float]) -> None:
-        """Remember ε as v per unit of radius, beside u, so that it is saved and follows ρ."""
-        for state in self._states.values():
-            state.pop("v", None)
-        for parameter, perturbation in found.items():
-            if isinstance(perturbation, RankOne):
-                self._states[parameter]["v"] = perturbation.v / radii[parameter]
+    def _workers(self) -> DataParallel:
+        return DataParallel(self.model, self.m_sam)
 
-    @torch.no_grad()
-    def _kept(self) -> dict[Tensor, Perturbation]:
-        """ε of the last ascent, at the radius of this step."""
-        kept: dict[Tensor, Perturbation] = {}
-        for target in self._targets():
-            state = self._states.get(target.parameter, {})
-            if "v" in state:
-                v = state["v"] * target.radius
-                kept[target.parameter] = RankOne(state["u"], v, v.new_zeros(()), v.new_zeros(()))
-        return kept
+    @property
+    def _states(self) -> dict[Tensor, State]:
+        return self._ascent.states
 
     def _require_gradients(self, name: str) -> None:
         if all(parameter.grad is None for parameter in self._parameters()):
@@ -650,8 +600,18 @@ class SharpnessAware(Optimizer):
             own = group.get("param_names", [f"{g}.{i}" for i in range(len(group["params"]))])
             names.update(zip(group["params"], own, strict=True))
         if self.model is not None:
-            names.update((parameter, name) for name, parameter in self.model.named_parameters())
+            names.update((parameter, name) for name, parameter in unwrapped(self.model).named_parameters())
         return names
+
+    def _states_to_save(self) -> dict[Tensor, State]:
+        """Every target's state, though no ascent made it yet: what is loaded in place must be there to be filled."""
+        saved: dict[Tensor, State] = {**self._states}
+        for target in self._targets(factor=1.0):
+            state = dict(self._ascent.state_of(target))
+            if self.ascent_every > 1:
+                state.setdefault("v", state["u"].new_zeros(target.parameter.shape[1]))
+            saved[target.parameter] = state
+        return saved
 
     def _checked_state(self, parameter: Tensor, state: State) -> State:
         """What the ball remembers of the parameter, on its device; ε's v too if it is kept from step to step."""
@@ -666,6 +626,8 @@ class SharpnessAware(Optimizer):
                     f"{tuple(like.shape)}; load it into the model it was saved from."
                 )
             fresh[name] = value.to(like.device, like.dtype)
+        if "v" in fresh and not fresh["v"].any():
+            del fresh["v"]  # saved before any ascent
         return fresh
 
     def _watch_progress(self) -> None:
@@ -716,75 +678,6 @@ class _Progress:
                 "or calls opt.step(closure).",
                 stacklevel=2,
             )
-
-
-class NuSAM(SharpnessAware):
-    """νSAM (Algorithm 1): rank-one perturbation ρ·u·vᵀ of every weight matrix, n+m floats instead of n·m.
-
-    Only 2-D parameters are perturbed; ρ holds for each matrix on its own. Takes every argument of
-    :class:`SharpnessAware`.
-
-    Args:
-        base_optimizer: the optimizer that takes the step, already constructed.
-        rho: radius of the nuclear-norm ball of each matrix. Its useful range is below SAM's and depends on
-            width and architecture.
-        power_iterations: T of Algorithm 2; the paper finds 1 sufficient (Table 10).
-    """
-
-    def __init__(
-        self, base_optimizer: Optimizer, rho: float = 0.05, *, power_iterations: int = 1, **options: "Unpack[Options]"
-    ) -> None:
-        super().__init__(base_optimizer, Nuclear(power_iterations), rho, **options)
-
-
-class NuSAMNorm(SharpnessAware):
-    """νSAM-Norm (Appendix C.1): as :class:`NuSAM`, with one radius shared by all matrices, eq. (21)."""
-
-    def __init__(
-        self, base_optimizer: Optimizer, rho: float = 0.05, *, power_iterations: int = 1, **options: "Unpack[Options]"
-    ) -> None:
-        super().__init__(base_optimizer, NuclearNormalized(power_iterations), rho, **options)
-
-
-class SAM(SharpnessAware):
-    """SAM (Foret et al. 2020): ε = ρ·∇f/‖∇f‖₂ over all parameters; keeps a second copy of the weights."""
-
-    def __init__(self, base_optimizer: Optimizer, rho: float = 0.05, **options: "Unpack[Options]") -> None:
-        super().__init__(base_optimizer, L2(), rho, **options)
-
-
-class SAMON(SharpnessAware):
-    """SAM-ON (Müller et al. 2023): SAM on the parameters of normalization layers only.
-
-    Needs ``model=`` to find them: modules whose class name contains "norm". The paper gives it no delay.
-    """
-
-    def __init__(self, base_optimizer: Optimizer, rho: float = 0.05, **options: "Unpack[Options]") -> None:
-        if options.get("model") is None:
-            raise ValueError("SAMON perturbs normalization layers only and needs model= to find them; pass the model.")
-        super().__init__(base_optimizer, L2(), rho, **options)
-
-    @property
-    def _target(self) -> str:
-        return "parameter of a normalization layer"
-
-    def _perturbs(self, parameter: Tensor) -> bool:
-        return parameter in self._normalization and super()._perturbs(parameter)
-
-    @cached_property
-    def _normalization(self) -> set[nn.Parameter]:
-        return normalization_parameters(cast(nn.Module, self.model))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.__dict__.pop("_normalization", None)  # the group may bring layers that the model did not have
-        super().add_param_group(param_group)
-
-
-class GaussSAM(SharpnessAware):
-    """GaussSAM (Figure 1's control): ε = ρ·e/‖e‖₂ with Gaussian e, at SAM's cost."""
-
-    def __init__(self, base_optimizer: Optimizer, rho: float = 0.05, **options: "Unpack[Options]") -> None:
-        super().__init__(base_optimizer, Gaussian(), rho, **options)
 
 
 def _clear_gradients(parameters: list[Tensor]) -> None:

@@ -1,0 +1,295 @@
+"""Everything that knows torch.distributed: which part of a matrix is here, and how parts are added up.
+
+Data parallelism (DDP, FSDP2 with or without replicas) gives each process a share of the batch, so a gradient is the
+sum of what the processes computed. Sharding (FSDP2, tensor parallelism) gives each a block of the matrix. Either way
+the two vectors of Algorithm 2 are sums over processes, and sums of all matrices travel in one flat buffer.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nusam.interrupts import always
+from nusam.power_iteration import Matrix
+
+__all__ = [
+    "Block",
+    "BlockOf",
+    "DataParallel",
+    "Ranks",
+    "Route",
+    "block",
+    "complete",
+    "compute_device",
+    "is_sharded",
+    "local",
+    "route",
+    "unwrapped",
+    "whole",
+]
+
+Group = Any  # torch.distributed.ProcessGroup, which a build without torch.distributed does not have
+
+
+class Route(NamedTuple):
+    """Over which processes the vectors of one matrix are summed."""
+
+    groups: tuple[Group, ...] = ()  # one after the other
+    counted: bool = True  # False where another process holds the same and speaks for both
+    own_rows: bool = False  # whether each process multiplies by its own rows of u alone
+
+
+class Block(NamedTuple):
+    """The part of a matrix (n×m) that this process holds, and how the parts are added up."""
+
+    shape: torch.Size
+    rows: slice
+    columns: slice
+    route: Route
+
+
+class BlockOf:
+    """A matrix (n×m) whose other blocks are elsewhere: products are zero where those would add theirs."""
+
+    def __init__(self, matrix: Matrix, block: Block) -> None:
+        self.matrix, self.block = matrix, block
+
+    def matvec(self, v: Tensor) -> Tensor:
+        u = v.new_zeros(self.block.shape[0])
+        u[self.block.rows] = self.matrix.matvec(v[self.block.columns])
+        return u
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        v = u.new_zeros(self.block.shape[1])
+        v[self.block.columns] = self.matrix.rmatvec(u[self.block.rows])
+        return v
+
+
+class Ranks:
+    """Sums over processes, of as many tensors as there are routes, in one collective for each set of groups."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = routes
+
+    def sum_(self, xs: list[Tensor], own_rows_suffice: bool = False) -> None:
+        wanted = [i for i, route in enumerate(self._routes) if not (own_rows_suffice and route.own_rows)]
+        for i in wanted:
+            if not self._routes[i].counted:
+                xs[i] = torch.zeros_like(xs[i])
+        self._reduce(xs, wanted, dist.ReduceOp.SUM)
+
+    def max_(self, xs: list[Tensor]) -> None:
+        self._reduce(xs, range(len(xs)), dist.ReduceOp.MAX)
+
+    def _reduce(self, xs: list[Tensor], wanted: Iterable[int], operation: Any) -> None:
+        batches: dict[tuple[Any, ...], list[int]] = {}
+        for i in wanted:
+            if self._routes[i].groups:
+                batches.setdefault((self._routes[i].groups, xs[i].dtype, xs[i].device), []).append(i)
+        for (groups, _, _), indices in batches.items():
+            flat = torch.cat([xs[i].reshape(-1) for i in indices])
+            for group in groups:
+                dist.all_reduce(flat, operation, group)
+            pieces = flat.split([xs[i].numel() for i in indices])
+            for i, piece in zip(indices, pieces, strict=True):
+                xs[i] = piece.view(xs[i].shape)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor, of which this process may hold a part only."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it, sharing memory."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that wrappers (DistributedDataParallel, torch.compile) stand for, with its own names."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def compute_device(parameter: Any) -> torch.device:
+    """Where products with the parameter run; sharded parameters may be kept on the CPU in between."""
+    if not is_sharded(parameter):
+        return torch.device(parameter.device)
+    kind = parameter.device_mesh.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def whole(tensor: Tensor, groups: tuple[Group, ...] = ()) -> Block:
+    """A matrix that is here as a whole, or as one of the summands that ``groups`` hold."""
+    n, m = tensor.shape
+    return Block(tensor.shape, slice(n), slice(m), Route(groups))
+
+
+def block(tensor: Any) -> Block:
+    """Which block of a 2-D parameter or gradient is here."""
+    if not is_sharded(tensor):
+        return whole(tensor)
+    rows, columns = _slices(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
+    return Block(tensor.shape, rows, columns, route(tensor))
+
+
+def route(tensor: Any) -> Route:
+    """How sums over the entries of a parameter or gradient of any shape are completed."""
+    if not is_sharded(tensor) or all(placement.is_replicate() for placement in tensor.placements):
+        return Route()
+    mesh, placements = tensor.device_mesh, tensor.placements
+    speaks = all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(placements) if placement.is_replicate())
+    by_rows = all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in placements)
+    return Route(_groups(mesh), speaks, own_rows=by_rows)
+
+
+def complete(gradient: Any, parameter: Any) -> Tensor:
+    """The gradient, laid out as its parameter: tensor parallelism may leave summands of replicated ones."""
+    if is_sharded(gradient) and any(placement.is_partial() for placement in gradient.placements):
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return cast(Tensor, gradient)
+
+
+@cache
+def _slices(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[slice, ...]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+
+
+def _groups(mesh: Any) -> tuple[Group, ...]:
+    """What spans the mesh: one group if there is one, else one for each dimension."""
+    if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
+        return (dist.group.WORLD,)
+    return tuple(mesh.get_group(i) for i in range(mesh.ndim))
+
+
+class DataParallel:
+    """How the model's processes share the batch, as far as its wrappers tell.
+
+    Args:
+        model: the module being trained, or None.
+        m_sam: True if every process has an ε of its own, False if all share one, or the group that shares one.
+    """
+
+    def __init__(self, model: nn.Module | None, m_sam: Any = False) -> None:
+        self._model = model
+        self._m_sam = m_sam
+        self._ddp: Any = None
+        self._fsdp: list[Any] = []
+        self._mesh: dict[Tensor, Any] = {}  # over which FSDP2 splits the batch, for its parameters
+        self._tensor_parallel: set[Tensor] = set()
+        if model is None or not dist.is_available() or not dist.is_initialized():
+            return
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                self._ddp = module
+            elif hasattr(module, "_get_fsdp_state") and hasattr(module, "reshard"):
+                self._fsdp.append(module)
+        self._tensor_parallel = {parameter for parameter in model.parameters() if is_sharded(parameter)}
+        for group in self._fsdp_groups():
+            for fsdp_parameter in group.fsdp_params:
+                self._mesh[fsdp_parameter.sharded_param] = group.mesh_info.mesh
+                if not fsdp_parameter.is_dtensor:
+                    self._tensor_parallel.discard(fsdp_parameter.sharded_param)
+
+    @property
+    def splits_the_batch(self) -> bool:
+        """Whether ε is shared by processes that see different samples."""
+        return (self._ddp is not None or bool(self._fsdp)) and self._m_sam is not True
+
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP2 is at work."""
+        return bool(self._fsdp)
+
+    @property
+    def replicates(self) -> bool:
+        """Whether DistributedDataParallel is at work."""
+        return self._ddp is not None
+
+    def is_tensor_parallel(self, parameter: Tensor) -> bool:
+        """Whether the parameter's layer computes with a block of it."""
+        return parameter in self._tensor_parallel
+
+    def summands(self, parameter: Tensor) -> tuple[Group, ...]:
+        """The groups whose processes each hold a summand of the parameter's gradient if nobody reduces it."""
+        if self._m_sam is True:
+            return ()
+        if self._m_sam is not False:
+            return (self._m_sam,)
+        if parameter in self._mesh:
+            return _groups(self._mesh[parameter])
+        return (self._ddp.process_group,) if self._ddp is not None else ()
+
+    def reduces_gradients(self, matrix_free: bool) -> bool:
+        """Whether the ascent's gradients come averaged over the processes that split the batch."""
+        return self._m_sam is False and not matrix_free
+
+    @contextmanager
+    def ascent(self, reduces_gradients: bool) -> Iterator[None]:
+        """The ascent pass, in which DDP reduces gradients or leaves each process its own, as told."""
+        ddp = self._ddp
+        hook = None
+        if ddp is None and self._model is not None and not reduces_gradients and dist.is_initialized():
+            hook = self._model.register_forward_pre_hook(_refuse_unknown_ddp)
+        before = ddp.require_backward_grad_sync if ddp is not None else None
+
+        def undo() -> None:
+            if hook is not None:
+                hook.remove()
+            if ddp is not None:
+                ddp.require_backward_grad_sync = before
+
+        with always(undo):
+            if ddp is not None:
+                ddp.require_backward_grad_sync = reduces_gradients
+            yield
+
+    def kept(self, gradient: Tensor | None) -> Tensor | None:
+        """A gradient to be set aside: DDP's may be views of buckets that the ascent overwrites."""
+        views = self._ddp is not None and self._ddp.gradient_as_bucket_view
+        return gradient.clone() if views and gradient is not None else gradient
+
+    def weights_changed(self) -> None:
+        """Make FSDP2 forget unsharded copies of weights that have changed since."""
+        for module in self._fsdp:
+            module.reshard()
+
+    def refuse_unreduced(self) -> None:
+        """Refuse FSDP2's way to accumulate without communication, whose gradients the passes can't separate."""
+        if not all(group.reduce_grads for group in self._fsdp_groups()):
+            raise RuntimeError(
+                "set_requires_gradient_sync(False) keeps gradients where the ascent can't be told from the descent; "
+                "leave it True, and accumulate with opt.passes(accumulate=True)."
+            )
+
+    def _fsdp_groups(self) -> Iterator[Any]:
+        for module in self._fsdp:
+            state = module._get_fsdp_state()
+            several = getattr(state, "_fsdp_param_groups", None)
+            groups = [state._fsdp_param_group] if several is None else several
+            yield from (group for group in groups if group is not None)
+
+
+def _refuse_unknown_ddp(*_: Any) -> None:
+    if DistributedDataParallel._active_ddp_module is not None:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "The model given as model= runs inside DistributedDataParallel, which a matrix-free ascent must know of; "
+            "pass the wrapped module as model=."
+        )

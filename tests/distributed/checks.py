@@ -1,0 +1,453 @@
+"""What is checked in several processes; see :mod:`tests.distributed.running`."""
+
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import nusam
+from tests.distributed.engines import (
+    ENGINES,
+    STEPS,
+    Net,
+    base_optimizer,
+    ddp,
+    fsdp,
+    full,
+    micro_batches,
+    sample,
+    shares,
+    train,
+)
+from tests.distributed.running import CHECKS, check
+
+METHODS = {"NuSAM": nusam.NuSAM, "NuSAMNorm": nusam.NuSAMNorm, "SAM": nusam.SAM}
+EXACT = torch.float64, 1e-10
+
+
+def build(method, model, base, **options):
+    """The method around a base optimizer of the model, which is handed over."""
+    return METHODS[method](base_optimizer(base, model), 0.1, model=model, **options)
+
+
+def equals_one_process(engine, method, base, accumulate, dtype=torch.float64, tolerance=1e-10, **options):
+    """Train here together and alone on the joint batch; every weight must come out the same."""
+    alone = Net(dtype)
+    opt = build(method, alone, base)
+    train(alone, opt, dtype, accumulate)
+    together = ENGINES[engine][1](Net(dtype))
+    opt = build(method, together, base, **options)
+    train(together, opt, dtype, accumulate, *shares(engine))
+    difference = max(
+        (full(p).detach() - q.detach()).abs().max().item()
+        for p, q in zip(together.parameters(), alone.parameters(), strict=True)
+    )
+    assert difference <= tolerance, difference
+    return difference
+
+
+for engine, (sizes, _) in ENGINES.items():
+    for method, base, accumulate in product(METHODS, ("SGD", "AdamW"), (False, True)):
+        for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
+            if method == "SAM" and (ascent, placement) != ("gradient", "weights"):
+                continue
+            case = partial(equals_one_process, engine, method, base, accumulate, ascent=ascent, placement=placement)
+            for size in sizes:
+                CHECKS[size][f"{engine} {method} {base} {accumulate=} {ascent} {placement}"] = case
+
+
+def reference_of_m_sam(groups, steps, base="SGD", **options):
+    """Every group of samples by an optimizer of its own at the same weights, and the mean of their gradients."""
+    model = Net(torch.float64)
+    step_of = base_optimizer(base, model)
+    owners = [
+        nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.0), 0.1, model=model, placement="forward", **options)
+        for _ in range(groups)
+    ]
+    for step in range(steps):
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        for part, opt in enumerate(owners):
+            train(model, opt, torch.float64, parts=groups, part=part, steps=1, first=step)
+            torch._foreach_add_(total, [p.grad for p in model.parameters()])
+        for p, gradient in zip(model.parameters(), total, strict=True):
+            p.grad = gradient / groups
+        step_of.step()
+    return model
+
+
+def m_sam_equals_its_reference(ascent, placement, engine="DDP"):
+    size = dist.get_world_size()
+    reference = reference_of_m_sam(size, STEPS, ascent="gradient")
+    together = ENGINES[engine][1](Net(torch.float64))
+    opt = build("NuSAM", together, "SGD", m_sam=True, ascent=ascent, placement=placement)
+    train(together, opt, torch.float64, parts=size, part=dist.get_rank())
+    assert_same_weights(together, reference)
+
+
+def assert_same_weights(together, alone, tolerance=1e-10):
+    for p, q in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=tolerance)
+
+
+def assert_bit_equal_on_all_ranks(model):
+    for p in model.parameters():
+        mine = full(p).detach()
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(mine, first)
+
+
+for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
+    for size in (2, 4):
+        CHECKS[size][f"DDP m-SAM NuSAM {ascent} {placement}"] = partial(m_sam_equals_its_reference, ascent, placement)
+for size in (2, 4):
+    CHECKS[size]["FSDP2 m-SAM NuSAM matrix-free forward"] = partial(
+        m_sam_equals_its_reference, "auto", "auto", engine="FSDP2"
+    )
+
+
+def a_group_shares(ascent, placement):
+    """Four processes, two groups: each group's ε comes from its half of the batch."""
+    reference = reference_of_m_sam(2, STEPS, ascent="gradient")
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    together = ENGINES["DDP"][1](Net(torch.float64))
+    m_sam = groups[dist.get_rank() // 2]
+    opt = build("NuSAM", together, "SGD", m_sam=m_sam, ascent=ascent, placement=placement)
+    train(together, opt, torch.float64, parts=4, part=dist.get_rank())
+    assert_same_weights(together, reference)
+
+
+for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
+    CHECKS[4][f"groups of ranks share ε: {ascent} {placement}"] = partial(a_group_shares, ascent, placement)
+
+
+@check(2)
+def m_sam_leaves_the_same_bits_after_a_thousand_steps():
+    for placement, method in (("weights", "NuSAM"), ("forward", "NuSAM"), ("weights", "SAM")):
+        model = ENGINES["DDP"][1](Net(torch.float32))
+        ascent = "auto" if method == "SAM" else "matrix-free"
+        opt = build(method, model, "AdamW", m_sam=True, placement=placement, ascent=ascent)
+        train(model, opt, torch.float32, parts=2, part=dist.get_rank(), steps=1000)
+        assert_bit_equal_on_all_ranks(model)
+
+
+@check(2, 4)
+def several_power_iterations():
+    for engine, ascent in product(("DDP", "FSDP2"), ("gradient", "matrix-free")):
+        equals_one_process_at(engine, ascent, power_iterations=3)
+
+
+def equals_one_process_at(engine, ascent, **options):
+    alone, together = Net(torch.float64), ENGINES[engine][1](Net(torch.float64))
+    train(alone, build("NuSAM", alone, "SGD", **options), torch.float64)
+    opt = build("NuSAM", together, "SGD", ascent=ascent, **options)
+    train(together, opt, torch.float64, False, *shares(engine))
+    assert_same_weights(together, alone)
+
+
+@check(2, 4)
+def single_precision():
+    for engine, ascent in product(("DDP", "FSDP2"), ("gradient", "matrix-free")):
+        equals_one_process(engine, "NuSAM", "AdamW", False, torch.float32, 1e-5, ascent=ascent)
+
+
+# ------------------------------------------------------------------------------- collectives
+
+
+class Collectives(TorchDispatchMode):
+    """Names and bytes of the collectives that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            self.calls.append((func.__name__.split(".")[0], sum(t.numel() * t.element_size() for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name=""):
+        return sum(name in call for call, _ in self.calls)
+
+    @property
+    def bytes(self):
+        return sum(size for _, size in self.calls)
+
+
+def counted(engine, dtype=torch.float32, **options):
+    """Collectives of a forward and backward without us, of the ascent, of the descent and of the step."""
+    model = ENGINES[engine][1](Net(dtype))
+    opt = build(options.pop("method", "NuSAM"), model, "AdamW", **options)
+    parts, part = shares(engine)
+    x, y = (t.chunk(parts)[part] for t in sample(0, dtype))
+
+    def backward():
+        nn.functional.cross_entropy(model(x), y).backward()
+
+    train(model, opt, dtype, False, parts, part, steps=2)
+    with Collectives() as plain:
+        backward()
+    opt.zero_grad()
+    with Collectives() as ascent, opt.ascent():
+        backward()
+    with Collectives() as descent, opt.descent():
+        backward()
+    with Collectives() as step:
+        opt.step()
+    assert step.calls == []
+    return plain, ascent, descent, model
+
+
+@check(2, 4)
+def fsdp2_adds_one_collective_more_than_iterations():
+    for iterations in (1, 3):
+        plain, ascent, descent, _ = counted("FSDP2", ascent="gradient", power_iterations=iterations)
+        assert plain.count() > 0
+        assert ascent.count() == plain.count() + iterations + 1, (ascent.calls, plain.calls)
+        assert ascent.count("allreduce") == iterations + 1
+        assert descent.count() == plain.count()
+        assert ascent.count("allgather") == plain.count("allgather")
+    plain, ascent, descent, _ = counted("FSDP2", method="SAM")
+    assert ascent.count() == plain.count() + 2
+    return [plain.calls, ascent.calls]
+
+
+@check(2, 4)
+def fsdp2_reduces_no_gradient_in_a_matrix_free_ascent():
+    plain, ascent, descent, model = counted("FSDP2", ascent="matrix-free", placement="forward")
+    assert plain.count("reduce_scatter") > 0
+    assert ascent.count("reduce_scatter") == 0, ascent.calls
+    assert ascent.count("allreduce") == 2
+    assert ascent.count("allgather") == plain.count("allgather")
+    assert descent.count() == plain.count()
+    assert sum(size for name, size in ascent.calls if "allreduce" in name) <= 4 * vectors(model)
+
+
+def vectors(model):
+    return sum(sum(p.shape) for p in model.parameters() if p.ndim == 2)
+
+
+@check(2, 4)
+def ddp_matrix_free_moves_vectors_or_nothing():
+    plain, ascent, descent, model = counted("DDP", ascent="matrix-free")
+    assert plain.count() > 0
+    assert ascent.count() == 2
+    assert 0 < ascent.bytes <= 4 * vectors(model)
+    assert descent.calls == plain.calls
+    for ascent_by in ("gradient", "matrix-free"):
+        plain, ascent, descent, _ = counted("DDP", ascent=ascent_by, m_sam=True)
+        assert ascent.calls == []
+        assert descent.calls == plain.calls
+    plain, ascent, descent, _ = counted("DDP", ascent="gradient")
+    assert ascent.calls == plain.calls == descent.calls
+
+
+@check(4)
+def several_meshes_add_two_collectives_each():
+    for engine, meshes in (("HSDP", 1), ("FSDP+TP", 2)):
+        plain, ascent, _, _ = counted(engine, ascent="gradient")
+        assert ascent.count() == plain.count() + 2 * meshes, (ascent.calls, plain.calls)
+        assert ascent.count("gather") == plain.count("gather")
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+
+@check(2, 4)
+def a_nan_on_one_rank_is_the_same_for_all():
+    for engine, ascent, method in (
+        ("DDP", "gradient", "NuSAM"),
+        ("DDP", "matrix-free", "NuSAM"),
+        ("FSDP2", "gradient", "NuSAM"),
+        ("FSDP2", "matrix-free", "NuSAM"),
+        ("FSDP2", "gradient", "NuSAMNorm"),
+        ("FSDP2", "auto", "SAM"),
+        ("DDP", "auto", "SAM"),
+    ):
+        model = ENGINES[engine][1](Net(torch.float32))
+        opt = build(method, model, "AdamW", ascent=ascent)
+        parts, part = shares(engine)
+        train(model, opt, torch.float32, False, parts, part, steps=2)
+        x, y = (t.chunk(parts)[part] for t in sample(9, torch.float32))
+        for name in opt.passes():
+            poison = float("nan") if name == "ascent" and dist.get_rank() == 1 else 1.0
+            nn.functional.cross_entropy(model(x * poison), y).backward()
+        assert {v for k, v in opt.metrics().items() if k.startswith("epsilon/")} == {0.0}
+        opt.step()
+        assert_bit_equal_on_all_ranks(model)
+        assert all(full(p).isfinite().all() for p in model.parameters())
+        train(model, opt, torch.float32, False, parts, part, steps=2)
+        assert max(v for k, v in opt.metrics().items() if k.startswith("epsilon/")) > 0
+
+
+@check(2)
+def nothing_stays_perturbed_without_a_learning_rate():
+    for reshard, placement, method in product((True, False), ("weights", "forward"), ("NuSAM", "SAM")):
+        if method == "SAM" and placement == "forward":
+            continue
+        model = fsdp(Net(torch.float64), reshard_after_forward=reshard)
+        model.set_reshard_after_backward(reshard)
+        before = [full(p).detach().clone() for p in model.parameters()]
+        opt = METHODS[method](torch.optim.SGD(model.parameters(), lr=0.0), 0.1, model=model, placement=placement)
+        losses = train(model, opt, torch.float64, False, *shares("FSDP2"), steps=5)
+        assert all(second > first for first, second in zip(losses[::2], losses[1::2], strict=True))
+        for p, q in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(full(p).detach(), q, rtol=0, atol=1e-15)
+        with torch.no_grad():  # what the next forward uses, too
+            x, _ = sample(0, torch.float64)
+            alone = Net(torch.float64)
+            torch.testing.assert_close(model(x), alone(x), rtol=0, atol=1e-13)
+
+
+@check(2)
+def weights_that_stay_gathered_are_perturbed_all_the_same():
+    for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
+        alone = Net(torch.float64)
+        train(alone, build("NuSAM", alone, "SGD"), torch.float64)
+        model = fsdp(Net(torch.float64), reshard_after_forward=False)
+        model.set_reshard_after_backward(False)
+        opt = build("NuSAM", model, "SGD", ascent=ascent, placement=placement)
+        for step in range(STEPS):
+            train(model, opt, torch.float64, False, *shares("FSDP2"), steps=1, first=step)
+            model.reshard()  # the loop's own duty after a step
+        assert_same_weights(model, alone)
+
+
+@check(2)
+def unreduced_gradients_are_refused():
+    model = ENGINES["FSDP2"][1](Net(torch.float32))
+    opt = build("NuSAM", model, "SGD")
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match="leave it True, and accumulate with"):
+        train(model, opt, torch.float32, steps=1)
+
+
+@check(2)
+def what_can_not_be_served_is_refused():
+    sharded = ENGINES["FSDP2"][1](Net(torch.float32))
+    with pytest.raises(ValueError, match="pass the module as model="):
+        nusam.NuSAM(base_optimizer("SGD", sharded), 0.1)
+    with pytest.raises(NotImplementedError, match="Gaussian can't see through"):
+        nusam.GaussSAM(base_optimizer("SGD", sharded), 0.1, model=sharded)
+    with pytest.raises(ValueError, match="in the forward only"):
+        nusam.SAM(base_optimizer("SGD", sharded), 0.1, model=sharded, m_sam=True)
+    plain = Net(torch.float32)
+    with pytest.raises(ValueError, match="m_sam=True needs model="):
+        nusam.NuSAM(base_optimizer("SGD", plain), 0.1, model=plain, m_sam=True)
+    opt = nusam.NuSAM(base_optimizer("SGD", plain), 0.1, model=plain, ascent="matrix-free")
+    wrapped = ddp(plain)
+    with pytest.raises(RuntimeError, match="pass the wrapped module as model="):
+        train(wrapped, opt, torch.float32, steps=1)
+    assert not plain._forward_pre_hooks
+
+
+@check(2)
+def ddp_options():
+    for options in (
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+        {"broadcast_buffers": False},
+    ):
+        for ascent, accumulate, m_sam in product(("gradient", "matrix-free"), (False, True), (False, True)):
+            try:
+                if m_sam:
+                    together = ddp(Net(torch.float64), **options)
+                    opt = build("NuSAM", together, "SGD", ascent=ascent, m_sam=True)
+                    train(together, opt, torch.float64, accumulate, *shares("DDP"))
+                    assert_bit_equal_on_all_ranks(together)
+                    continue
+                alone = Net(torch.float64)
+                train(alone, build("NuSAM", alone, "SGD"), torch.float64, accumulate)
+                together = ddp(Net(torch.float64), **options)
+                opt = build("NuSAM", together, "SGD", ascent=ascent)
+                train(together, opt, torch.float64, accumulate, *shares("DDP"))
+                assert_same_weights(together, alone)
+            except Exception as error:
+                raise AssertionError(f"{options} {ascent} {accumulate=} {m_sam=}: {error}") from error
+
+
+@check(2)
+def accumulation_under_no_sync():
+    """The loop that DDP's documentation shows, with our passes inside."""
+    alone = Net(torch.float64)
+    train(alone, build("NuSAM", alone, "SGD"), torch.float64, accumulate=True)
+    for ascent in ("gradient", "matrix-free"):
+        together = ddp(Net(torch.float64))
+        opt = build("NuSAM", together, "SGD", ascent=ascent)
+        for step in range(STEPS):
+            opt.zero_grad()
+            pieces = list(micro_batches(step, torch.float64, True, *shares("DDP")))
+            for i, (x, y) in enumerate(pieces):
+                with together.no_sync() if i + 1 < len(pieces) else nullcontext():
+                    for _ in opt.passes(accumulate=True):
+                        (nn.functional.cross_entropy(together(x), y) / 2).backward()
+            opt.step()
+        assert_same_weights(together, alone)
+
+
+# ------------------------------------------------------------------------------- precision
+
+
+@check(2)
+def mixed_precision_policies():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    alone = Net(torch.float32)
+    reference = train(alone, build("NuSAM", alone, "SGD"), torch.float32)
+    for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
+        model = fsdp(Net(torch.float32), mp_policy=policy)
+        opt = build("NuSAM", model, "SGD", ascent=ascent, placement=placement)
+        losses = torch.tensor(train(model, opt, torch.float32, False, *shares("FSDP2")))
+        dist.all_reduce(losses)
+        torch.testing.assert_close(losses / 2, torch.tensor(reference), rtol=0.05, atol=0.02)
+
+
+@check(2)
+def bfloat16_weights_are_perturbed_in_the_forward():
+    alone = Net(torch.bfloat16)
+    opt = build("NuSAM", alone, "SGD", ascent="gradient")
+    reference = train(alone, opt, torch.bfloat16, steps=5)
+    model = ENGINES["FSDP2"][1](Net(torch.bfloat16))
+    opt = build("NuSAM", model, "SGD")
+    losses = torch.tensor(train(model, opt, torch.bfloat16, False, *shares("FSDP2"), steps=5))
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / 2, torch.tensor(reference), rtol=0.05, atol=0.02)
+
+
+@check(2)
+def offload_to_the_cpu():
+    for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
+        alone = Net(torch.float64)
+        train(alone, build("NuSAM", alone, "SGD"), torch.float64)
+        model = fsdp(Net(torch.float64), offload_policy=CPUOffloadPolicy())
+        opt = build("NuSAM", model, "SGD", ascent=ascent, placement=placement)
+        train(model, opt, torch.float64, False, *shares("FSDP2"))
+        assert_same_weights(model, alone)
+
+
+@check(2)
+def attention_layers_under_fsdp2():
+    for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
+        models = []
+        for wrap in (None, fully_shard):
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+            model = layer if wrap is None else wrap(layer)
+            opt = build("NuSAM", model, "SGD", ascent=ascent, placement=placement)
+            for step in range(5):
+                x = torch.randn(4, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+                x = x if wrap is None else x.chunk(2)[dist.get_rank()]
+                for _ in opt.passes():
+                    model(x).square().mean().backward()
+                opt.step()
+            models.append(model)
+            assert not [key for key in opt.metrics() if key.startswith("fallback")]
+        assert_same_weights(models[1], models[0])

@@ -1,0 +1,59 @@
+"""Runs checks in real processes: ``torchrun --nproc-per-node N running.py results.json``.
+
+Starting processes takes longer than most checks, so all those for N processes run in one start, and the tests read
+what each of them said.
+"""
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Check = Callable[[], Any]
+CHECKS: dict[int, dict[str, Check]] = {2: {}, 4: {}}
+
+
+def check(*world_sizes: int) -> Callable[[Check], Check]:
+    """Register a check for these numbers of processes."""
+
+    def register(function: Check) -> Check:
+        for size in world_sizes:
+            CHECKS[size][function.__name__] = function
+        return function
+
+    return register
+
+
+def main() -> None:
+    from tests.distributed.checks import CHECKS  # the registry of the imported module, not of this script
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    results: dict[str, Any] = {}
+    wanted = sys.argv[2:]
+    for name, run in CHECKS[dist.get_world_size()].items():
+        if wanted and not any(word in name for word in wanted):
+            continue
+        try:
+            answer: Any = {"value": run()}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, answer)
+        failed = [a for a in answers if "error" in a]
+        results[name] = failed[0] if failed else answers[0]
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
