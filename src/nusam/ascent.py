@@ -10,7 +10,19 @@ from nusam.layers import find_uses
 from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State
 from nusam.matrix_free import MatrixFreeAscent, why_not_served
 from nusam.power_iteration import Explicit, Matrix, power_iteration
-from nusam.sharding import Block, BlockOf, DataParallel, Ranks, block, complete, is_sharded, local, route, whole
+from nusam.sharding import (
+    Block,
+    BlockOf,
+    DataParallel,
+    Ranks,
+    averaged,
+    block,
+    complete,
+    is_sharded,
+    local,
+    route,
+    whole,
+)
 
 __all__ = ["Ascent", "Target"]
 
@@ -60,9 +72,9 @@ class Ascent:
         uses = list(find_uses(model))
         least = self.serve_from
         worth = [t for t in targets if t.parameter.numel() >= least or not t.parameter.requires_grad]
-        reasons = why_not_served(uses, [target.parameter for target in worth]) | {
-            target.parameter: "tensor parallel" for target in worth if workers.is_tensor_parallel(target.parameter)
-        }
+        reasons = why_not_served(uses, [target.parameter for target in worth])
+        if workers.must_reduce:
+            reasons = {target.parameter: "DDP with static_graph=True reduces every gradient" for target in worth}
         possible = any(target.parameter not in reasons for target in worth)
         reasons |= self._needs_gradient
         self._fell_back = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
@@ -73,7 +85,8 @@ class Ascent:
         needed = served.keys() | {target.parameter for target in targets}
         idle = [parameter for parameter in parameters if parameter not in needed]
         iterations = cast(Nuclear, self.lmo).power_iterations
-        return MatrixFreeAscent(uses, served, iterations, idle, keeps=workers.splits_the_batch)
+        keeps = workers.splits_the_batch or any(is_sharded(target.parameter) for target in targets)
+        return MatrixFreeAscent(uses, served, iterations, idle, keeps)
 
     @torch.no_grad()
     def perturbations(
@@ -181,16 +194,17 @@ class Ascent:
         self, parameter: Tensor, pass_: MatrixFreeAscent | None, workers: DataParallel, in_summands: bool
     ) -> tuple[Matrix, Block]:
         """What is here of the parameter's gradient."""
-        served = pass_.matrix(parameter) if pass_ else None
+        served, here = pass_.part(parameter) if pass_ else (None, whole(parameter))
         gradient = parameter.grad
         if gradient is not None and is_sharded(gradient):
             G = local(gradient).to(self.states[parameter]["u"].dtype)
             return (Nothing(*G.shape) if served else Explicit(G)), block(gradient)
-        groups = workers.summands(parameter) if in_summands else ()
         if served is None and gradient is not None:
-            return Explicit(gradient.to(self.states[parameter]["u"].dtype)), whole(parameter, groups)
-        # with a gradient beside the products, a matrix was also used outside its layer: neither is all of it
-        return (served if served and gradient is None else Nothing(*parameter.shape)), whole(parameter, groups)
+            served, here = Explicit(gradient.to(self.states[parameter]["u"].dtype)), whole(parameter)
+        elif served is None or gradient is not None:
+            # with a gradient beside the products, a matrix was also used outside its layer: neither is all of it
+            served = Nothing(here.rows.stop - here.rows.start, here.columns.stop - here.columns.start)
+        return served, averaged(here, workers.summands(parameter) if in_summands else ())
 
 
 class Nothing:

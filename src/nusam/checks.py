@@ -75,6 +75,11 @@ def check_served(what: str, lmo: LMO, model: Any) -> None:
 
 def check_m_sam(m_sam: Any, lmo: LMO, workers: DataParallel) -> None:
     """Whether the processes can have perturbations of their own."""
+    if m_sam and workers.must_reduce:
+        raise ValueError(
+            "m_sam needs an ascent that reduces no gradient, which DistributedDataParallel with static_graph=True "
+            "can't leave out; use static_graph=False."
+        )
     if isinstance(m_sam, bool):
         if m_sam and not (workers.replicates or workers.shards):
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nusam.interrupts import always
-from nusam.sharding import is_sharded
+from nusam.sharding import is_sharded, output_of_blocks
 
 __all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Use", "find_uses", "rerouted"]
 
@@ -132,7 +132,12 @@ class InForward:
 
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         y = kind.apply(x, W, extra)
-        return y + kind.delta(x, self.u, self.v).to(y.dtype)
+        if is_sharded(W):
+            return y + output_of_blocks(x, W, lambda x, here: self._delta(kind, x, here.rows, here.columns).to(y.dtype))
+        return y + self._delta(kind, x).to(y.dtype)
+
+    def _delta(self, kind: type[Kind], x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        return kind.delta(x, self.u[rows].to(x.device), self.v[columns].to(x.device))
 
 
 class Use(NamedTuple):

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nusam.interrupts import always
-from nusam.layers import Handler, Kind, Use, rerouted
+from nusam.layers import Handler, Kind, Linear, Use, rerouted
 from nusam.power_iteration import Matrix, TopPair, normalized, products
-from nusam.sharding import compute_device, is_sharded
+from nusam.sharding import Block, block, compute_device, is_sharded, layout, local, whole
 
 __all__ = ["LayerGradient", "MatrixFreeAscent", "why_not_served"]
 
@@ -89,7 +89,7 @@ class MatrixFreeAscent:
 
     def saw_gradients(self) -> bool:
         """Whether any backward has passed through a served layer."""
-        return any(record.probe.grad is not None for record in self._records.values())
+        return any(record.probe.grad is not None or record.kept for record in self._records.values())
 
     def top_pairs(self) -> dict[Tensor, TopPair]:
         """The pair of every parameter that was used once. Others have an ordinary gradient, if any.
@@ -104,10 +104,10 @@ class MatrixFreeAscent:
         warm_starts = [record.warm_start for record in reached.values()]
         return dict(zip(reached, normalized(list(us), list(vs), warm_starts), strict=True))
 
-    def matrix(self, parameter: Tensor) -> Matrix | None:
-        """The gradient, or this process's summand of it, if the pass kept it."""
+    def part(self, parameter: Tensor) -> tuple[Matrix | None, Block]:
+        """What the pass kept of the gradient (or of this process's summand), and of which block of it."""
         record = self._records.get(parameter)
-        return None if record is None else record.kept
+        return (None, whole(parameter)) if record is None else (record.kept, record.block)
 
     def not_served(self) -> dict[Tensor, str]:
         """Why a matrix could not be served in this pass, as far as that is known on the host."""
@@ -149,6 +149,7 @@ class _Record:
         self.iterations = iterations
         self.keeps = keeps
         self.kept: LayerGradient | None = None
+        self.block = whole(parameter)  # of the matrix, what the layer multiplies with here
         u = u.to(compute_device(parameter))
         self.probe = torch.cat([u, u.new_zeros(m + 1)]).requires_grad_()
         self.calls = 0
@@ -156,14 +157,33 @@ class _Record:
 
     def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         record = None
-        if is_sharded(W) or (self.keeps and torch.compiler.is_compiling()):
+        compiling = torch.compiler.is_compiling()
+        if compiling and (self.keeps or is_sharded(W)):
             return kind.apply(x, W, extra)  # its gradient will be formed
-        if not torch.compiler.is_compiling():
+        if not compiling:
             record = self
             # recomputation by activation checkpointing is no new use
             self.calls += torch._C._current_graph_task_id() == -1
+            if is_sharded(W):
+                return self._use_block(kind, x, W, extra)
         output: Tensor = _Products.apply(x, W, extra, self.probe, kind, self.iterations, record)
         return output
+
+    def _use_block(self, kind: type[Kind], x: Any, W: Any, extra: Any) -> Tensor:
+        """A tensor-parallel layer, whose output's gradient is taken as it passes by."""
+        split = layout(x, W)
+        if split is None or kind is not Linear or self.calls > 1:
+            return kind.apply(x, W, extra)
+        y = kind.apply(x, W.detach(), extra)
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        self.block = block(W)
+
+        def keep(D: Tensor) -> None:
+            self.refuse_second_backward()
+            self.kept = LayerGradient(kind, *kind.rows(local(x), split.gather_gradient(D), None), W.shape[0])
+
+        y.register_hook(keep)  # type: ignore[no-untyped-call]
+        return y
 
     def refuse_second_backward(self) -> None:
         if self.done:

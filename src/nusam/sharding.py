@@ -5,7 +5,8 @@ sum of what the processes computed. Sharding (FSDP2, tensor parallelism) gives e
 the two vectors of Algorithm 2 are sums over processes, and sums of all matrices travel in one flat buffer.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nusam.interrupts import always
@@ -22,13 +24,17 @@ __all__ = [
     "Block",
     "BlockOf",
     "DataParallel",
+    "Layout",
     "Ranks",
     "Route",
+    "averaged",
     "block",
     "complete",
     "compute_device",
     "is_sharded",
+    "layout",
     "local",
+    "output_of_blocks",
     "route",
     "unwrapped",
     "whole",
@@ -52,6 +58,7 @@ class Block(NamedTuple):
     rows: slice
     columns: slice
     route: Route
+    share: float = 1.0  # of the mean over processes, what is here
 
 
 class BlockOf:
@@ -63,12 +70,12 @@ class BlockOf:
     def matvec(self, v: Tensor) -> Tensor:
         u = v.new_zeros(self.block.shape[0])
         u[self.block.rows] = self.matrix.matvec(v[self.block.columns])
-        return u
+        return u if self.block.share == 1 else u.mul_(self.block.share)
 
     def rmatvec(self, u: Tensor) -> Tensor:
         v = u.new_zeros(self.block.shape[1])
         v[self.block.columns] = self.matrix.rmatvec(u[self.block.rows])
-        return v
+        return v if self.block.share == 1 else v.mul_(self.block.share)
 
 
 class Ranks:
@@ -96,7 +103,7 @@ class Ranks:
             flat = torch.cat([xs[i].reshape(-1) for i in indices])
             for group in groups:
                 dist.all_reduce(flat, operation, group)
-            pieces = flat.split([xs[i].numel() for i in indices])
+            pieces = torch.split(flat, [xs[i].numel() for i in indices])
             for i, piece in zip(indices, pieces, strict=True):
                 xs[i] = piece.view(xs[i].shape)
 
@@ -133,10 +140,59 @@ def compute_device(parameter: Any) -> torch.device:
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
-def whole(tensor: Tensor, groups: tuple[Group, ...] = ()) -> Block:
-    """A matrix that is here as a whole, or as one of the summands that ``groups`` hold."""
+def whole(tensor: Tensor) -> Block:
+    """A matrix that is here as a whole."""
     n, m = tensor.shape
-    return Block(tensor.shape, slice(n), slice(m), Route(groups))
+    return Block(tensor.shape, slice(n), slice(m), Route())
+
+
+def averaged(part: Block, groups: tuple[Group, ...]) -> Block:
+    """A block of which every process of ``groups`` has another value, and whose mean over them is meant."""
+    share = part.share / math.prod(group.size() for group in groups)
+    return part._replace(route=Route((*part.route.groups, *groups)), share=share)
+
+
+class Layout(NamedTuple):
+    """How a tensor-parallel linear layer y = xWᵀ is split, by rows or by columns of W."""
+
+    mesh: Any
+    of_input: Any
+    of_input_gradient: Any
+    of_output: Any
+
+    def gather_gradient(self, D: Any) -> Tensor:
+        """Of the output's gradient, what the block here is multiplied with."""
+        wanted = Replicate() if self.of_output.is_partial() else self.of_output
+        return cast(Tensor, D.redistribute(self.mesh, [wanted]).to_local())
+
+
+def layout(x: Any, W: Any) -> Layout | None:
+    """The layout of a layer whose weight is a DTensor in its forward; None if it is no usual one."""
+    if W.device_mesh.ndim != 1 or not is_sharded(x) or x.device_mesh != W.device_mesh:
+        return None
+    last = Shard(x.ndim - 1)
+    if W.placements == (Shard(0),) and x.placements == (Replicate(),):
+        return Layout(W.device_mesh, Replicate(), Partial(), last)
+    if W.placements == (Shard(1),) and x.placements == (last,):
+        return Layout(W.device_mesh, last, last, Partial())
+    return None
+
+
+def output_of_blocks(x: Any, W: Any, of_block: Callable[[Tensor, Block], Tensor]) -> Tensor:
+    """A linear layer's output from the output of the block of W that each process holds.
+
+    Raises:
+        RuntimeError: if the layer is not split the usual ways.
+    """
+    split = layout(x, W)
+    if split is None:
+        raise RuntimeError(
+            f"A layer of shape {tuple(W.shape)} is split as {W.placements}, its input as "
+            f"{getattr(x, 'placements', 'no DTensor')}; an ε in the forward needs ColwiseParallel or RowwiseParallel, "
+            "or use placement='weights'."
+        )
+    y = of_block(x.to_local(grad_placements=[split.of_input_gradient]), block(W))
+    return DTensor.from_local(y, split.mesh, [split.of_output], run_check=False)
 
 
 def block(tensor: Any) -> Block:
@@ -193,6 +249,7 @@ class DataParallel:
         self._ddp: Any = None
         self._fsdp: list[Any] = []
         self._mesh: dict[Tensor, Any] = {}  # over which FSDP2 splits the batch, for its parameters
+        self._stored: dict[Tensor, Tensor] = {}  # what is sharded, of what FSDP2 gathered
         self._tensor_parallel: set[Tensor] = set()
         if model is None or not dist.is_available() or not dist.is_initialized():
             return
@@ -205,6 +262,8 @@ class DataParallel:
         for group in self._fsdp_groups():
             for fsdp_parameter in group.fsdp_params:
                 self._mesh[fsdp_parameter.sharded_param] = group.mesh_info.mesh
+                if hasattr(fsdp_parameter, "_unsharded_param"):
+                    self._stored[fsdp_parameter._unsharded_param] = fsdp_parameter.sharded_param
                 if not fsdp_parameter.is_dtensor:
                     self._tensor_parallel.discard(fsdp_parameter.sharded_param)
 
@@ -222,6 +281,11 @@ class DataParallel:
     def replicates(self) -> bool:
         """Whether DistributedDataParallel is at work."""
         return self._ddp is not None
+
+    @property
+    def must_reduce(self) -> bool:
+        """Whether DDP has been told to reduce every gradient in every pass."""
+        return self._ddp is not None and self._ddp.static_graph
 
     def is_tensor_parallel(self, parameter: Tensor) -> bool:
         """Whether the parameter's layer computes with a block of it."""
@@ -261,13 +325,20 @@ class DataParallel:
                 ddp.require_backward_grad_sync = reduces_gradients
             yield
 
+    def stored(self, parameter: Tensor) -> Tensor:
+        """The parameter as the optimizer holds it, of what stands in its module."""
+        return self._stored.get(parameter, parameter)
+
     def kept(self, gradient: Tensor | None) -> Tensor | None:
         """A gradient to be set aside: DDP's may be views of buckets that the ascent overwrites."""
         views = self._ddp is not None and self._ddp.gradient_as_bucket_view
         return gradient.clone() if views and gradient is not None else gradient
 
-    def weights_changed(self) -> None:
-        """Make FSDP2 forget unsharded copies of weights that have changed since."""
+    def reshard(self) -> None:
+        """Put the stored parameters back in their modules, and forget gathered ones: weights may have changed since.
+
+        FSDP2 leaves gathered ones there after an evaluation, and when told not to reshard.
+        """
         for module in self._fsdp:
             module.reshard()
 
@@ -288,7 +359,7 @@ class DataParallel:
 
 
 def _refuse_unknown_ddp(*_: Any) -> None:
-    if DistributedDataParallel._active_ddp_module is not None:  # type: ignore[attr-defined]
+    if DistributedDataParallel._active_ddp_module is not None:
         raise RuntimeError(
             "The model given as model= runs inside DistributedDataParallel, which a matrix-free ascent must know of; "
             "pass the wrapped module as model=."

@@ -212,6 +212,7 @@ class SharpnessAware(Optimizer):
         targets = self._targets() if self.active else []
         workers = self._workers()
         workers.refuse_unreduced()
+        workers.reshard()
         parameters = self._parameters()
         pass_ = None if self.model is None else self._ascent.matrix_free(self.model, targets, parameters, workers)
         reduces = workers.reduces_gradients(pass_ is not None)
@@ -257,11 +258,12 @@ class SharpnessAware(Optimizer):
         perturbed = in_weights(in_place, [perturbations[p] for p in in_place], bit_exact=self.m_sam is not False)
         workers = self._workers()
         workers.refuse_unreduced()
+        workers.reshard()
 
         def undo() -> None:
             perturbed.remove()
             if in_place:
-                workers.weights_changed()
+                workers.reshard()
             self._pass = None
 
         with always(undo), ExitStack() as guards:
@@ -283,7 +285,7 @@ class SharpnessAware(Optimizer):
             del perturbations
             if in_place:
                 perturbed.add()
-                workers.weights_changed()
+                workers.reshard()
             yield
             if not accumulate and not self._in_backward:
                 self._require_gradients("descent")
@@ -495,13 +497,14 @@ class SharpnessAware(Optimizer):
         check_radius(factor, f"rho_schedule({self._progress.steps})")
         return float(factor)
 
-    def _outside(self) -> dict[str, nn.Parameter]:
+    def _outside(self) -> dict[str, Tensor]:
         """The model's parameters that the optimizer does not hold, by name, if they may be perturbed."""
         if self.targets == "trainable" or self.model is None:
             return {}
         held = set(self._parameters())
-        named = unwrapped(self.model).named_parameters()
-        return {name: parameter for name, parameter in named if parameter not in held}
+        stored = self._workers().stored
+        named = {name: stored(parameter) for name, parameter in unwrapped(self.model).named_parameters()}
+        return {name: parameter for name, parameter in named.items() if parameter not in held}
 
     def _targets(self, factor: float | None = None) -> list[Target]:
         """What is perturbed in this step, by how much, and the seed of its state."""
@@ -538,8 +541,7 @@ class SharpnessAware(Optimizer):
         uses = set() if self.model is None else {use.parameter for use in find_uses(self.model)}
         workers = self._workers()
         for parameter in (target.parameter for target in targets):
-            reachable = parameter in uses and not workers.is_tensor_parallel(parameter)
-            check_parameter(parameter, self.lmo, self.placement, reachable)
+            check_parameter(parameter, self.lmo, self.placement, reachable=parameter in uses)
             if is_sharded(parameter):
                 check_sharded(parameter, self.model, self.m_sam, workers, self._in_forward(parameter))
 
@@ -600,7 +602,8 @@ class SharpnessAware(Optimizer):
             own = group.get("param_names", [f"{g}.{i}" for i in range(len(group["params"]))])
             names.update(zip(group["params"], own, strict=True))
         if self.model is not None:
-            names.update((parameter, name) for name, parameter in unwrapped(self.model).named_parameters())
+            stored = self._workers().stored
+            names.update((stored(parameter), name) for name, parameter in unwrapped(self.model).named_parameters())
         return names
 
     def _states_to_save(self) -> dict[Tensor, State]:
