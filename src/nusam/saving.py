@@ -36,10 +36,10 @@ def merge(
 ) -> dict[str, Any]:
     """The base optimizer's state dict with ours in it; ``groups`` are the live ones it was made from."""
     state = dict(base["state"])
-    for key, parameter in _keys(base, groups):
+    for key, parameter in _keys(base, groups) if states else ():
         ours = {_PREFIX + name: value for name, value in states.get(parameter, {}).items()}
-        if ours:
-            state[key] = {**state.get(key, {}), **ours}
+        # where some have an entry, torch.distributed.checkpoint wants one of every parameter
+        state[key] = {**state.get(key, {}), **ours}
     saved_groups = [{**group, _STEPS: steps} for group in base["param_groups"]]
     if outside:
         saved_groups[0][_OUTSIDE] = outside
@@ -50,9 +50,14 @@ def split(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Saved:
     """Take a state dict apart, which the base optimizer may as well have saved alone.
 
     Raises:
-        ValueError: if its groups are not as many, or not as large, as the live ones.
+        ValueError: if its groups are not as many, or not as large, as the live ones, or if our entries were dropped.
     """
     saved_groups = state_dict["param_groups"]
+    if any("rho" in group and _STEPS not in group for group in saved_groups):
+        raise ValueError(
+            "The state dict has lost nusam's own entries, as flatten_optimizer_state_dict=True makes it; save and load "
+            "it as opt.state_dict() gives it."
+        )
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
         raise ValueError(
             "The state dict's parameter groups don't match the optimizer's in number or size; "

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nusam.interrupts import always
@@ -162,12 +161,16 @@ class Layout(NamedTuple):
 
     def gather_gradient(self, D: Any) -> Tensor:
         """Of the output's gradient, what the block here is multiplied with."""
+        from torch.distributed.tensor import Replicate
+
         wanted = Replicate() if self.of_output.is_partial() else self.of_output
         return cast(Tensor, D.redistribute(self.mesh, [wanted]).to_local())
 
 
 def layout(x: Any, W: Any) -> Layout | None:
     """The layout of a layer whose weight is a DTensor in its forward; None if it is no usual one."""
+    from torch.distributed.tensor import Partial, Replicate, Shard  # late: it takes longer to import than all of us
+
     if W.device_mesh.ndim != 1 or not is_sharded(x) or x.device_mesh != W.device_mesh:
         return None
     last = Shard(x.ndim - 1)
@@ -184,6 +187,8 @@ def output_of_blocks(x: Any, W: Any, of_block: Callable[[Tensor, Block], Tensor]
     Raises:
         RuntimeError: if the layer is not split the usual ways.
     """
+    from torch.distributed.tensor import DTensor
+
     split = layout(x, W)
     if split is None:
         raise RuntimeError(

@@ -1,5 +1,7 @@
 """What is checked in several processes; see :mod:`tests.distributed.running`."""
 
+import shutil
+import tempfile
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -8,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -460,3 +464,89 @@ def attention_layers_under_fsdp2():
             models.append(model)
             assert not [key for key in opt.metrics() if key.startswith("fallback")]
         assert_same_weights(models[1], models[0])
+
+
+# ------------------------------------------------------------------------------- state
+
+
+def goes_on_from_a_checkpoint(engine, base, **options):
+    """Ten steps are five, a checkpoint taken up by a new optimizer around a new model, and five more."""
+    rest = {"ascent_every": 3} if options.pop("keeps", False) else {}
+    straight = ENGINES[engine][1](Net(torch.float64))
+    opt = build("NuSAM", straight, base, delay=1, **rest)
+    train(straight, opt, torch.float64, False, *shares(engine), steps=10)
+
+    first = ENGINES[engine][1](Net(torch.float64))
+    opt = build("NuSAM", first, base, delay=1, **rest)
+    train(first, opt, torch.float64, False, *shares(engine), steps=5)
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    weights, state = get_state_dict(first, opt, options=StateDictOptions(**options))
+    dcp.save({"model": weights, "opt": state}, checkpoint_id=folder[0])
+
+    second = ENGINES[engine][1](Net(torch.float64))
+    with torch.no_grad():
+        for p in second.parameters():
+            p.zero_()
+    opt = build("NuSAM", second, base, delay=1, **rest)
+    weights, state = get_state_dict(second, opt, options=StateDictOptions(**options))
+    dcp.load({"model": weights, "opt": state}, checkpoint_id=folder[0])
+    set_state_dict(second, opt, model_state_dict=weights, optim_state_dict=state, options=StateDictOptions(**options))
+    train(second, opt, torch.float64, False, *shares(engine), steps=5, first=5)
+    assert_same_weights(second, straight_full(straight), tolerance=0)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+def straight_full(model):
+    """Its full weights, in a module of one process."""
+    alone = Net(torch.float64)
+    with torch.no_grad():
+        for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+            p.copy_(full(q))
+    return alone
+
+
+for engine, base, options in (
+    ("FSDP2", "AdamW", {}),
+    ("FSDP2", "SGD", {}),
+    ("FSDP2", "plain SGD", {}),
+    ("FSDP2", "AdamW", {"cpu_offload": True}),
+    ("FSDP2", "AdamW", {"keeps": True}),
+    ("DDP", "AdamW", {}),
+    ("TP", "AdamW", {}),
+):
+    CHECKS[2][f"goes on from a checkpoint: {engine} {base} {options}"] = partial(
+        goes_on_from_a_checkpoint, engine, base, **options
+    )
+for engine in ("FSDP+TP", "HSDP"):
+    CHECKS[4][f"goes on from a checkpoint: {engine}"] = partial(goes_on_from_a_checkpoint, engine, "AdamW")
+
+
+@check(2)
+def state_is_known_by_the_names_of_the_model():
+    for engine in ("DDP", "FSDP2"):
+        model = ENGINES[engine][1](Net(torch.float64))
+        opt = build("NuSAM", model, "AdamW")
+        train(model, opt, torch.float64, False, *shares(engine), steps=2)
+        _, state = get_state_dict(model, opt)
+        u = state["state"]["up.weight"]["nusam_u"]
+        assert u.shape == (8,)
+        assert not hasattr(u, "device_mesh")
+        ours = {f"sigma/{name}" for name, p in Net(torch.float64).named_parameters() if p.ndim == 2}
+        assert ours <= opt.metrics().keys()
+        first = u.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, u)
+
+
+@check(2)
+def a_flattened_state_that_lost_our_entries_is_refused():
+    model = ENGINES["FSDP2"][1](Net(torch.float64))
+    opt = build("NuSAM", model, "AdamW")
+    train(model, opt, torch.float64, False, *shares("FSDP2"), steps=2)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, state = get_state_dict(model, opt, options=flat)
+    with pytest.raises(ValueError, match="has lost nusam's own entries"):
+        set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state, options=flat)

@@ -87,7 +87,7 @@ def shares(engine: str) -> tuple[int, int]:
 def base_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "AdamW":
         return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.0 if name == "plain SGD" else 0.9)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def micro_batches(step: int, dtype: torch.dtype, accumulate: bool, parts: int, part: int) -> Iterator[tuple]:
-    """Of each micro-batch of a step, the share of this process"""
+    """Of each micro-batch of a step, the share of this process."""
     for x, y in zip(*(t.chunk(2 if accumulate else 1) for t in sample(step, dtype)), strict=True):
         yield x.chunk(parts)[part], y.chunk(parts)[part]
 
