@@ -1,0 +1,83 @@
+"""A small MLP-Mixer on digits with νSAM under DistributedDataParallel.
+
+torchrun --nproc-per-node 2 --max-restarts 3 examples/train_ddp.py --resume
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from timm.models import MlpMixer
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import nusam
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ddp"), help="where checkpoints go")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--m-sam", action="store_true", help="a perturbation for every process")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    args = parser.parse_args()
+
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(0)
+
+    images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+    data = TensorDataset(images.float().view(-1, 1, 8, 8) / 16, labels)
+    train, test = torch.utils.data.random_split(data, [1000, len(data) - 1000])
+    sampler = DistributedSampler(train)  # every process sees a share of each batch
+    loader = DataLoader(train, batch_size=64 // dist.get_world_size(), sampler=sampler, drop_last=True)
+
+    mixer = MlpMixer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, num_blocks=2)
+    model = DistributedDataParallel(mixer.to(device))
+    base = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    opt = nusam.NuSAM(base, rho=0.02, model=model, m_sam=args.m_sam)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.epochs)
+
+    checkpoint = args.folder / "last.pt"
+    first = 0
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device)
+        mixer.load_state_dict(saved["model"])
+        opt.load_state_dict(saved["opt"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["epoch"] + 1
+
+    for epoch in range(first, args.epochs):
+        sampler.set_epoch(epoch)
+        model.train()
+        total = torch.zeros((), device=device)
+        for x, y in loader:
+            for name in opt.passes():
+                loss = cross_entropy(model(x.to(device)), y.to(device))
+                loss.backward()
+                total += loss.detach() * (name == "descent")
+            opt.step()
+        schedule.step()
+
+        model.eval()
+        with torch.no_grad():
+            x, y = (torch.stack(column).to(device) for column in zip(*test, strict=True))
+            accuracy = (mixer(x).argmax(1) == y).float().mean()
+        dist.all_reduce(total)
+        if dist.get_rank() == 0:
+            loss = total.item() / len(loader) / dist.get_world_size()
+            print(f"epoch {epoch}: loss {loss:.6f}, test accuracy {accuracy:.1%}", flush=True)
+            args.folder.mkdir(parents=True, exist_ok=True)
+            state = {"model": mixer.state_dict(), "opt": opt.state_dict(), "schedule": schedule.state_dict()}
+            torch.save({**state, "epoch": epoch}, checkpoint.with_suffix(".partial"))
+            os.replace(checkpoint.with_suffix(".partial"), checkpoint)  # whole or not at all
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""An example whose process dies once: ``torchrun --max-restarts 1 faulty.py EXAMPLE FAULT ARCHIVE [its arguments]``.
+
+FAULT is where: ``ascent``, ``descent``, ``saving`` or ``nowhere``. Every checkpoint is copied to ARCHIVE as it appears.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint as dcp
+
+PASSES = 2 * 15  # of an epoch
+FATAL_EPOCH = 2
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first_life(rank: int) -> bool:
+    return os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and int(os.environ["RANK"]) == rank
+
+
+def main() -> None:
+    path, fault, archive = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    specification = importlib.util.spec_from_file_location("example", path)
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    sys.argv = [str(path), *sys.argv[4:]]
+    archive.mkdir(exist_ok=True)
+    calls = 0
+    cross_entropy, save, dcp_save, replace, rename = (
+        example.cross_entropy,
+        torch.save,
+        dcp.save,
+        os.replace,
+        Path.rename,
+    )
+
+    def fatal_loss(*arguments):
+        nonlocal calls
+        calls += 1
+        into_the_epoch = {"ascent": 5, "descent": 6}.get(fault)
+        if into_the_epoch and calls == PASSES * FATAL_EPOCH + into_the_epoch and first_life(rank=1):
+            die()
+        return cross_entropy(*arguments)
+
+    def fatal_save(state, file):
+        save(state, file)
+        if fault == "saving" and first_life(rank=0) and state["epoch"] == FATAL_EPOCH:
+            Path(file).write_bytes(Path(file).read_bytes()[:1000])
+            die()
+
+    def fatal_dcp_save(state, checkpoint_id):
+        dcp_save(state, checkpoint_id=checkpoint_id)
+        if fault == "saving" and first_life(rank=1) and calls > PASSES * FATAL_EPOCH:
+            for part in checkpoint_id.glob("*.distcp"):
+                part.write_bytes(part.read_bytes()[:1000])
+            die()
+
+    def archived_replace(source, target):
+        replace(source, target)
+        shutil.copy(target, archive / f"epoch-{torch.load(target)['epoch']:04}")
+
+    def archived_rename(source, target):
+        rename(source, target)
+        if Path(source).name == "partial":  # the checkpoint itself, not one of its files
+            shutil.copytree(target, archive / target.name, dirs_exist_ok=True)
+
+    example.cross_entropy, torch.save, dcp.save = fatal_loss, fatal_save, fatal_dcp_save
+    os.replace, Path.rename = archived_replace, archived_rename
+    example.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Every check of :mod:`tests.distributed.checks`, in as many real processes as it asks for."""
+
+import json
+
+import pytest
+
+from tests.distributed.checks import CHECKS
+from tests.distributed.launching import torchrun
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the checks said in a number of processes, which are started once."""
+    known = {}
+
+    def ask(processes):
+        if processes not in known:
+            said = tmp_path_factory.mktemp("answers") / f"{processes}.json"
+            torchrun(processes, "tests.distributed.running", str(said), module=True)
+            known[processes] = json.loads(said.read_text())
+        return known[processes]
+
+    return ask
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("processes", "name"), [(size, name) for size in CHECKS for name in CHECKS[size]])
+def test_in_processes(processes, name, answers):
+    answer = answers(processes)[name]
+    assert "error" not in answer, answer.get("trace")
