@@ -25,6 +25,8 @@ bench: .venv/installed
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/exactness.py
 	.venv/bin/python benchmarks/breakeven.py
+	.venv/bin/python benchmarks/breakdown.py
+	.venv/bin/python benchmarks/communication.py
 
 clean:
 	rm -rf .venv dist

@@ -14,7 +14,12 @@ def torchrun(processes: int, script: str, *arguments: str, restarts: int = 0, mo
     command += ["--max-restarts", str(restarts), *(["-m"] if module else []), script, *arguments]
     # a store shared with the launcher keeps the addresses of processes that died (pytorch/pytorch#135712)
     fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment = {**os.environ, **fresh_store, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        **fresh_store,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}",
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")

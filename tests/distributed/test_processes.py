@@ -6,6 +6,7 @@ import pytest
 
 from tests.distributed.checks import CHECKS
 from tests.distributed.launching import torchrun
+from tests.distributed.support import DOCUMENTS, table, written
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +29,9 @@ def answers(tmp_path_factory):
 def test_in_processes(processes, name, answers):
     answer = answers(processes)[name]
     assert "error" not in answer, answer.get("trace")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_support_matrix_is_what_the_methods_do(document, answers):
+    assert written(document) == table([answers(processes)["support"]["value"] for processes in (2, 4)])
