@@ -649,10 +649,15 @@ def step_in_backward(opt: SharpnessAware) -> None:
     nothing, accumulation is refused, and so is a GradScaler, at its ``step``. Undone by :meth:`SharpnessAware.detach`.
 
     Raises:
-        ValueError: if some perturbed matrix has no layer in whose forward ε could live.
+        ValueError: if some perturbed matrix has no layer in whose forward ε could live, or under DDP.
     """
     opt._refuse_inside_pass("step_in_backward()")
     check_served("step_in_backward()", opt.lmo, opt.model)
+    if opt._workers().replicates:
+        raise ValueError(
+            "step_in_backward() would step before DistributedDataParallel has reduced the gradients; use fully_shard "
+            "(FSDP2), or leave it out."
+        )
     before, opt.placement = opt.placement, "forward"
     try:
         opt._check_targets()

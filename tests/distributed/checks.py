@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 import nusam
 from collectives import Collectives
 from tests.distributed.engines import (
+    DEVICE,
     ENGINES,
     STEPS,
     Net,
@@ -280,7 +281,7 @@ def nothing_stays_perturbed_without_a_learning_rate():
         model.set_reshard_after_backward(reshard)
         before = [full(p).detach().clone() for p in model.parameters()]
         opt = METHODS[method](torch.optim.SGD(model.parameters(), lr=0.0), 0.1, model=model, placement=placement)
-        losses = torch.tensor(train(model, opt, torch.float64, False, *shares("FSDP2"), steps=5))
+        losses = torch.tensor(train(model, opt, torch.float64, False, *shares("FSDP2"), steps=5), device=DEVICE)
         dist.all_reduce(losses)
         assert all(second > first for first, second in zip(losses[::2], losses[1::2], strict=True))
         for p, q in zip(model.parameters(), before, strict=True):
@@ -398,6 +399,19 @@ def compiled_models():
         assert_same_weights(together, alone)
 
 
+@check(2)
+def steps_in_the_backward():
+    alone, sharded = Net(torch.float64), fsdp(Net(torch.float64))
+    train(alone, build("NuSAM", alone, "AdamW"), torch.float64)
+    opt = build("NuSAM", sharded, "AdamW")
+    nusam.step_in_backward(opt)
+    train(sharded, opt, torch.float64, False, *shares("FSDP2"))
+    assert_same_weights(sharded, alone)
+    replicated = ddp(Net(torch.float64))
+    with pytest.raises(ValueError, match="before DistributedDataParallel has reduced"):
+        nusam.step_in_backward(build("NuSAM", replicated, "AdamW"))
+
+
 # ------------------------------------------------------------------------------- precision
 
 
@@ -409,9 +423,9 @@ def mixed_precision_policies():
     for ascent, placement in product(("gradient", "matrix-free"), ("weights", "forward")):
         model = fsdp(Net(torch.float32), mp_policy=policy)
         opt = build("NuSAM", model, "SGD", ascent=ascent, placement=placement)
-        losses = torch.tensor(train(model, opt, torch.float32, False, *shares("FSDP2")))
+        losses = torch.tensor(train(model, opt, torch.float32, False, *shares("FSDP2")), device=DEVICE)
         dist.all_reduce(losses)
-        torch.testing.assert_close(losses / 2, torch.tensor(reference), rtol=0.05, atol=0.02)
+        torch.testing.assert_close(losses / 2, torch.tensor(reference, device=DEVICE), rtol=0.05, atol=0.02)
 
 
 @check(2)
@@ -421,9 +435,9 @@ def bfloat16_weights_are_perturbed_in_the_forward():
     reference = train(alone, opt, torch.bfloat16, steps=5)
     model = ENGINES["FSDP2"][1](Net(torch.bfloat16))
     opt = build("NuSAM", model, "SGD")
-    losses = torch.tensor(train(model, opt, torch.bfloat16, False, *shares("FSDP2"), steps=5))
+    losses = torch.tensor(train(model, opt, torch.bfloat16, False, *shares("FSDP2"), steps=5), device=DEVICE)
     dist.all_reduce(losses)
-    torch.testing.assert_close(losses / 2, torch.tensor(reference), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(losses / 2, torch.tensor(reference, device=DEVICE), rtol=0.05, atol=0.02)
 
 
 @check(2)
@@ -443,11 +457,13 @@ def attention_layers_under_fsdp2():
         models = []
         for wrap in (None, fully_shard):
             torch.manual_seed(0)
-            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+            layer = nn.TransformerEncoderLayer(
+                8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64, device=DEVICE
+            )
             model = layer if wrap is None else wrap(layer)
             opt = build("NuSAM", model, "SGD", ascent=ascent, placement=placement)
             for step in range(5):
-                x = torch.randn(4, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+                x = torch.randn(4, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).to(DEVICE)
                 x = x if wrap is None else x.chunk(2)[dist.get_rank()]
                 for _ in opt.passes():
                     model(x).square().mean().backward()

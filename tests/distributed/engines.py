@@ -1,5 +1,6 @@
 """Small problems under every way of distributing them, and the same ones in a single process."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nusam
 
+# The processes of a machine with a GPU for each of them use those.
+DEVICE = "cuda" if torch.cuda.device_count() >= int(os.environ.get("WORLD_SIZE", 1)) else "cpu"
 BATCH = 16
 STEPS = 20
 
@@ -25,7 +28,7 @@ class Net(nn.Module):
         self.first = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh())
         self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 6)
         self.last = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 2))
-        self.to(dtype)
+        self.to(DEVICE, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.down(torch.tanh(self.up(self.first(x)))))
@@ -35,7 +38,7 @@ def sample(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The joint batch of a step."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64).to(dtype)
-    return x, torch.randint(0, 2, (BATCH,), generator=generator)
+    return x.to(DEVICE), torch.randint(0, 2, (BATCH,), generator=generator).to(DEVICE)
 
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -46,24 +49,24 @@ def ddp(model: nn.Module, **options: object) -> nn.Module:
 
 
 def fsdp(model: nn.Module, mesh: object = None, **options: object) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),)) if mesh is None else mesh
     for module in (model.first, model.last):
         fully_shard(module, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
 def tensor_parallel(model: nn.Module, mesh: object = None) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),)) if mesh is None else mesh
     return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
 def fsdp_and_tensor_parallel(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
     return fsdp(tensor_parallel(model, mesh["tp"]), mesh["dp"])
 
 
 def hybrid(model: nn.Module) -> nn.Module:
-    return fsdp(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return fsdp(model, init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard")))
 
 
 ENGINES: dict[str, tuple[tuple[int, ...], Wrap]] = {  # name → (numbers of processes, how to wrap)

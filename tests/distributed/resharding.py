@@ -8,13 +8,13 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import nusam
-from tests.distributed.engines import Net, base_optimizer, fsdp, train
+from tests.distributed.engines import DEVICE, Net, base_optimizer, fsdp, train
 
 
 def main() -> None:
     first, old, new = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
     model = fsdp(Net(torch.float64))
     opt = nusam.NuSAM(base_optimizer("AdamW", model), 0.1, model=model, delay=2)
     if first:

@@ -5,6 +5,7 @@ what each of them said.
 """
 
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.distributed.engines import DEVICE
 
 Check = Callable[[], Any]
 CHECKS: dict[int, dict[str, Check]] = {2: {}, 4: {}}
@@ -36,7 +39,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=120))
     results: dict[str, Any] = {}
     wanted = sys.argv[2:]
     for name, run in CHECKS[dist.get_world_size()].items():
