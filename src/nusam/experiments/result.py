@@ -1,0 +1,83 @@
+"""What an experiment of the paper came to, as it is saved, shown and reported: a table, curves and a verdict."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Curve", "Result", "read_all"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure."""
+
+    panel: str  # which of the figure's plots it belongs to, and that plot's title
+    label: str
+    x: list[float]
+    y: list[float | None]
+    x_title: str
+    y_title: str
+    error: list[float] | None = None  # half the width of its band
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table or figure, reproduced at some scale.
+
+    Attributes:
+        name: as the command names it, such as "table2".
+        title: a sentence.
+        scale: smoke, cpu or full.
+        data: the data's title, or "" where there is none.
+        columns: of the table, in order; the keys of ``rows``.
+        findings: Markdown: what agrees with the paper, what doesn't, what the noise allows one to say.
+        notes: what a reader must know, such as the values that the paper's text lacks and are ours.
+        circumstances: device, date, versions, command, seconds.
+    """
+
+    name: str
+    title: str
+    scale: str
+    data: str
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    curves: list[Curve] = field(default_factory=list)
+    findings: str = ""
+    notes: list[str] = field(default_factory=list)
+    circumstances: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """Of the saved result, in a folder of results."""
+        data = "".join(c if c.isalnum() else "-" for c in self.data.lower()).strip("-")
+        return "-".join(filter(None, (self.name, self.scale, data))) + ".json"
+
+    def write(self, folder: Path) -> Path:
+        """Save it, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.file_name
+        unfinished = path.with_suffix(".partial")
+        unfinished.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
+        os.replace(unfinished, path)
+        return path
+
+
+def read_all(folder: Path) -> list[Result]:
+    """Every saved result of a folder, by name.
+
+    Raises:
+        ValueError: if a file is no result.
+    """
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            curves = [Curve(**curve) for curve in content.pop("curves")]
+            results.append(Result(**content, curves=curves))
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no saved result ({error}); remove it, or name another folder.") from error
+    return results
