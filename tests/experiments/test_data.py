@@ -101,7 +101,8 @@ def test_cifar10_is_read_from_folders_of_images(tmp_path):
 
 
 def test_large_data_sets_are_cut_to_a_fixed_subset(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "POOL", 10)
+    monkeypatch.setattr(data, "TRAIN", 5)
+    monkeypatch.setattr(data, "VALIDATION", 5)
     monkeypatch.setattr(data, "TEST", 5)
     write_image_folders(tmp_path)
     sources = [data.load("cifar10", tmp_path) for _ in range(2)]

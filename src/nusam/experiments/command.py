@@ -2,10 +2,15 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
+from typing import Any
 
 __all__ = ["main"]
 
-REQUIRED = ("matplotlib", "rich", "sklearn", "timm", "torchvision", "tyro")
+REQUIRED = (
+    *("jinja2", "markdown_it", "matplotlib", "plotly", "rich", "scipy", "sklearn"),
+    *("tensorboard", "timm", "torchvision", "tyro"),
+)
 
 
 def main() -> None:
@@ -24,10 +29,23 @@ def _run() -> int:
 
     from nusam.experiments.demo import Demo
     from nusam.experiments.errors import Refused
+    from nusam.experiments.memory_table import Memory
+    from nusam.experiments.report import Report
+    from nusam.experiments.reproduce import Reproduce
+    from nusam.experiments.sweep import Sweep
+    from nusam.experiments.train import Train
 
-    chosen = tyro.extras.subcommand_cli_from_dict({"demo": Demo}, prog="nusam", description="Experiments with νSAM.")
+    commands: dict[str, Callable[..., Any]] = {
+        "demo": Demo,
+        "train": Train,
+        "sweep": Sweep,
+        "reproduce": Reproduce,
+        "memory": Memory,
+        "report": Report,
+    }
+    chosen = tyro.extras.subcommand_cli_from_dict(commands, prog="nusam", description="Experiments with νSAM.")
     try:
-        return chosen()
+        return int(chosen())
     except Refused as refusal:
         return _refuse(str(refusal))
 
@@ -35,3 +53,7 @@ def _run() -> int:
 def _refuse(sentence: str) -> int:
     print(f"nusam: {sentence}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    main()

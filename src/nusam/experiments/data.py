@@ -17,9 +17,9 @@ from nusam.experiments.errors import Refused
 __all__ = ["DATASETS", "Dataset", "Images", "Source", "load", "split"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-# How much is used of the data sets that have more.
+# How much is used unless told otherwise.
 TRAIN = 400
-POOL = 1_400  # images for training and validation together
+VALIDATION = 1_000
 TEST = 1_000
 
 Pixels = NDArray[np.uint8]
@@ -75,8 +75,14 @@ class Dataset:
     test: Images
 
 
-def load(name: str, root: Path) -> Source:
-    """Read a data set that is on this machine; nothing is downloaded.
+def load(name: str, root: Path, train_size: int | None = None, download: bool = False) -> Source:
+    """Read a data set.
+
+    Args:
+        name: one of :data:`DATASETS`.
+        root: the folder of its files; digits need none.
+        train_size: training images; a few hundred unless given, and with 0 all but those for validation.
+        download: fetch what is missing, where the data set has a home.
 
     Raises:
         Refused: if the name is unknown, or its files are not there or can't be read.
@@ -84,7 +90,7 @@ def load(name: str, root: Path) -> Source:
     if name not in DATASETS:
         raise Refused(f"--data must be one of {', '.join(DATASETS)}, got {name}.")
     try:
-        return DATASETS[name](root)
+        return DATASETS[name](root, train_size, download)
     except (OSError, EOFError, ValueError, RuntimeError) as error:
         raise Refused(f"--data {name} was found but could not be read: {error}; put complete files there.") from error
 
@@ -104,18 +110,19 @@ def split(source: Source, seed: int, device: torch.device) -> Dataset:
     return Dataset(train, validation, images(source.test, source.test_labels))
 
 
-def _digits(root: Path) -> Source:
+def _digits(root: Path, train_size: int | None, download: bool) -> Source:
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = digits.target.astype(np.int64)
     order = _shuffled(len(labels), seed=0)
     pool, test = order[:1000], order[1000:]
-    return Source("digits", 10, 300, pixels[pool], labels[pool], pixels[test], labels[test])
+    size = 300 if train_size is None else _at_most(train_size, len(pool), validation=100)
+    return Source("digits", 10, size, pixels[pool], labels[pool], pixels[test], labels[test])
 
 
-def _fashion_mnist(root: Path) -> Source:
-    if (root / "FashionMNIST" / "raw").is_dir():
-        parts = [datasets.FashionMNIST(root, train) for train in (True, False)]
+def _fashion_mnist(root: Path, train_size: int | None, download: bool) -> Source:
+    if (root / "FashionMNIST" / "raw").is_dir() or (download and not DEBIAN_FASHION_MNIST.is_dir()):
+        parts = [datasets.FashionMNIST(root, train, download=download) for train in (True, False)]
         train, test = ((part.data.numpy(), part.targets.numpy()) for part in parts)
     elif DEBIAN_FASHION_MNIST.is_dir():
         train, test = (_idx_files(DEBIAN_FASHION_MNIST, part) for part in ("train", "t10k"))
@@ -124,7 +131,7 @@ def _fashion_mnist(root: Path) -> Source:
             f"--data fashion-mnist needs the folder FashionMNIST/raw in --data-root, which is {root}, or the Debian "
             "package dataset-fashion-mnist, and found neither; provide one of them."
         )
-    return _subset("Fashion-MNIST", *((pixels[:, None], labels) for pixels, labels in (train, test)))
+    return _subset("Fashion-MNIST", train_size, *((pixels[:, None], labels) for pixels, labels in (train, test)))
 
 
 def _idx_files(folder: Path, part: str) -> tuple[Pixels, Labels]:
@@ -133,35 +140,60 @@ def _idx_files(folder: Path, part: str) -> tuple[Pixels, Labels]:
     return np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
-def _cifar10(root: Path) -> Source:
-    if (root / "cifar-10-batches-py").is_dir():
-        parts = [datasets.CIFAR10(root, train) for train in (True, False)]
-        train, test = ((part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in parts)
-        return _subset("CIFAR-10", train, test)
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        folders = [datasets.ImageFolder(str(root / part)) for part in ("train", "test")]
-        if folders[0].classes != folders[1].classes:
-            raise Refused(f"--data cifar10 needs the same classes in {root}/train and {root}/test; complete them.")
-        return _subset("CIFAR-10 (JPEG re-encoded)", *map(_decoded, folders, (POOL, TEST)))
-    raise Refused(
-        f"--data cifar10 needs the folders train and test, with a folder of images for each class, or "
-        f"cifar-10-batches-py in --data-root, which is {root}, and found neither; point --data-root to them."
-    )
+def _cifar10(root: Path, train_size: int | None, download: bool) -> Source:
+    if (root / "cifar-10-batches-py").is_dir() or (download and not (root / "train").is_dir()):
+        return _subset("CIFAR-10", train_size, *_cifar(datasets.CIFAR10, root, download))
+    return _folders("cifar10", root, "CIFAR-10 (JPEG re-encoded)", train_size)
 
 
-def _decoded(folder: datasets.ImageFolder, most: int) -> tuple[Pixels, Labels]:
+def _cifar100(root: Path, train_size: int | None, download: bool) -> Source:
+    if not (root / "cifar-100-python").is_dir() and not download:
+        raise Refused(
+            f"--data cifar100 needs the folder cifar-100-python in --data-root, which is {root}; point --data-root to "
+            "it, or let --download fetch it."
+        )
+    return _subset("CIFAR-100", train_size, *_cifar(datasets.CIFAR100, root, download))
+
+
+def _cifar(kind: Any, root: Path, download: bool) -> list[tuple[Pixels, Labels]]:
+    parts = [kind(root, train, download=download) for train in (True, False)]
+    return [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in parts]
+
+
+def _folder(root: Path, train_size: int | None, download: bool) -> Source:
+    return _folders("folder", root, root.name, train_size)
+
+
+def _folders(name: str, root: Path, title: str, train_size: int | None) -> Source:
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+        others = " or cifar-10-batches-py" if name == "cifar10" else ""
+        raise Refused(
+            f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
+            f"--data-root, which is {root}, and found neither; point --data-root to them."
+        )
+    folders = [datasets.ImageFolder(str(root / part)) for part in ("train", "test")]
+    if folders[0].classes != folders[1].classes:
+        raise Refused(f"--data {name} needs the same classes in {root}/train and {root}/test; complete them.")
+    every = train_size == 0
+    train = _decoded(folders[0], None if every else (train_size or TRAIN) + VALIDATION)
+    return _subset(title, train_size, train, _decoded(folders[1], None if every else TEST))
+
+
+def _decoded(folder: datasets.ImageFolder, most: int | None) -> tuple[Pixels, Labels]:
     chosen = _shuffled(len(folder), seed=0)[:most]
     pixels = np.stack([np.asarray(folder[index][0]) for index in chosen])
     return pixels.transpose(0, 3, 1, 2), np.array(folder.targets)[chosen]
 
 
-def _subset(title: str, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source:
-    pool = _shuffled(len(train[1]), seed=0)[:POOL]
-    held_out = _shuffled(len(test[1]), seed=0)[:TEST]
+def _subset(title: str, train_size: int | None, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source:
+    every = len(train[1])
+    size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
+    pool = _shuffled(every, seed=0)[: size + VALIDATION]
+    held_out = _shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
     return Source(
         title,
         classes=int(train[1].max()) + 1,
-        train_size=min(TRAIN, len(pool) // 2),
+        train_size=size,
         pool=train[0][pool],
         pool_labels=train[1][pool].astype(np.int64),
         test=test[0][held_out],
@@ -169,8 +201,19 @@ def _subset(title: str, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source
     )
 
 
+def _at_most(wanted: int, every: int, validation: int) -> int:
+    """So many training images that enough are left for validation."""
+    return min(wanted or every, every - validation)
+
+
 def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)
 
 
-DATASETS = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar10}
+DATASETS = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "folder": _folder,
+}

@@ -12,8 +12,9 @@ import tyro
 from nusam.experiments.comparison import Comparison
 from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
+from nusam.experiments.machine import chosen_device
 from nusam.experiments.methods import METHODS
-from nusam.experiments.models import TITLES
+from nusam.experiments.models import SMALL
 from nusam.experiments.rho_selection import Contest, Plan
 from nusam.experiments.training import Recipe
 
@@ -53,7 +54,7 @@ class Demo:
 
     def __call__(self) -> int:
         """Run it; the exit code."""
-        device = _device(self.device)
+        device = chosen_device(self.device)
         methods = _methods(self.methods)
         for option, value in (("--seeds", self.seeds), ("--epochs", self.epochs), ("--jobs", self.jobs)):
             if value is not None and value < 1:
@@ -67,17 +68,6 @@ class Demo:
         return Comparison(source, recipe, device, plan, self.out, {**asdict(self), "methods": methods}).run(jobs)
 
 
-def _device(name: str) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    allowed = ["cpu"]
-    if accelerator is not None:
-        indices = range(torch.accelerator.device_count())
-        allowed += [accelerator.type, *(f"{accelerator.type}:{index}" for index in indices)]
-    if name not in allowed:
-        raise Refused(f"--device must be {' or '.join(allowed)} on this machine, got {name}.")
-    return torch.device(name)
-
-
 def _methods(given: Sequence[str]) -> list[str]:
     names = [name for part in given for name in part.split(",") if name]
     for name in names or ["nothing"]:
@@ -89,7 +79,7 @@ def _methods(given: Sequence[str]) -> list[str]:
 def _radii(methods: Sequence[str], rho: float | None) -> dict[Contest, tuple[float, ...]]:
     """The candidates: nothing to choose for AdamW, nor where a radius is given."""
     radii: dict[Contest, tuple[float, ...]] = {}
-    for model in TITLES:
+    for model in SMALL:
         for method in methods:
             candidates = METHODS[method].radii.get(model, (0.0,))
             radii[Contest(model, method)] = candidates if rho is None or method == "adamw" else (rho,)

@@ -3,47 +3,65 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import nusam
 
-__all__ = ["METHODS", "Method"]
+if TYPE_CHECKING:
+    from nusam.experiments.training import Run
+
+__all__ = ["BASES", "METHODS", "Method"]
+
+BASES: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {  # model, learning rate, weight decay
+    "sgd": lambda model, rate, decay: torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay),
+    "adam": lambda model, rate, decay: torch.optim.Adam(model.parameters(), rate, weight_decay=decay),
+    "adamw": lambda model, rate, decay: torch.optim.AdamW(model.parameters(), rate, weight_decay=decay),
+    "adafactor": lambda model, rate, decay: torch.optim.Adafactor(model.parameters(), rate, weight_decay=decay),
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A sharpness-aware method around AdamW, or AdamW alone."""
+    """A sharpness-aware method around a base optimizer, or that alone."""
 
     title: str
     perturb: Callable[..., nusam.SharpnessAware] | None = None
-    delay: float = 0.0  # the share of training that AdamW takes alone
+    delay: float = 0.0  # the share of training that the base optimizer takes alone
     radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # worth trying, for each model
+    low_rank: bool = False  # whether it takes power_iterations
 
-    def delay_steps(self, steps: int) -> int:
-        """How many of so many steps AdamW takes alone."""
-        return int(self.delay * steps)
+    def delay_steps(self, run: "Run", steps: int) -> int:
+        """How many of so many steps the base optimizer takes alone."""
+        return int((self.delay if run.delay is None else run.delay) * steps)
 
-    def wrap(self, base: Optimizer, rho: float, steps: int, model: nn.Module) -> Optimizer:
+    def wrap(self, base: Optimizer, run: "Run", steps: int, model: nn.Module) -> Optimizer:
         """The optimizer for a training of so many steps."""
         if self.perturb is None:
             return base
-        return self.perturb(base, rho=rho, delay=self.delay_steps(steps), model=model)
+        iterations = {"power_iterations": run.power_iterations} if self.low_rank else {}
+        return self.perturb(base, rho=run.rho, delay=self.delay_steps(run, steps), model=model, **iterations)
 
 
 # νSAM's ρ is the radius of each matrix, SAM's that of all parameters together, so their ranges differ. SAM-ON gets
 # no delay: the paper finds that it does not help there (Table 9).
 _NUSAM_RADII = {"mixer": (0.05, 0.1, 0.2), "vit": (0.01, 0.03, 0.1)}
+_SAM_RADII = {"mixer": (0.1, 0.2, 0.4), "vit": (0.05, 0.1, 0.2)}
+_NORM_RADII = {"mixer": (0.1, 0.2, 0.4), "vit": (0.03, 0.1, 0.2)}
 
 METHODS = {
     "adamw": Method("AdamW"),
-    "sam": Method("SAM", nusam.SAM, 0.1, {"mixer": (0.1, 0.2, 0.4), "vit": (0.05, 0.1, 0.2)}),
+    "sam": Method("SAM", nusam.SAM, 0.1, _SAM_RADII),
     "sam-on": Method("SAM-ON", nusam.SAMON, 0.0, {"mixer": (0.5, 1.0, 2.0), "vit": (0.3, 1.0, 3.0)}),
-    "nusam": Method("νSAM", nusam.NuSAM, 0.1, _NUSAM_RADII),
+    "nusam": Method("νSAM", nusam.NuSAM, 0.1, _NUSAM_RADII, low_rank=True),
+    "nusam-norm": Method("νSAM-Norm", nusam.NuSAMNorm, 0.1, _NORM_RADII, low_rank=True),
+    "gauss": Method("GaussSAM", nusam.GaussSAM, 0.1, _SAM_RADII),
     **{
         f"nusam-{every}": Method(
-            f"νSAM, ascent_every={every}", partial(nusam.NuSAM, ascent_every=every), 0.1, _NUSAM_RADII
+            f"νSAM, ascent_every={every}", partial(nusam.NuSAM, ascent_every=every), 0.1, _NUSAM_RADII, low_rank=True
         )
         for every in (2, 5, 10)
     },

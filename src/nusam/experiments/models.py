@@ -1,50 +1,78 @@
-"""Small configurations of timm's architectures."""
+"""timm's architectures: small ones for a processor, those of the paper's Table 6, and pretrained ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import timm
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-__all__ = ["TITLES", "build"]
+from nusam.experiments.errors import Refused
 
-TITLES = {"mixer": "Mixer", "vit": "ViT"}
-
-PATCHES_PER_SIDE = 4
-WIDTH = 64
-DEPTH = 2
+__all__ = ["SMALL", "TITLES", "build"]
 
 
-def _mixer(image_size: int, channels: int, classes: int) -> nn.Module:
-    model: nn.Module = MlpMixer(
-        num_classes=classes,
-        img_size=image_size,
-        in_chans=channels,
-        patch_size=image_size // PATCHES_PER_SIDE,
-        num_blocks=DEPTH,
-        embed_dim=WIDTH,
-    )
-    return model
+@dataclass(frozen=True)
+class Shape:
+    """Of a model: the image is cut into ``patches`` × ``patches``, or into patches of ``patch`` pixels."""
+
+    title: str
+    width: int
+    depth: int
+    heads: int = 0  # none is an MLP-Mixer
+    patches: int = 0
+    patch: int = 0
 
 
-def _vit(image_size: int, channels: int, classes: int) -> nn.Module:
-    model: nn.Module = VisionTransformer(
-        num_classes=classes,
-        img_size=image_size,
-        in_chans=channels,
-        patch_size=image_size // PATCHES_PER_SIDE,
-        depth=DEPTH,
-        embed_dim=WIDTH,
-        num_heads=4,
-        class_token=False,
-        global_pool="avg",
-    )
-    return model
+_SHAPES = {
+    "mixer": Shape("Mixer", 64, 2, patches=4),
+    "vit": Shape("ViT", 64, 2, heads=4, patches=4),
+    "vit-s/4": Shape("ViT-S/4", 384, 12, heads=6, patch=4),
+    "vit-b/4": Shape("ViT-B/4", 768, 12, heads=12, patch=4),
+    "mixer-s/4": Shape("Mixer-S/4", 512, 8, patch=4),
+    "mixer-b/4": Shape("Mixer-B/4", 768, 12, patch=4),
+}
+_PRETRAINED = {
+    "vit-s/16": ("ViT-S/16", "vit_small_patch16_224"),
+    "vit-b/16": ("ViT-B/16", "vit_base_patch16_224"),
+    "mixer-b/16": ("Mixer-B/16", "mixer_b16_224"),
+}
+SMALL = ("mixer", "vit")  # those that two processor cores train in seconds
+TITLES = {name: shape.title for name, shape in _SHAPES.items()} | {n: title for n, (title, _) in _PRETRAINED.items()}
 
 
 def build(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
-    """A freshly initialized model for square images."""
-    return _BUILDERS[name](image_size, channels, classes)
+    """A freshly initialized model for square images; a pretrained one with a new head.
+
+    Raises:
+        Refused: if pretrained weights are not at hand and can't be downloaded.
+    """
+    if name in _PRETRAINED:
+        return _pretrained(_PRETRAINED[name][1], image_size, channels, classes)
+    shape = _SHAPES[name]
+    common: dict[str, int] = {
+        "num_classes": classes,
+        "img_size": image_size,
+        "in_chans": channels,
+        "patch_size": shape.patch or image_size // shape.patches,
+        "embed_dim": shape.width,
+    }
+    if not shape.heads:
+        mixer: Callable[..., nn.Module] = MlpMixer
+        return mixer(num_blocks=shape.depth, **common)
+    vit: Callable[..., nn.Module] = VisionTransformer
+    return vit(depth=shape.depth, num_heads=shape.heads, class_token=False, global_pool="avg", **common)
 
 
-_BUILDERS: dict[str, Callable[[int, int, int], nn.Module]] = {"mixer": _mixer, "vit": _vit}
+def _pretrained(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(
+            name, pretrained=True, num_classes=classes, in_chans=channels, img_size=image_size
+        )
+    except Exception as error:  # whatever the hub raises without a network
+        raise Refused(
+            f"The pretrained weights of {name} could not be loaded ({type(error).__name__}); connect to the network "
+            "once, or choose a model that is trained from scratch."
+        ) from error
+    return model

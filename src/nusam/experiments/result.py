@@ -78,6 +78,6 @@ def read_all(folder: Path) -> list[Result]:
             content = json.loads(path.read_text("utf-8"))
             curves = [Curve(**curve) for curve in content.pop("curves")]
             results.append(Result(**content, curves=curves))
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no saved result ({error}); remove it, or name another folder.") from error
     return results

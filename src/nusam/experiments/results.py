@@ -60,7 +60,7 @@ def _selection(plan: Plan) -> list[dict[str, Any]]:
 
 def _run(outcome: Outcome) -> dict[str, Any]:
     return {
-        **asdict(outcome.run),
+        **{name: asdict(outcome.run)[name] for name in ("model", "method", "rho", "seed")},
         "validation_accuracy": outcome.validation_accuracy,
         "test_accuracy": outcome.test_accuracy,
         "delay_steps": outcome.delay_steps,

@@ -6,12 +6,14 @@ from functools import partial
 from statistics import median
 
 import torch
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
 
 from nusam.experiments.data import Images
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import build
-from nusam.experiments.training import one_pass
+from nusam.experiments.training import Run
 
 __all__ = ["step_seconds"]
 
@@ -36,8 +38,16 @@ def step_seconds(model_name: str, radii: Mapping[str, float], batch: Images, cla
 
 def _stepper(model_name: str, method: str, rho: float, batch: Images, classes: int) -> Callable[[], object]:
     model = build(model_name, batch.pixels.shape[-1], batch.pixels.shape[1], classes).to(batch.pixels.device)
-    optimizer = METHODS[method].wrap(AdamW(model.parameters()), rho, 0, model)
-    return partial(optimizer.step, partial(one_pass, model, optimizer, batch.pixels, batch.labels))
+    optimizer = METHODS[method].wrap(AdamW(model.parameters()), Run(model_name, method, rho, seed=0), 0, model)
+    return partial(optimizer.step, partial(_one_pass, model, optimizer, batch))
+
+
+def _one_pass(model: nn.Module, optimizer: Optimizer, batch: Images) -> Tensor:
+    """The closure that an optimizer's ``step`` takes: the loss, with its gradients computed."""
+    optimizer.zero_grad()
+    loss = cross_entropy(model(batch.pixels), batch.labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

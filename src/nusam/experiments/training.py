@@ -1,47 +1,60 @@
-"""One training run: AdamW with warm-up and cosine decay, alone or inside a sharpness-aware method."""
+"""One training run, from the weights' initialization to the last accuracy: read it top to bottom.
+
+A base optimizer with warm-up and cosine decay, alone or inside a sharpness-aware method; on one process or several.
+"""
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from nusam import SharpnessAware
+from nusam.experiments.augmentation import augmented
+from nusam.experiments.checkpoint import Checkpoint
 from nusam.experiments.data import Images, Source, split
-from nusam.experiments.methods import METHODS
+from nusam.experiments.machine import Machine
+from nusam.experiments.methods import BASES, METHODS
 from nusam.experiments.models import build
+from nusam.experiments.scalars import Scalars
 
-__all__ = ["Epoch", "Outcome", "Recipe", "Run", "accuracy", "one_pass", "steps_of", "train"]
+__all__ = ["Epoch", "Outcome", "Recipe", "Run", "Stopped", "accuracy", "steps_of", "train"]
 
 EVALUATION_BATCH = 128  # stays in a processor's cache
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all runs have in common."""
+    """What all runs of a comparison have in common."""
 
     epochs: int
     batch_size: int = 32
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
     warm_up: float = 0.1  # share of the steps
+    base: str = "adamw"
+    augment: str = "none"
+    accumulate: int = 1  # micro-batches of a step, each perturbed on its own
 
 
 @dataclass(frozen=True)
 class Run:
-    """What tells one run from another. AdamW alone has ρ = 0."""
+    """What tells one run from another. The base optimizer alone has ρ = 0."""
 
     model: str
     method: str
     rho: float
     seed: int
+    delay: float | None = None  # share of the steps before the perturbation starts; None is the method's own
+    power_iterations: int = 1
+    stretch: float = 1.0  # of the epochs
+    rate: float = 1.0  # of the learning rate
 
 
 @dataclass(frozen=True)
@@ -69,35 +82,135 @@ class Outcome:
         return self.epochs[-1].test_accuracy
 
 
-def train(run: Run, recipe: Recipe, source: Source, device: torch.device, report: Callable[[Epoch], None]) -> Outcome:
-    """Train one model. The seed decides the split, the initial weights and the order: the same for every method."""
-    began = time.perf_counter()
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint knows beside weights and optimizer."""
+
+    step: int = 0
+    loss: float = 0.0  # summed over the epoch's images so far
+    epochs: list[Epoch] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(
+    run: Run,
+    recipe: Recipe,
+    source: Source,
+    device: torch.device,
+    report: Callable[[Epoch], None],
+    machine: Machine | None = None,
+    checkpoint: Checkpoint | None = None,
+    scalars: Scalars | None = None,
+    initial: dict[str, Tensor] | None = None,
+) -> Outcome:
+    """Train one model. The seed decides the split, the initial weights and the order: the same for every method.
+
+    Args:
+        run: model, method, ρ and seed.
+        recipe: what all runs of a comparison share.
+        source: the images.
+        device: where model and images live.
+        report: told of every epoch as it ends.
+        machine: precision, compilation and parallelism; a single process in float32 unless given.
+        checkpoint: where the state is kept, and taken up from.
+        scalars: gets what happens in every step.
+        initial: weights to start from, as far as their shapes fit (a new head keeps its own).
+
+    Raises:
+        Stopped: if the checkpoint was asked to stop; its state is saved then.
+    """
+    machine = machine or Machine(device)
     data = split(source, run.seed, device)
     torch.manual_seed(run.seed)
     model = build(run.model, source.image_size, source.channels, source.classes).to(device)
-    steps = steps_of(recipe, source)
-    base = AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    optimizer = METHODS[run.method].wrap(base, run.rho, steps, model)
+    _load_what_fits(model, initial or {})
+    model = machine.wrapped(model)
+    steps, per_epoch = steps_of(recipe, source, run.stretch), _steps_per_epoch(recipe, source)
+    base = BASES[recipe.base](model, recipe.learning_rate * run.rate, recipe.weight_decay)
+    optimizer = METHODS[run.method].wrap(base, run, steps, model)
     schedule = _schedule(optimizer, recipe, steps)
     order = torch.Generator().manual_seed(run.seed)
-    epochs = []
-    for _ in range(recipe.epochs):
-        loss = _train_epoch(model, optimizer, schedule, data.train, recipe.batch_size, order)
-        epochs.append(Epoch(loss, accuracy(model, data.test)))
-        report(epochs[-1])
+    noise = torch.Generator().manual_seed(run.seed)
+    progress = Progress()
+    if checkpoint:
+        checkpoint.load(model, optimizer, schedule, noise, progress)
+    for _ in range(progress.step // per_epoch):  # what finished epochs drew
+        torch.randperm(len(data.train), generator=order)
+
+    began = time.perf_counter() - progress.seconds
+    shuffled = torch.empty(0, dtype=torch.int64)
+    for step in range(progress.step, steps):
+        if step % per_epoch == 0 or not len(shuffled):
+            shuffled = torch.randperm(len(data.train), generator=order)
+        model.train()
+        start = step % per_epoch * recipe.batch_size
+        chosen = shuffled[start : start + recipe.batch_size]
+        pixels = augmented(data.train.pixels[chosen.to(device)], recipe.augment, noise)
+        losses = _step(model, optimizer, machine, pixels, data.train.labels[chosen.to(device)], recipe.accumulate)
+        schedule.step()
+
+        progress.step = step + 1
+        progress.loss += float(losses[0]) * len(chosen)
+        if scalars:
+            scalars.step(step, optimizer, losses)
+        if progress.step % per_epoch == 0:
+            progress.epochs.append(Epoch(progress.loss / len(data.train), accuracy(model, data.test)))
+            progress.loss = 0.0
+            report(progress.epochs[-1])
+        if checkpoint and checkpoint.is_due(progress.step % per_epoch == 0):
+            progress.seconds = time.perf_counter() - began
+            checkpoint.save(model, optimizer, schedule, noise, progress)
+            if checkpoint.stop_asked:
+                raise Stopped
+
     return Outcome(
         run,
-        epochs,
+        progress.epochs,
         validation_accuracy=accuracy(model, data.validation),
-        delay_steps=METHODS[run.method].delay_steps(steps),
+        delay_steps=METHODS[run.method].delay_steps(run, steps),
         perturbation_numel=optimizer.perturbation_numel() if isinstance(optimizer, SharpnessAware) else 0,
         seconds=time.perf_counter() - began,
     )
 
 
-def steps_of(recipe: Recipe, source: Source) -> int:
+def _step(
+    model: nn.Module, optimizer: Optimizer, machine: Machine, pixels: Tensor, labels: Tensor, accumulate: int
+) -> list[Tensor]:
+    """One step on the joint batch; its loss in each kind of pass, the first at the weights before the step."""
+    optimizer.zero_grad()
+    count = len(labels)
+    losses: dict[str, Tensor] = {}
+    for x, y in zip(pixels.chunk(accumulate), labels.chunk(accumulate), strict=True):
+        x, y = machine.share(x), machine.share(y)
+        for name in _passes(optimizer, accumulate > 1):
+            with machine.autocast():
+                # summed here and averaged over processes, this is the mean over the joint batch whatever the shares
+                loss = cross_entropy(model(x).float(), y, reduction="sum") * (machine.processes / count)
+            machine.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            losses[name] = losses.get(name, torch.zeros_like(loss)) + loss.detach()
+    machine.scaler.step(optimizer)
+    machine.scaler.update()
+    if machine.processes > 1:
+        for loss in losses.values():
+            dist.all_reduce(loss.div_(machine.processes))
+    return list(losses.values())
+
+
+def _passes(optimizer: Optimizer, accumulate: bool) -> Iterator[str]:
+    return optimizer.passes(accumulate) if isinstance(optimizer, SharpnessAware) else iter(["only"])
+
+
+def steps_of(recipe: Recipe, source: Source, stretch: float = 1.0) -> int:
     """Optimizer steps of a whole run."""
-    return recipe.epochs * math.ceil(source.train_size / recipe.batch_size)
+    return max(1, round(recipe.epochs * stretch)) * _steps_per_epoch(recipe, source)
+
+
+def _steps_per_epoch(recipe: Recipe, source: Source) -> int:
+    return math.ceil(source.train_size / recipe.batch_size)
 
 
 def accuracy(model: nn.Module, images: Images) -> float:
@@ -111,33 +224,9 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return int(correct) / len(images)
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    images: Images,
-    batch_size: int,
-    order: torch.Generator,
-) -> float:
-    """Mean loss of the epoch, each batch's at the weights before its step."""
-    model.train()
-    total = torch.zeros((), device=images.labels.device)
-    shuffled = torch.randperm(len(images), generator=order).to(images.labels.device)
-    for start in range(0, len(images), batch_size):
-        batch = shuffled[start : start + batch_size]
-        closure: Any = partial(one_pass, model, optimizer, images.pixels[batch], images.labels[batch])
-        loss: Any = optimizer.step(closure)  # AdamW alone runs the closure once, the others twice
-        total += loss.detach() * len(batch)
-        schedule.step()
-    return float(total) / len(images)
-
-
-def one_pass(model: nn.Module, optimizer: Optimizer, pixels: Tensor, labels: Tensor) -> Tensor:
-    """The closure that an optimizer's ``step`` takes: the loss, with its gradients computed."""
-    optimizer.zero_grad()
-    loss = cross_entropy(model(pixels), labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss
+def _load_what_fits(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    model.load_state_dict({**own, **{name: w for name, w in weights.items() if w.shape == own[name].shape}})
 
 
 def _schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:

@@ -1,0 +1,89 @@
+"""Run the cells that a store lacks, several at a time, and add them in the order they were asked for."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from nusam.experiments.data import Source, load
+from nusam.experiments.errors import Refused
+from nusam.experiments.progress import Bars
+from nusam.experiments.store import Cell, Store
+from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
+from nusam.experiments.workers import Workers
+
+__all__ = ["ENGINES", "fill"]
+
+
+def fill(
+    store: Store,
+    cells: Iterable[Cell],
+    data_root: Path,
+    jobs: int,
+    device: torch.device,
+    console: Console,
+    engine: str = "local",
+) -> None:
+    """Run what is missing.
+
+    A finished run is added when all before it are, so the store is the same wherever it was interrupted.
+    """
+    missing = [cell for cell in dict.fromkeys(cells) if cell not in store]
+    for (data, size, recipe), group in groupby(missing, lambda cell: (cell.data, cell.train_size, cell.recipe)):
+        wanted = deque(group)
+        source = load(data, data_root, size)
+        done: dict[Run, Outcome] = {}
+        runs = [cell.run for cell in wanted]
+        for outcome in ENGINES[engine](runs, recipe, source, jobs, device, console):
+            done[outcome.run] = outcome
+            while wanted and wanted[0].run in done:
+                cell = wanted.popleft()
+                store.add(cell, done.pop(cell.run), device)
+
+
+def _in_workers(
+    runs: list[Run], recipe: Recipe, source: Source, jobs: int, device: torch.device, console: Console
+) -> Iterator[Outcome]:
+    """In processes of this machine; in the order they finish."""
+    workers = Workers(min(jobs, len(runs)), recipe, source, device)
+    with Bars(console, len(runs), recipe.epochs) as bars, workers:
+        for report in workers.train(deque(runs)):
+            bars.show(report)
+            if isinstance(report.news, Outcome):
+                yield report.news
+
+
+def _on_ray(
+    runs: list[Run], recipe: Recipe, source: Source, jobs: int, device: torch.device, console: Console
+) -> Iterator[Outcome]:
+    """On a Ray cluster: the one that RAY_ADDRESS names, else one of ``jobs`` processes on this machine."""
+    try:
+        import ray
+    except ImportError as error:
+        raise Refused('--engine ray needs ray; pip install "nusam[ray]".') from error
+    if not ray.is_initialized():
+        ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else jobs, log_to_driver=False)
+    shared = ray.put(source)
+    remote = ray.remote(num_cpus=1, num_gpus=int(device.type == "cuda"))(_alone)
+    waiting = [remote.remote(run, recipe, shared, device) for run in runs]
+    while waiting:
+        (ready,), waiting = ray.wait(waiting, num_returns=1)
+        outcome: Outcome = ray.get(ready)
+        console.print(f"{outcome.run}: {outcome.test_accuracy:.2%}, {len(waiting)} left", highlight=False)
+        yield outcome
+
+
+def _alone(run: Run, recipe: Recipe, source: Source, device: torch.device) -> Outcome:
+    torch.set_num_threads(1)
+
+    def silent(epoch: Epoch) -> None:
+        pass
+
+    return train(run, recipe, source, device, silent)
+
+
+ENGINES = {"local": _in_workers, "ray": _on_ray}

@@ -1,0 +1,453 @@
+"""``nusam memory``: what ε costs for any model, counted and measured (Table 1)."""
+
+import difflib
+import gc
+import importlib.util
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import tyro
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import nusam
+from nusam.experiments.errors import Refused
+from nusam.experiments.result import Result
+from nusam.memory import Footprint, footprint, perturbation_numel
+from nusam.sharpness_aware import SharpnessAware
+
+__all__ = ["BASES", "Base", "Cost", "Memory", "Network", "costs", "measured", "network", "table1"]
+
+SCALAR = 4  # bytes of the float32 in which AdamW and Adafactor count each parameter's steps
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer, and the bytes of state that it keeps for a parameter."""
+
+    title: str
+    make: Callable[[nn.Module], Optimizer]
+    state_bytes: Callable[[Tensor], int]
+
+
+def _adafactor_bytes(parameter: Tensor) -> int:
+    """Row and column factors of a matrix or of a stack of matrices, a whole variance of a vector."""
+    if parameter.ndim < 2:
+        return parameter.nbytes + SCALAR
+    *stack, rows, columns = parameter.shape
+    return math.prod(stack) * (rows + columns) * parameter.itemsize + SCALAR
+
+
+BASES = {
+    "sgd": Base("SGD", lambda model: SGD(model.parameters(), lr=1e-6), lambda parameter: 0),
+    "adamw": Base("AdamW", lambda model: AdamW(model.parameters(), lr=1e-6), lambda p: 2 * p.nbytes + SCALAR),
+    "adafactor": Base("Adafactor", lambda model: Adafactor(model.parameters(), lr=1e-6), _adafactor_bytes),
+}
+
+
+@dataclass(frozen=True)
+class _Method:
+    title: str
+    kind: type[SharpnessAware] | None = None  # None: the base optimizer alone, or known from publications only
+    published_share: float | None = None  # of SAM's ε, as the paper states it (§2)
+
+
+ALONE = "base alone"
+METHODS = (
+    _Method(ALONE),
+    _Method("SAM", nusam.SAM),
+    _Method("SSAM", published_share=0.5),  # "SSAM can save 50%"
+    _Method("FSAM", published_share=0.1),  # "and FSAM roughly 90%"
+    _Method("SAM-ON", nusam.SAMON),
+    _Method("νSAM", nusam.NuSAM),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs for a model. None: it has nothing to perturb there."""
+
+    method: str
+    perturbation: int | None
+    """Floats of ε."""
+    saved: float | None
+    """The share of SAM's ε that it does without."""
+    published: bool
+    """Whether it follows from the sparsity that the paper states, instead of being counted."""
+    total: dict[str, int]
+    """For each base optimizer, bytes of weights, gradients, ε and base state; empty where ε is None."""
+    relative: dict[str, float]
+    """``total`` over the base optimizer's alone."""
+
+
+def costs(model: nn.Module) -> list[Cost]:
+    """A line for the base optimizer alone and for every method; the model may live on the meta device."""
+    everything = perturbation_numel(model, nusam.SAM)
+    whole = footprint(model, nusam.SAM)
+    state = {
+        name: sum(base.state_bytes(p) for p in model.parameters() if p.requires_grad) for name, base in BASES.items()
+    }
+    alone = {name: whole.weights + whole.gradients + size for name, size in state.items()}
+    lines = []
+    for method in METHODS:
+        floats, size = _perturbation(model, method, everything, whole)
+        total = {} if size is None else {name: bytes_ + size for name, bytes_ in alone.items()}
+        lines.append(
+            Cost(
+                method=method.title,
+                perturbation=floats,
+                saved=None if floats is None or method.title == ALONE else 1 - floats / everything,
+                published=method.published_share is not None,
+                total=total,
+                relative={name: bytes_ / alone[name] for name, bytes_ in total.items()},
+            )
+        )
+    return lines
+
+
+def _perturbation(
+    model: nn.Module, method: _Method, everything: int, whole: Footprint
+) -> tuple[int | None, int | None]:
+    """Floats and bytes of ε."""
+    if method.published_share is not None:
+        return round(method.published_share * everything), round(method.published_share * whole.perturbation)
+    if method.kind is None:
+        return 0, 0
+    try:
+        return perturbation_numel(model, method.kind), footprint(model, method.kind).perturbation
+    except ValueError:  # no matrix, or no normalization layer
+        return None, None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model by its name: how it is built, and one sample that it takes."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    sample: Callable[[nn.Module], dict[str, Tensor]]
+
+    def on_meta(self) -> nn.Module:
+        """The model without its weights.
+
+        Raises:
+            Refused: if it can't be built.
+        """
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except Exception as error:  # whatever third-party constructors raise
+            raise Refused(f"{self.name} can't be built without its weights ({_brief(error)}); name another.") from error
+
+
+def network(name: str) -> Network:
+    """A timm model, a folder with a transformers configuration, or a transformers model type with its defaults.
+
+    Raises:
+        Refused: if it is none of these.
+    """
+    if (Path(name) / "config.json").is_file():
+        return _transformers(name, lambda transformers: transformers.AutoConfig.from_pretrained(name))
+    if timm.is_model(name):
+        return Network(name, lambda: timm.create_model(name), _image)
+    kind = DEFAULTS_OF.get(name, name)
+    if _has_transformers() and kind in _transformers_module().CONFIG_MAPPING:
+        return _transformers(name, lambda transformers: transformers.AutoConfig.for_model(kind))
+    close = difflib.get_close_matches(name, timm.list_models(), 1)
+    raise Refused(
+        f"NAME must be a timm model, a transformers model type such as bert, or a folder with a transformers "
+        f"config.json, got {name}" + (f"; did you mean {close[0]}?" if close else "; choose from timm.list_models().")
+    )
+
+
+DEFAULTS_OF = {"bert-base-uncased": "bert", "gpt2": "gpt2"}  # models that their configuration's defaults describe
+
+
+def _has_transformers() -> bool:
+    return importlib.util.find_spec("transformers") is not None
+
+
+def _transformers_module() -> Any:
+    import transformers
+
+    return transformers
+
+
+def _transformers(name: str, read: Callable[[Any], Any]) -> Network:
+    if not _has_transformers():
+        raise Refused(f"{name} needs transformers, which is not installed; pip install transformers.")
+    transformers = _transformers_module()
+    try:
+        config = read(transformers)
+    except Exception as error:  # whatever a broken file leads to
+        raise Refused(f"{name} holds no configuration that transformers knows ({_brief(error)}); mend it.") from error
+    return Network(name, lambda: transformers.AutoModel.from_config(config), _tokens_or_image)
+
+
+def _image(model: Any) -> dict[str, Tensor]:
+    return {"x": torch.randn(1, *model.pretrained_cfg["input_size"])}
+
+
+def _tokens_or_image(model: Any) -> dict[str, Tensor]:
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(1, model.config.num_channels, height, width)}
+    return dict(model.dummy_inputs)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes that the allocator counted in the second step, above those of the buffers."""
+
+    held: int
+    """At the end of the descent pass: weights, gradients, ε and base state."""
+    peak: int
+    """At most, activations of one sample included."""
+
+
+def measured(net: Network, base: Base, kind: type[SharpnessAware] | None) -> Measured:
+    """Build the model on the CPU and take two steps on one sample, in evaluation mode.
+
+    Raises:
+        Refused: if the model can't be built, or can't take the sample.
+    """
+    gc.collect()  # what an earlier measurement left would be freed in this one
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            buffers = _two_steps(net, base, kind)
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text("utf-8"))["traceEvents"]
+    live = held = peak = 0
+    second = False
+    for event in sorted((e for e in events if "ts" in e), key=lambda e: float(e["ts"])):
+        if event["name"] == "mark second":
+            second = True
+        elif event["name"] == "mark descent":
+            held = live
+        elif event["name"] == "[memory]":
+            live += event["args"]["Bytes"]
+            peak = max(peak, live) if second else 0
+    return Measured(held - buffers, peak - buffers)
+
+
+def _two_steps(net: Network, base: Base, kind: type[SharpnessAware] | None) -> int:
+    """Train for two steps; bytes of what is neither weight, gradient, ε nor state."""
+    try:
+        model = net.build().eval()
+        sample = net.sample(model)
+        optimizer = base.make(model)
+        wrapped = None if kind is None else kind(optimizer, model=model)  # type: ignore[call-arg]
+        for mark in ("first", "second"):
+            with record_function(f"mark {mark}"):
+                pass
+            for name in ["descent"] if wrapped is None else wrapped.passes():
+                _loss(model(**sample)).backward()  # type: ignore[no-untyped-call]
+                with record_function(f"mark {name}"):
+                    pass
+            (wrapped or optimizer).step()
+            optimizer.zero_grad()
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise Refused(f"--measure can't train {net.name} on a sample ({_brief(error)}); leave it out.") from error
+    return sum(x.nbytes for x in [*model.buffers(), *sample.values()])
+
+
+def _loss(output: Any) -> Tensor:
+    """A scalar that depends on everything that the model returns."""
+    parts = output.values() if isinstance(output, Mapping) else output
+    parts = [output] if isinstance(output, Tensor) else parts
+    losses = [part.square().mean() for part in parts if isinstance(part, Tensor) and part.requires_grad]
+    return torch.stack(losses).sum()
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Count the memory that sharpness-aware minimization needs for a model.
+
+    Floats of ε for SAM, SAM-ON and νSAM, and total bytes with the base optimizer relative to it alone. SSAM and FSAM
+    by the sparsity that the paper states.
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """A timm model, a transformers model type such as bert, or a folder with a transformers config.json."""
+    base: str | None = None
+    """sgd, adamw or adafactor; all three unless given."""
+    measure: bool = False
+    """Also build the model on the CPU and measure a step on one sample with each method."""
+
+    def __call__(self) -> int:
+        """Run it; the exit code."""
+        if self.base is not None and self.base not in BASES:
+            raise Refused(f"--base must be one of {', '.join(BASES)}, got {self.base}.")
+        net = network(self.name)
+        model = net.on_meta()
+        if not any(p.requires_grad for p in model.parameters()):
+            raise Refused(f"{self.name} has no trainable parameter, so nothing to perturb; name another.")
+        lines = costs(model)
+        chosen = list(BASES) if self.base is None else [self.base]
+        measurements = _measurements(net, chosen, lines) if self.measure else None
+        floats = perturbation_numel(model, nusam.SAM)
+        table = _rendered(f"{self.name}, {floats:,} trainable parameters", chosen, lines, measurements)
+        console = Console()
+        # Numbers that were cut short would be wrong ones.
+        console.width = max(console.width, Measurement.get(console, console.options, table).maximum)
+        console.print(table)
+        return 0
+
+
+Measurements = dict[tuple[str, str], Measured]  # for a base optimizer and a method
+
+
+def _measurements(net: Network, bases: Sequence[str], lines: Sequence[Cost]) -> Measurements:
+    return {
+        (base, method.title): measured(net, BASES[base], method.kind)
+        for base in bases
+        for method, line in zip(METHODS, lines, strict=True)
+        if line.total and not line.published
+    }
+
+
+def _rendered(title: str, bases: Sequence[str], lines: Sequence[Cost], measurements: Measurements | None) -> Table:
+    caption = (
+        "MiB of weights, gradients, ε and base state, without activations.\nSGD without momentum.\n"
+        "* Published, not measured: from the sparsity that the paper states."
+    )
+    if measurements is not None:
+        caption += (
+            "\nHeld: MiB that the allocator counted at the end of a step's descent."
+            "\nPeak: at most in a step on one sample, activations included."
+        )
+    table = Table(title=title, caption=caption, caption_justify="left", box=HORIZONTALS, pad_edge=False)
+    table.collapse_padding = True
+    table.add_column("method", no_wrap=True)
+    headings = ["floats\nof ε", "saved", "MiB", "over\nbase"]
+    headings += [] if measurements is None else ["held", "over\nbase", "peak", "over\nbase"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for base in bases:
+        for line in lines:
+            title = f"{BASES[base].title} alone" if line.method == ALONE else line.method + "*" * line.published
+            beside = [] if measurements is None else _beside(measurements, base, line.method)
+            table.add_row(title, *_counted(line, base), *beside)
+        table.add_section()
+    return table
+
+
+def _counted(line: Cost, base: str) -> list[str]:
+    if line.perturbation is None:
+        return ["–"] * 4
+    saved = "–" if line.saved is None else f"{100 * line.saved:.2f}%"
+    floats = ("~" if line.published else "") + f"{line.perturbation:,}"
+    return [floats, saved, _mib(line.total[base]), f"{line.relative[base]:.3f}"]
+
+
+def _beside(measurements: Measurements, base: str, method: str) -> list[str]:
+    if (base, method) not in measurements:
+        return ["–"] * 4
+    mine, alone = measurements[base, method], measurements[base, ALONE]
+    return [_mib(mine.held), f"{mine.held / alone.held:.3f}", _mib(mine.peak), f"{mine.peak / alone.peak:.3f}"]
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"
+
+
+SCALES = ("smoke", "cpu", "full")
+VITS = {"ViT-B/16": "vit_base_patch16_224", "ViT-L/16": "vit_large_patch16_224"}
+TINY = {"ViT, tiny": "test_vit"}
+STATED = {  # what the paper's text says of ε; the cells of its Table 1 are not in it
+    ("ViT-B/16", "νSAM"): "saves more than 99.8%",
+    ("ViT-L/16", "νSAM"): "395k floats",
+    ("ViT-L/16", "SAM"): "304M floats",
+}
+
+
+def table1(scale: str) -> Result:
+    """Table 1: what ε costs for ViT-B/16 and ViT-L/16; at scale "smoke" for a tiny ViT as well.
+
+    Nothing is trained, so that the scales "cpu" and "full" are the same.
+
+    Raises:
+        ValueError: if the scale is none of smoke, cpu and full.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}.")
+    began = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    for title, name in {**VITS, **(TINY if scale == "smoke" else {})}.items():
+        rows += [_row(title, line) for line in costs(network(name).on_meta())]
+    return Result(
+        name="table1",
+        title="Memory of the perturbation ε, and of training with it relative to the base optimizer alone",
+        scale=scale,
+        data="",
+        columns=list(rows[0]),
+        rows=rows,
+        findings=_findings(rows),
+        notes=[
+            "Counted from the shapes of timm's models with 1000 classes; bytes of weights, gradients, ε and base "
+            "state, without activations. SGD has no momentum.",
+            "SSAM and FSAM are published, not measured: the paper states that SSAM can save 50% and FSAM roughly 90% "
+            "of ε; their floats and bytes follow from these shares.",
+            "The cells of the paper's Table 1 are not in its text, nor are the counts for ViT-B/16: beside ours stand "
+            "only the figures that the text states.",
+        ],
+        circumstances={
+            "device": "meta",
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": {name: version(name) for name in ("nusam", "torch", "timm")},
+            "seconds": round(time.monotonic() - began, 1),
+        },
+    )
+
+
+def _row(model: str, line: Cost) -> dict[str, Any]:
+    paper = {"SSAM": "can save 50%", "FSAM": "saves roughly 90%"}.get(line.method)
+    return {
+        "model": model,
+        "method": line.method,
+        "floats of ε": line.perturbation,
+        "saved": None if line.saved is None else round(line.saved, 5),
+        "paper": STATED.get((model, line.method), paper),
+        "source": "published" if line.published else "counted",
+        **{f"bytes over {base.title}": round(line.relative[name], 4) for name, base in BASES.items()},
+    }
+
+
+def _findings(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = {(row["model"], row["method"]): row for row in rows}
+    large, large_sam = (cells["ViT-L/16", method]["floats of ε"] for method in ("νSAM", "SAM"))
+    small, small_sam = (cells["ViT-B/16", method]["floats of ε"] for method in ("νSAM", "SAM"))
+    saved = 1 - small / small_sam
+    return "\n".join(
+        [
+            f"- ViT-L/16: νSAM's ε has {large:,} floats where the paper says 395k: "
+            f"{_verdict(round(large / 1e3) == 395)}; SAM's has {large_sam:,} where it says 304M: "
+            f"{_verdict(round(large_sam / 1e6) == 304)}.",
+            f"- ViT-B/16: νSAM's ε has {small:,} floats instead of {small_sam:,}, which saves {100 * saved:.2f}% "
+            f"where the paper says more than 99.8%: {_verdict(saved > 0.998)}.",
+        ]
+    )
+
+
+def _verdict(agrees: bool) -> str:
+    return "agrees" if agrees else "**does not agree**"

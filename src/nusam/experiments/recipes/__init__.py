@@ -1,0 +1,1 @@
+"""A recipe for every table and figure of the paper, one file each."""

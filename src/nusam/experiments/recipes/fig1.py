@@ -1,0 +1,25 @@
+"""Figure 1: the direction of the perturbation is what makes it converge."""
+
+from nusam.experiments.experiment import Bench, Experiment, Scale
+from nusam.experiments.result import Result
+from nusam.experiments.theory import fig1
+
+
+class Figure1(Experiment):
+    """Gradient descent, SAM, νSAM and GaussSAM on a quadratic."""
+
+    name = "fig1"
+    title = "Convergence on a quadratic with steps c/k"
+    needs = ""
+    takes = {"smoke": "1 s", "cpu": "20 s", "full": "20 s"}  # noqa: RUF012
+
+    def data(self, scale: Scale) -> tuple[str, ...]:
+        """None."""
+        return ("",)
+
+    def run(self, bench: Bench) -> Result:
+        """Simulate."""
+        return fig1(*((1_000, 2) if bench.scale_name == "smoke" else (100_000, 10)), scale=bench.scale_name)
+
+
+FIGURE = Figure1()

@@ -1,0 +1,78 @@
+"""Figures 2 and 4: accuracy over ρ."""
+
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from nusam.experiments.contest import Contender, Contest, mean_and_error, mean_and_half_width
+from nusam.experiments.experiment import Bench, Experiment
+from nusam.experiments.method_table import ADAMW, NUSAM, SAM, SAM_ON
+from nusam.experiments.models import TITLES
+from nusam.experiments.result import Curve, Result
+
+_RADII = {
+    "mixer": {"sam": (0.05, 0.1, 0.2, 0.4, 0.8), "nusam": (0.02, 0.05, 0.1, 0.2, 0.4), "sam-on": (0.5, 1.0, 2.0)},
+    "vit": {"sam": (0.02, 0.05, 0.1, 0.2, 0.4), "nusam": (0.003, 0.01, 0.03, 0.1, 0.2), "sam-on": (0.3, 1.0, 3.0)},
+}
+
+
+@dataclass(frozen=True)
+class RadiusSweep(Experiment):
+    """Every ρ on every seed."""
+
+    name: str
+    title: str
+    paper: str
+    needs: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def takes(self) -> dict[str, str]:  # type: ignore[override]
+        """About how long."""
+        return {"smoke": "10 s", "cpu": "20 min", "full": "weeks of a GPU"}
+
+    def run(self, bench: Bench) -> Result:
+        """Run and draw."""
+        rows, curves = [], []
+        for setting in bench.settings():
+            small = "mixer" if "mixer" in setting.model else "vit"
+            radii = _RADII[small]
+            if bench.scale.one_radius:
+                radii = {method: values[:2] for method, values in radii.items()}
+            contest = Contest(replace(setting, radii=radii, trial_seeds=setting.seeds), (ADAMW, SAM, SAM_ON, NUSAM))
+            bench.fill(contest.trials())
+            for contender in contest.contenders.values():
+                accuracies = {
+                    rho: self._accuracies(bench, contest, contender, rho)
+                    for rho in contest.setting.candidates(contender)
+                }
+                for rho, values in accuracies.items():
+                    row = {"model": TITLES[setting.model], "method": contender.label, "ρ": f"{rho:g}" if rho else "–"}
+                    rows.append({**row, "last iterate": mean_and_error(values), "lowest seed": f"{min(values):.2f}"})
+                x = list(accuracies) if contender is not ADAMW else [min(radii["nusam"]), max(radii["sam-on"])]
+                ys = list(accuracies.values()) if contender is not ADAMW else 2 * [accuracies[0.0]]
+                halves = [mean_and_half_width(values)[1] for values in ys]
+                curves.append(
+                    Curve(
+                        TITLES[setting.model],
+                        contender.label,
+                        x,
+                        [fmean(values) for values in ys],
+                        "ρ",
+                        "test accuracy, %",
+                        error=[half if half < 100 else 0.0 for half in halves],
+                        log_x=True,
+                    )
+                )
+        findings = f"The paper: {self.paper} Bands are 95% intervals over the seeds."
+        return bench.result(self, self.title, list(rows[0]), rows, curves, findings)
+
+    def _accuracies(self, bench: Bench, contest: Contest, contender: Contender, rho: float) -> list[float]:
+        seeds = range(contest.setting.seeds)
+        return [100 * bench.store[contest.setting.cell(contender, rho, seed)].test_accuracy for seed in seeds]
+
+
+FIGURE = RadiusSweep(
+    "fig2",
+    "Accuracy over ρ",
+    "a sweep over ρ for the results of Table 2; its plots are not in our text.",
+)

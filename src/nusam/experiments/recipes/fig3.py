@@ -1,0 +1,67 @@
+"""Figure 3: the perturbation delay."""
+
+from dataclasses import replace
+from statistics import fmean
+
+from nusam.experiments.contest import Contender, Contest, mean_and_error, mean_and_half_width
+from nusam.experiments.experiment import Bench, Experiment
+from nusam.experiments.methods import METHODS
+from nusam.experiments.models import TITLES
+from nusam.experiments.result import Curve, Result
+
+DELAYS = (0.0, 0.1, 0.25, 0.5)
+
+
+class Figure3(Experiment):
+    """SAM and νSAM with every delay and every ρ."""
+
+    name = "fig3"
+    title = "Delaying the perturbation"
+    needs = ""
+    takes = {"smoke": "10 s", "cpu": "20 min", "full": "weeks of a GPU"}  # noqa: RUF012
+    notes = (
+        "The paper's plots are not in our text; it says that both SAM and νSAM benefit from a delay beyond the "
+        "warm-up, and that the best ρ grows with it. The first architecture of the scale only.",
+    )
+
+    def run(self, bench: Bench) -> Result:
+        """Run and draw: the best ρ and its accuracy for every delay."""
+        setting = bench.settings()[0]
+        delays = DELAYS[:2] if bench.scale.one_radius else DELAYS
+        rows, curves = [], []
+        for method in ("sam", "nusam"):
+            radii = METHODS[method].radii["mixer" if "mixer" in setting.model else "vit"]
+            radii = radii[:1] if bench.scale.one_radius else radii
+            contenders = [Contender(f"{delay:.0%}", method, {"delay": delay}) for delay in delays]
+            contest = Contest(replace(setting, radii={method: radii}, trial_seeds=setting.seeds), contenders)
+            bench.fill(contest.trials())
+            best: list[float] = []
+            accuracies: list[list[float]] = []
+            for contender in contenders:
+                best.append(contest.radius(bench.store, contender.label))
+                accuracies.append([100 * o.test_accuracy for o in contest.outcomes(bench.store, contender.label)])
+                rows.append(
+                    {
+                        "model": TITLES[setting.model],
+                        "method": METHODS[method].title,
+                        "delay": contender.label,
+                        "best ρ": f"{best[-1]:g}",
+                        "last iterate": mean_and_error(accuracies[-1]),
+                    }
+                )
+            title, x = METHODS[method].title, [100 * delay for delay in delays]
+            halves = [mean_and_half_width(values)[1] for values in accuracies]
+            errors = [half if half < 100 else 0.0 for half in halves]
+            means: list[float | None] = [fmean(values) for values in accuracies]
+            curves.append(
+                Curve("Accuracy with the best ρ", title, x, means, "delay, % of the steps", "test accuracy, %", errors)
+            )
+            curves.append(Curve("The best ρ", title, x, list(best), "delay, % of the steps", "ρ", log_y=True))
+        findings = "\n".join(
+            f"- {row['method']}, delay {row['delay']}: {row['last iterate']} % with ρ = {row['best ρ']}."
+            for row in rows
+        )
+        return bench.result(self, self.title, list(rows[0]), rows, curves, findings)
+
+
+FIGURE = Figure3()

@@ -1,0 +1,55 @@
+"""Table 14: time."""
+
+import torch
+
+from nusam.experiments.data import Images, load, split
+from nusam.experiments.experiment import Bench, Experiment
+from nusam.experiments.methods import METHODS
+from nusam.experiments.models import TITLES
+from nusam.experiments.result import Result
+from nusam.experiments.step_time import step_seconds
+
+_METHODS = ("adamw", "sam", "sam-on", "nusam", "nusam-norm")
+
+
+class Table14(Experiment):
+    """Seconds of a step, the methods taking turns in one process."""
+
+    name = "table14"
+    title = "Time of a step"
+    needs = ""
+    takes = {"smoke": "10 s", "cpu": "1 min", "full": "10 min of a GPU"}  # noqa: RUF012
+    notes = (
+        "Our text of the paper has no figures of this table; it says that νSAM costs what SAM costs. Ours are "
+        "ratios in one run, after the delay.",
+    )
+
+    def run(self, bench: Bench) -> Result:
+        """Measure."""
+        source = load(bench.data, bench.data_root, bench.scale.train_size[bench.data])
+        train = split(source, 0, bench.device).train
+        size = bench.scale.recipes[bench.data].batch_size
+        batch = Images(train.pixels[:size], train.labels[:size])
+        rows = []
+        for model in bench.scale.models:
+            seconds = step_seconds(model, dict.fromkeys(_METHODS, 0.01), batch, source.classes)
+            for method in _METHODS:
+                rows.append(
+                    {
+                        "model": TITLES[model],
+                        "method": METHODS[method].title,
+                        "ms a step": f"{1000 * seconds[method]:.2f}",
+                        "over AdamW": f"{seconds[method] / seconds['adamw']:.2f}",
+                        "over SAM": f"{seconds[method] / seconds['sam']:.2f}",
+                    }
+                )
+        findings = "\n".join(
+            f"- {row['model']}: a step of νSAM takes {row['over SAM']} of SAM's, {row['over AdamW']} of AdamW's."
+            for row in rows
+            if row["method"] == "νSAM"
+        )
+        findings += f"\n\nMedians on {torch.get_num_threads()} threads of which one is used; small models, small gains."
+        return bench.result(self, self.title, list(rows[0]), rows, findings=findings)
+
+
+TABLE = Table14()

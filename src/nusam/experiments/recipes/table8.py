@@ -1,0 +1,15 @@
+"""Table 8: νSAM-Norm."""
+
+from nusam.experiments.contest import Contender
+from nusam.experiments.method_table import ADAMW, NUSAM, SAM, MethodTable
+
+TABLE = MethodTable(
+    name="table8",
+    title="νSAM-Norm (Appendix C.1)",
+    contenders=(ADAMW, SAM, NUSAM, Contender("νSAM-Norm", "nusam-norm")),
+    baselines=("νSAM", "SAM", "AdamW"),
+    notes=(
+        "Our text of the paper has no figures of this table; it says that νSAM-Norm improves in certain cases and is "
+        "generally dominated by νSAM.",
+    ),
+)

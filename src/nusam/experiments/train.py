@@ -1,0 +1,177 @@
+"""``nusam train``: one run, watched, and taken up again where it was stopped."""
+
+import json
+import os
+import sys
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+
+from nusam.experiments.augmentation import AUGMENTATIONS
+from nusam.experiments.checkpoint import Checkpoint
+from nusam.experiments.data import load
+from nusam.experiments.errors import Refused
+from nusam.experiments.machine import PARALLEL, PRECISIONS, Machine, chosen_device, launched
+from nusam.experiments.methods import BASES, METHODS
+from nusam.experiments.models import TITLES
+from nusam.experiments.progress import Bars
+from nusam.experiments.scalars import Scalars
+from nusam.experiments.training import Epoch, Outcome, Recipe, Run, Stopped, train
+from nusam.experiments.workers import Report
+
+__all__ = ["Train"]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one model, alone or under torchrun or accelerate launch.
+
+    Leaves outcome.json, TensorBoard's events and a checkpoint in --out. Ctrl-C and SIGTERM save the state and stop;
+    the same command with --resume goes on, bit for bit.
+    """
+
+    model: str = "mixer"
+    """mixer or vit (small), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained vit-s/16, vit-b/16, mixer-b/16."""
+    method: str = "nusam"
+    """adamw (the base optimizer alone), sam, sam-on, nusam, nusam-norm, gauss, or nusam-2, -5, -10 (ascent_every)."""
+    rho: float = 0.05
+    """The radius."""
+    delay: float | None = None
+    """Share of the steps before the perturbation starts; the method's own unless given."""
+    power_iterations: int = 1
+    """Of νSAM."""
+    seed: int = 0
+    """Decides the data split, the initial weights and the order."""
+    data: str = "digits"
+    """digits, or fashion-mnist, cifar10, cifar100 or folder where their files are in --data-root."""
+    data_root: Path = Path("data")
+    """Folder of the data's files; of folder, with train/CLASS/*.png and test/CLASS/*.png."""
+    download: bool = False
+    """Fetch what is missing."""
+    train_size: int | None = None
+    """Training images; a few hundred unless given, and with 0 all but those for validation."""
+    base: str = "adamw"
+    """Base optimizer: sgd, adam, adamw or adafactor."""
+    epochs: int = 40
+    """Passes over the training images."""
+    batch_size: int = 32
+    """Of all processes together."""
+    learning_rate: float = 4e-3
+    """At its highest: linear warm-up, then cosine."""
+    weight_decay: float = 0.05
+    """Of the base optimizer."""
+    warm_up: float = 0.1
+    """Share of the steps."""
+    augment: str = "none"
+    """none, crop, crop-flip or crop-flip-autoaugment."""
+    accumulate: int = 1
+    """Micro-batches of a step, each perturbed on its own."""
+    precision: str = "fp32"
+    """fp32, or bf16 or fp16 for autocast."""
+    compile: bool = False
+    """Compile the model."""
+    parallel: str = "ddp"
+    """How several processes share the run: ddp or fsdp2."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    out: Annotated[Path, tyro.conf.arg(name="out")] = Path("runs/train")
+    """Folder of everything that is left."""
+    resume: bool = False
+    """Go on from the checkpoint in --out, if there is one."""
+
+    def __call__(self) -> int:
+        """Run it; the exit code: 0 done, 130 stopped and saved."""
+        self._check()
+        chosen_device(self.device)
+        with launched(self.device) as device:
+            return self._run(device)
+
+    def _run(self, device: torch.device) -> int:
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        console = Console(quiet=not first)
+        source = load(self.data, self.data_root, self.train_size, self.download)
+        run = Run(self.model, self.method, self.rho, self.seed, self.delay, self.power_iterations)
+        if self.method == "adamw":
+            run = Run(self.model, self.method, 0.0, self.seed)
+        recipe = Recipe(
+            self.epochs,
+            self.batch_size,
+            self.learning_rate,
+            self.weight_decay,
+            self.warm_up,
+            self.base,
+            self.augment,
+            self.accumulate,
+        )
+        machine = Machine(device, self.precision, self.compile, self.parallel)
+        identity: dict[str, object] = {
+            "run": asdict(run),
+            "recipe": asdict(recipe),
+            "data": [self.data, self.train_size],
+        }
+        checkpoint = Checkpoint(self.out / "checkpoint.pt", identity, self.resume)
+        bars = Bars(console, 1, recipe.epochs)
+
+        def show(news: Epoch | Outcome) -> None:
+            bars.show(Report(0, run, news))
+
+        scalars = None
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            scalars = Scalars(self.out) if first else None
+            with bars, checkpoint.stopping_on_signals():
+                outcome = train(run, recipe, source, device, show, machine, checkpoint, scalars)
+                show(outcome)
+        except Stopped:
+            console.print(f"Stopped, and saved as {checkpoint.path}; the same command with --resume goes on.")
+            return 130
+        except OSError as error:
+            raise Refused(f"--out {self.out} can't be written to ({error.strerror}); name another folder.") from error
+        finally:
+            if scalars:
+                scalars.close()
+        if first:
+            self._save(outcome, identity)
+            console.print(
+                f"Test accuracy {outcome.test_accuracy:.2%} after the last epoch, validation accuracy "
+                f"{outcome.validation_accuracy:.2%}; {self.out / 'outcome.json'} has every epoch.",
+                highlight=False,
+            )
+        return 0
+
+    def _save(self, outcome: Outcome, identity: dict[str, object]) -> None:
+        content = {
+            **identity,
+            "command": " ".join(["nusam", *sys.argv[1:]]),
+            "test_accuracy": outcome.test_accuracy,
+            "validation_accuracy": outcome.validation_accuracy,
+            "seconds": round(outcome.seconds, 2),
+            "epochs": [asdict(epoch) for epoch in outcome.epochs],
+        }
+        unfinished = self.out / "outcome.partial"
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(unfinished, self.out / "outcome.json")
+
+    def _check(self) -> None:
+        choices: dict[str, Collection[str]] = {
+            "model": TITLES,
+            "method": METHODS,
+            "base": BASES,
+            "augment": AUGMENTATIONS,
+            "precision": PRECISIONS,
+            "parallel": PARALLEL,
+        }
+        for option, allowed in choices.items():
+            if getattr(self, option) not in allowed:
+                raise Refused(f"--{option} must be one of {', '.join(allowed)}, got {getattr(self, option)}.")
+        for option in ("epochs", "batch_size", "accumulate", "power_iterations"):
+            if getattr(self, option) < 1:
+                raise Refused(f"--{option.replace('_', '-')} must be at least 1, got {getattr(self, option)}.")
+        if not self.rho >= 0:
+            raise Refused(f"--rho must be at least 0, got {self.rho}.")

@@ -1,0 +1,69 @@
+"""ρ is chosen by validation accuracy alone, and differences are those of scipy's paired test."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from nusam.experiments.contest import Contender, Contest, Setting, mean_and_half_width
+from nusam.experiments.store import Store
+from nusam.experiments.training import Epoch, Outcome, Recipe
+
+SETTING = Setting("digits", "mixer", Recipe(2), seeds=4, radii={"nusam": (0.1, 0.2, 0.3)})
+CONTENDERS = (
+    Contender("AdamW", "adamw"),
+    Contender("νSAM", "nusam"),
+    Contender("T=5", "nusam", {"power_iterations": 5}, radius_of="νSAM"),
+)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Test accuracies are random; validation prefers the second radius."""
+    store = Store(tmp_path)
+    noise = np.random.default_rng(0)
+    contest = Contest(SETTING, CONTENDERS)
+
+    def add(cells):
+        for cell in cells:
+            if cell not in store:
+                validation = 0.9 - abs(cell.run.rho - 0.2)
+                epochs = [Epoch(1.0, float(noise.random())) for _ in range(2)]
+                store.add(cell, Outcome(cell.run, epochs, validation, 0, 1, 0.1), torch.device("cpu"))
+
+    add(contest.trials())
+    add(contest.finals(store))
+    return store
+
+
+def test_the_radius_is_the_one_that_validates_best(store):
+    contest = Contest(SETTING, CONTENDERS)
+    assert contest.radius(store, "νSAM") == 0.2
+    assert contest.radius(store, "T=5") == 0.2
+    assert contest.radius(store, "AdamW") == 0.0
+    assert {cell.run.rho for cell in contest.trials()} == {0.0, 0.1, 0.2, 0.3}
+    assert {cell.run.seed for cell in contest.trials()} == {0, 1}
+    assert {cell.run.seed for cell in contest.finals(store)} == {0, 1, 2, 3}
+
+
+def test_a_paired_difference_is_scipys(store):
+    contest = Contest(SETTING, CONTENDERS)
+    a, b = ([100 * o.test_accuracy for o in contest.outcomes(store, label)] for label in ("νSAM", "AdamW"))
+    mean, half = contest.difference(store, "νSAM", "AdamW")
+    test = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert mean - half == pytest.approx(test.low)
+    assert mean + half == pytest.approx(test.high)
+
+
+def test_best_and_last_iterates_are_told_apart(store):
+    contest = Contest(SETTING, CONTENDERS)
+    row = contest.rows(store, ("AdamW",))[1]
+    outcomes = contest.outcomes(store, "νSAM")
+    last = np.mean([100 * o.epochs[-1].test_accuracy for o in outcomes])
+    best = np.mean([100 * max(e.test_accuracy for e in o.epochs) for o in outcomes])
+    assert row["last iterate"].startswith(f"{last:.2f} ±")
+    assert row["best iterate"].startswith(f"{best:.2f} ±")
+
+
+def test_a_single_value_has_no_interval():
+    assert mean_and_half_width([3.0]) == (3.0, float("inf"))
