@@ -28,6 +28,11 @@ def main() -> None:
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    run(args, device)
+    dist.destroy_process_group()
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(0)
 
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
@@ -76,7 +81,6 @@ def main() -> None:
             torch.save({**state, "epoch": epoch}, checkpoint.with_suffix(".partial"))
             os.replace(checkpoint.with_suffix(".partial"), checkpoint)  # whole or not at all
         dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

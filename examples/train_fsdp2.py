@@ -31,6 +31,11 @@ def main() -> None:
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    run(args, device)
+    dist.destroy_process_group()
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     torch.manual_seed(0)
 
@@ -90,7 +95,6 @@ def main() -> None:
         if dist.get_rank() == 0:
             partial.rename(whole)  # whole or not at all
         dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

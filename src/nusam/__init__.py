@@ -7,6 +7,7 @@
 from nusam import lmo, memory
 from nusam.memory import perturbation_numel
 from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
+from nusam.sharpness import Sharpness, sharpness
 from nusam.sharpness_aware import SharpnessAware, step_in_backward
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SAM",
     "SAMON",
+    "Sharpness",
     "GaussSAM",
     "NuSAM",
     "NuSAMNorm",
@@ -22,5 +24,6 @@ __all__ = [
     "lmo",
     "memory",
     "perturbation_numel",
+    "sharpness",
     "step_in_backward",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nusam.layers import find_uses
-from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State
+from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import MatrixFreeAscent, why_not_served
 from nusam.power_iteration import Explicit, Matrix, power_iteration
 from nusam.sharding import (
@@ -71,7 +71,7 @@ class Ascent:
             return None
         uses = list(find_uses(model))
         least = self.serve_from
-        worth = [t for t in targets if t.parameter.numel() >= least or not t.parameter.requires_grad]
+        worth = [t for t in targets if matrix_shape(t.parameter).numel() >= least or not t.parameter.requires_grad]
         reasons = why_not_served(uses, [target.parameter for target in worth])
         if workers.must_reduce:
             reasons = {target.parameter: "DDP with static_graph=True reduces every gradient" for target in worth}
@@ -194,13 +194,13 @@ class Ascent:
         self, parameter: Tensor, pass_: MatrixFreeAscent | None, workers: DataParallel, in_summands: bool
     ) -> tuple[Matrix, Block]:
         """What is here of the parameter's gradient."""
-        served, here = pass_.part(parameter) if pass_ else (None, whole(parameter))
+        served, here = pass_.part(parameter) if pass_ else (None, whole(matrix_shape(parameter)))
         gradient = parameter.grad
         if gradient is not None and is_sharded(gradient):
             G = local(gradient).to(self.states[parameter]["u"].dtype)
             return (Nothing(*G.shape) if served else Explicit(G)), block(gradient)
         if served is None and gradient is not None:
-            served, here = Explicit(gradient.to(self.states[parameter]["u"].dtype)), whole(parameter)
+            served, here = Explicit(gradient.to(self.states[parameter]["u"].dtype)), whole(matrix_shape(parameter))
         elif served is None or gradient is not None:
             # with a gradient beside the products, a matrix was also used outside its layer: neither is all of it
             served = Nothing(here.rows.stop - here.rows.start, here.columns.stop - here.columns.start)

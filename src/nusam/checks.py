@@ -103,7 +103,8 @@ def check_parameter(parameter: Tensor, lmo: LMO, placement: str, reachable: bool
     ``reachable``: whether a layer is known through which ε could live in the forward.
     """
     what = f"A perturbed parameter of shape {tuple(parameter.shape)}"
-    if not parameter.is_floating_point():
+    quantized = not parameter.requires_grad and reachable and isinstance(lmo, Nuclear)
+    if not (parameter.is_floating_point() or quantized):
         raise TypeError(f"{what} is {parameter.dtype}, only real floating point can be perturbed; set its rho to 0.")
     if is_sharded(parameter) and not lmo.sees_shards:
         raise NotImplementedError(

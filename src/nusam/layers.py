@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nusam.interrupts import always
+from nusam.lmo import matrix_shape
 from nusam.sharding import is_sharded, output_of_blocks
 
-__all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Use", "find_uses", "rerouted"]
+__all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Own", "Use", "find_uses", "rerouted"]
 
 
 class Kind:
@@ -48,7 +49,7 @@ class Kind:
 
     @staticmethod
     def input_gradient(D: Tensor, W: Tensor) -> Tensor:
-        return D @ W.to(D.dtype)
+        return D @ dense(W).to(D.dtype)
 
     @staticmethod
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -57,6 +58,18 @@ class Kind:
 
 
 Linear = Kind
+
+
+class Own(Kind):
+    """A linear layer of a quantizing library, whose forward and backward are its own business.
+
+    ``extra`` is that forward.
+    """
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        y: Tensor = extra(x)
+        return y
 
 
 class Conv1D(Kind):
@@ -80,7 +93,7 @@ class Conv1D(Kind):
 
     @staticmethod
     def input_gradient(D: Tensor, W: Tensor) -> Tensor:
-        return D @ W.to(D.dtype).mT
+        return D @ dense(W).to(D.dtype).mT
 
     @staticmethod
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -119,6 +132,11 @@ class Embedding(Kind):
     @staticmethod
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return u[x].unsqueeze(-1) * v
+
+
+def dense(W: Tensor) -> Tensor:
+    """The entries of a weight that a tensor subclass keeps in another form, such as torchao's."""
+    return W if type(W) in (Tensor, nn.Parameter) or is_sharded(W) else W.dequantize()
 
 
 Handler = Callable[[type[Kind], Tensor, Tensor, Any], Tensor]  # (kind, x, W, extra) → y
@@ -161,6 +179,8 @@ def find_uses(model: nn.Module) -> Iterator[Use]:
                 yield from _uses(module, ("weight",), Embedding)
         elif forward is nn.MultiheadAttention.forward:
             yield from _uses(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), Linear)
+        elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
+            yield from (use for use in _uses(module, ("weight",), Own) if not use.parameter.requires_grad)
         elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
             yield from _uses(module, ("weight",), Conv1D)
 
@@ -168,7 +188,7 @@ def find_uses(model: nn.Module) -> Iterator[Use]:
 def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterator[Use]:
     for name in names:
         parameter = module._parameters.get(name)
-        if isinstance(parameter, nn.Parameter) and parameter.ndim == 2:
+        if isinstance(parameter, nn.Parameter) and len(matrix_shape(parameter)) == 2:
             yield Use(module, parameter, kind)
 
 
@@ -203,10 +223,10 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
         if is_sharded(use.parameter):
             return partial(_sharded_attention, module, _places(module, handlers))
         return partial(_multihead_attention, module)
-    kind, handler = use.kind, handlers[use.parameter]
+    kind, handler, own = use.kind, handlers[use.parameter], module.forward
 
     def forward(x: Tensor) -> Tensor:
-        extra = module.padding_idx if kind is Embedding else module.bias
+        extra = module.padding_idx if kind is Embedding else own if kind is Own else module.bias
         return handler(kind, x, module.weight, extra)
 
     return forward

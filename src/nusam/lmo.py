@@ -24,6 +24,7 @@ __all__ = [
     "Perturbation",
     "RankOne",
     "Spectral",
+    "matrix_shape",
 ]
 
 State = dict[str, Tensor]
@@ -100,15 +101,16 @@ class Nuclear(LMO):
         self.power_iterations = power_iterations
 
     def selects(self, parameter: Tensor) -> bool:
-        return parameter.ndim == 2 and parameter.numel() > 0
+        shape = matrix_shape(parameter)
+        return len(shape) == 2 and shape.numel() > 0
 
     def numel(self, parameter: Tensor) -> int:
-        return sum(parameter.shape)
+        return sum(matrix_shape(parameter))
 
     def init_state(self, parameter: Tensor, seed: int) -> State:
         # Drawn on the CPU so that the start is the same on every device.
         generator = torch.Generator().manual_seed(seed)
-        u = torch.randn(parameter.shape[0], generator=generator, dtype=torch.float64)
+        u = torch.randn(matrix_shape(parameter)[0], generator=generator, dtype=torch.float64)
         u /= torch.linalg.vector_norm(u)
         return {"u": u.to(parameter.device, working_dtype(parameter))}
 
@@ -220,6 +222,12 @@ class Spectral(LMO):
         U, _, Vh = torch.linalg.svd(finite / _or_one(finite.abs().amax()), full_matrices=False)
         polar: Tensor = (U @ Vh).masked_fill_(dead, 0)
         return polar.to(G.dtype)
+
+
+def matrix_shape(parameter: Tensor) -> torch.Size:
+    """(n, m) of the matrix that a parameter holds, which bitsandbytes packs two entries to a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.shape if packed is None else torch.Size(packed.shape)
 
 
 def _unit(tensors: Sequence[Tensor], together: Together = ALONE) -> tuple[list[Tensor], list[Tensor]]:

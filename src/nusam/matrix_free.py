@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nusam.interrupts import always
-from nusam.layers import Handler, Kind, Linear, Use, rerouted
+from nusam.layers import Handler, Kind, Linear, Own, Use, rerouted
+from nusam.lmo import matrix_shape
 from nusam.power_iteration import Matrix, TopPair, normalized, products
 from nusam.sharding import Block, block, compute_device, is_sharded, layout, local, whole
 
@@ -107,7 +108,7 @@ class MatrixFreeAscent:
     def part(self, parameter: Tensor) -> tuple[Matrix | None, Block]:
         """What the pass kept of the gradient (or of this process's summand), and of which block of it."""
         record = self._records.get(parameter)
-        return (None, whole(parameter)) if record is None else (record.kept, record.block)
+        return (None, whole(matrix_shape(parameter))) if record is None else (record.kept, record.block)
 
     def not_served(self) -> dict[Tensor, str]:
         """Why a matrix could not be served in this pass, as far as that is known on the host."""
@@ -143,15 +144,15 @@ class _Record:
     """
 
     def __init__(self, parameter: Tensor, u: Tensor, iterations: int, keeps: bool) -> None:
-        m = parameter.shape[1]
+        shape = matrix_shape(parameter)
         self.parameter = parameter
         self.warm_start = u
         self.iterations = iterations
         self.keeps = keeps
         self.kept: LayerGradient | None = None
-        self.block = whole(parameter)  # of the matrix, what the layer multiplies with here
+        self.block = whole(shape)  # of the matrix, what the layer multiplies with here
         u = u.to(compute_device(parameter))
-        self.probe = torch.cat([u, u.new_zeros(m + 1)]).requires_grad_()
+        self.probe = torch.cat([u, u.new_zeros(shape[1] + 1)]).requires_grad_()
         self.calls = 0
         self.done = False
 
@@ -164,25 +165,34 @@ class _Record:
             record = self
             # recomputation by activation checkpointing is no new use
             self.calls += torch._C._current_graph_task_id() == -1
-            if is_sharded(W):
-                return self._use_block(kind, x, W, extra)
+            if is_sharded(W) or kind is Own:
+                return self._watch(kind, x, W, extra)
         output: Tensor = _Products.apply(x, W, extra, self.probe, kind, self.iterations, record)
         return output
 
-    def _use_block(self, kind: type[Kind], x: Any, W: Any, extra: Any) -> Tensor:
-        """A tensor-parallel layer, whose output's gradient is taken as it passes by."""
-        split = layout(x, W)
-        if split is None or kind is not Linear or self.calls > 1:
+    def _watch(self, kind: type[Kind], x: Any, W: Any, extra: Any) -> Tensor:
+        """A layer whose backward is left alone: its output's gradient is taken as it passes by."""
+        split = layout(x, W) if is_sharded(W) else None
+        if self.calls > 1 or (is_sharded(W) and (split is None or kind is not Linear)):
             return kind.apply(x, W, extra)
-        y = kind.apply(x, W.detach(), extra)
+        y = kind.apply(x, W.detach() if split else W, extra)
         y = y if y.requires_grad else y.detach().requires_grad_()
-        self.block = block(W)
+        if split:
+            self.block = block(W)
+        X = local(x).detach()
 
-        def keep(D: Tensor) -> None:
+        def take(D: Tensor) -> None:
             self.refuse_second_backward()
-            self.kept = LayerGradient(kind, *kind.rows(local(x), split.gather_gradient(D), None), W.shape[0])
+            rows = kind.rows(X, split.gather_gradient(D) if split else D, None)
+            G = LayerGradient(kind, *rows, self.block.shape[0])
+            if self.keeps:
+                self.kept = G
+            else:
+                with torch.no_grad():
+                    (Gv,), (v,) = products([G], [self.probe.detach()[: G.n]], self.iterations)
+                self.probe.grad = torch.cat([Gv, v, v.new_ones(1)])
 
-        y.register_hook(keep)  # type: ignore[no-untyped-call]
+        y.register_hook(take)  # type: ignore[no-untyped-call]
         return y
 
     def refuse_second_backward(self) -> None:
@@ -196,7 +206,7 @@ class _Record:
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Gv and v, or zeros where they are not those of the whole gradient."""
-        n, m = self.parameter.shape
+        n, m = self.block.shape
         gradient = self.probe.grad
         assert gradient is not None
         if self.parameter.grad is not None:

@@ -8,7 +8,6 @@ the two vectors of Algorithm 2 are sums over processes, and sums of all matrices
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -139,10 +138,10 @@ def compute_device(parameter: Any) -> torch.device:
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
-def whole(tensor: Tensor) -> Block:
+def whole(shape: torch.Size) -> Block:
     """A matrix that is here as a whole."""
-    n, m = tensor.shape
-    return Block(tensor.shape, slice(n), slice(m), Route())
+    n, m = shape
+    return Block(shape, slice(n), slice(m), Route())
 
 
 def averaged(part: Block, groups: tuple[Group, ...]) -> Block:
@@ -203,8 +202,8 @@ def output_of_blocks(x: Any, W: Any, of_block: Callable[[Tensor, Block], Tensor]
 def block(tensor: Any) -> Block:
     """Which block of a 2-D parameter or gradient is here."""
     if not is_sharded(tensor):
-        return whole(tensor)
-    rows, columns = _slices(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
+        return whole(tensor.shape)
+    rows, columns = _slices(tensor)
     return Block(tensor.shape, rows, columns, route(tensor))
 
 
@@ -225,12 +224,21 @@ def complete(gradient: Any, parameter: Any) -> Tensor:
     return cast(Tensor, gradient)
 
 
-@cache
-def _slices(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> tuple[slice, ...]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def _slices(tensor: Any) -> list[slice]:
+    """Of each dimension, what is here: every mesh dimension that shards it cuts what the others left.
 
-    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+    FSDP2 cuts last what tensor parallelism cut before, though its mesh dimension comes first, and says so by a
+    placement of its own ("strided").
+    """
+    mesh = tensor.device_mesh
+    here = [(0, size) for size in tensor.shape]
+    cuts = [(i, p) for i, p in enumerate(tensor.placements) if not p.is_replicate() and not p.is_partial()]
+    for i, placement in sorted(cuts, key=lambda cut: "Strided" in type(cut[1]).__name__):
+        start, stop = here[placement.dim]
+        size = -(-(stop - start) // mesh.size(i))
+        first = min(start + mesh.get_local_rank(i) * size, stop)
+        here[placement.dim] = (first, min(first + size, stop))
+    return [slice(*bounds) for bounds in here]
 
 
 def _groups(mesh: Any) -> tuple[Group, ...]:

@@ -25,7 +25,7 @@ from nusam.checks import (
 )
 from nusam.interrupts import always
 from nusam.layers import Handler, InForward, find_uses, rerouted
-from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
+from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import MatrixFreeAscent
 from nusam.model_guard import RandomState, frozen_statistics, refuse_use
 from nusam.placement import in_weights
@@ -612,7 +612,7 @@ class SharpnessAware(Optimizer):
         for target in self._targets(factor=1.0):
             state = dict(self._ascent.state_of(target))
             if self.ascent_every > 1:
-                state.setdefault("v", state["u"].new_zeros(target.parameter.shape[1]))
+                state.setdefault("v", state["u"].new_zeros(matrix_shape(target.parameter)[1]))
             saved[target.parameter] = state
         return saved
 
@@ -620,7 +620,7 @@ class SharpnessAware(Optimizer):
         """What the ball remembers of the parameter, on its device; ε's v too if it is kept from step to step."""
         fresh = self.lmo.init_state(parameter, 0)
         if self.ascent_every > 1 and "v" in state:
-            fresh["v"] = fresh["u"].new_empty(parameter.shape[1])
+            fresh["v"] = fresh["u"].new_empty(matrix_shape(parameter)[1])
         for name, like in fresh.items():
             value = state.get(name, like)
             if value.shape != like.shape:

@@ -15,6 +15,12 @@ def main() -> None:
     first, old, new = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
+    five_steps(first, old, new)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def five_steps(first: int, old: str, new: str) -> None:
     model = fsdp(Net(torch.float64))
     opt = nusam.NuSAM(base_optimizer("AdamW", model), 0.1, model=model, delay=2)
     if first:
@@ -24,7 +30,6 @@ def main() -> None:
     train(model, opt, torch.float64, False, dist.get_world_size(), dist.get_rank(), steps=5, first=first)
     weights, state = get_state_dict(model, opt)
     dcp.save({"model": weights, "opt": state}, checkpoint_id=new)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

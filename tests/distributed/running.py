@@ -57,6 +57,7 @@ def main() -> None:
         results[name] = failed[0] if failed else answers[0]
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(results))
+    dist.barrier()  # a process that leaves early takes what the others still wait for
     dist.destroy_process_group()
 
 

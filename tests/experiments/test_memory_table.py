@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -214,7 +213,3 @@ def test_the_scales_of_table1():
     assert {row["model"] for row in table1("full").rows} == {"ViT-B/16", "ViT-L/16"}
     with pytest.raises(ValueError, match="scale must be one of smoke, cpu, full, got 'huge'"):
         table1("huge")
-
-
-def test_the_tiny_models_name_is_still_timms():
-    assert timm.is_model("test_vit")

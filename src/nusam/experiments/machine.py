@@ -70,6 +70,7 @@ def launched(device: str) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if mine.type == "cuda" else "gloo")
     try:
         yield mine
+        dist.barrier()  # a process that leaves early takes what the others still wait for
     finally:
         dist.destroy_process_group()
 

@@ -308,8 +308,9 @@ class Memory:
         floats = perturbation_numel(model, nusam.SAM)
         table = _rendered(f"{self.name}, {floats:,} trainable parameters", chosen, lines, measurements)
         console = Console()
-        # Numbers that were cut short would be wrong ones.
-        console.width = max(console.width, Measurement.get(console, console.options, table).maximum)
+        # Rather too wide for the terminal than with numbers cut short.
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        console.width = max(console.width, needed)
         console.print(table)
         return 0
 
