@@ -8,7 +8,7 @@ import torch
 import nusam
 from nusam.experiments.data import load
 from nusam.experiments.methods import METHODS
-from nusam.experiments.models import TITLES, build
+from nusam.experiments.models import SMALL, build
 from nusam.experiments.training import Recipe, Run, train
 
 CPU = torch.device("cpu")
@@ -54,12 +54,12 @@ def test_training_learns(digits):
     assert learned.delay_steps == 15
 
 
-@pytest.mark.parametrize("model", TITLES)
+@pytest.mark.parametrize("model", SMALL)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "adamw"])
 def test_floats_of_the_perturbation_are_those_of_the_model(model, method, digits):
     outcome = train(Run(model, method, 0.05, seed=0), Recipe(epochs=1), digits, CPU, lambda epoch: None)
     net = build(model, digits.image_size, digits.channels, digits.classes)
-    expected = {"sam": nusam.SAM, "sam-on": nusam.SAMON}.get(method, nusam.NuSAM)
+    expected = {"sam": nusam.SAM, "gauss": nusam.GaussSAM, "sam-on": nusam.SAMON}.get(method, nusam.NuSAM)
     assert outcome.perturbation_numel == nusam.perturbation_numel(net, expected)
 
 
@@ -67,3 +67,15 @@ def test_a_collapsed_run_is_reported_not_hidden(digits):
     outcome = train(Run("vit", "nusam", 1e6, seed=0), Recipe(epochs=2), digits, CPU, lambda epoch: None)
     assert outcome.test_accuracy < 0.2
     assert math.isnan(outcome.epochs[-1].train_loss) or outcome.epochs[-1].train_loss > 1
+
+
+def test_models_of_the_paper_have_its_widths_and_depths():
+    """Table 6, on the meta device."""
+    with torch.device("meta"):
+        shapes = {name: build(name, 32, 3, 10) for name in ("vit-s/4", "vit-b/4", "mixer-s/4", "mixer-b/4")}
+    widths = {
+        name: (model.embed_dim if "vit" in name else model.stem.proj.out_channels, len(model.blocks))
+        for name, model in shapes.items()
+    }
+    assert widths == {"vit-s/4": (384, 12), "vit-b/4": (768, 12), "mixer-s/4": (512, 8), "mixer-b/4": (768, 12)}
+    assert shapes["vit-s/4"].patch_embed.num_patches == shapes["mixer-s/4"].stem.num_patches == 64
