@@ -10,7 +10,7 @@ from nusam.experiments.result import read_all
 
 
 def reproduce(*arguments, check=True):
-    command = [sys.executable, "-m", "nusam.experiments.command", "reproduce", *map(str, arguments)]
+    command = [sys.executable, "-m", "nusam.experiments.command", "reproduce", "--jobs", "1", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=check)
 
 

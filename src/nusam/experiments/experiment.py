@@ -134,17 +134,20 @@ class Bench:
             curves=curves or [],
             findings=findings,
             notes=[f"Ours: {what}." for what in self.scale.ours] + list(experiment.notes),
-            circumstances={
-                "device": device_name(self.device),
-                "threads": torch.get_num_threads(),
-                "date": date.today().isoformat(),
-                "python": python_version(),
-                **{name: version(name) for name in ("nusam", "torch", "timm")},
-                "command": " ".join(["nusam", *sys.argv[1:]]),
-                "recipe": asdict(recipe or self.scale.recipes.get(self.data) or Recipe(0)),
-                "seconds": round(time.perf_counter() - self.began, 1),
-            },
+            circumstances={"recipe": asdict(recipe or self.scale.recipes[self.data])},
         )
+
+    def circumstances(self) -> dict[str, Any]:
+        """Where, when and with what."""
+        return {
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "date": date.today().isoformat(),
+            "python": python_version(),
+            **{name: version(name) for name in ("nusam", "torch", "timm")},
+            "command": " ".join(["nusam", *sys.argv[1:]]),
+            "seconds": round(time.perf_counter() - self.began, 1),
+        }
 
 
 class Experiment(ABC):

@@ -14,7 +14,7 @@ from nusam.experiments.errors import Refused
 from nusam.experiments.progress import Bars
 from nusam.experiments.store import Cell, Store
 from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
-from nusam.experiments.workers import Workers
+from nusam.experiments.workers import Report, Workers
 
 __all__ = ["ENGINES", "fill"]
 
@@ -48,13 +48,28 @@ def fill(
 def _in_workers(
     runs: list[Run], recipe: Recipe, source: Source, jobs: int, device: torch.device, console: Console
 ) -> Iterator[Outcome]:
-    """In processes of this machine; in the order they finish."""
+    """In processes of this machine, in the order they finish; a single job needs no process of its own."""
+    if min(jobs, len(runs)) == 1:
+        yield from _here(runs, recipe, source, device, console)
+        return
     workers = Workers(min(jobs, len(runs)), recipe, source, device)
     with Bars(console, len(runs), recipe.epochs) as bars, workers:
         for report in workers.train(deque(runs)):
             bars.show(report)
             if isinstance(report.news, Outcome):
                 yield report.news
+
+
+def _here(runs: list[Run], recipe: Recipe, source: Source, device: torch.device, console: Console) -> Iterator[Outcome]:
+    with Bars(console, len(runs), recipe.epochs) as bars:
+        for run in runs:
+
+            def show(news: Epoch | Outcome, run: Run = run) -> None:
+                bars.show(Report(0, run, news))
+
+            outcome = train(run, recipe, source, device, show)
+            show(outcome)
+            yield outcome
 
 
 def _on_ray(

@@ -1,6 +1,6 @@
 """``nusam reproduce``: a table or figure of the paper at a scale that a machine allows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -85,6 +85,7 @@ class Reproduce:
         for data in every if self.data is None else (self.data,):
             bench = Bench(store, self.scale, data, self.data_root, jobs, device, console)
             result = wanted.run(bench)
+            result = replace(result, circumstances={**bench.circumstances(), **result.circumstances})
             _show(result, console)
             console.print(f"Saved as {result.write(self.results)}.", highlight=False)
         return 0
