@@ -5,17 +5,14 @@ with a batch of one, so that activations are nothing beside the weights. ``pytho
 """
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytorch_optimizer
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import nusam
+from nusam.experiments.allocations import mark, moments
 from recording import record
 
 WIDTH, DEPTH = 2048, 24
@@ -34,29 +31,18 @@ class Stack(nn.Module):
 
 def peak_and_ascent(prepare: Callable[[Stack], Callable[[], None]]) -> tuple[float, float]:
     """Peak bytes of the second step, and bytes above weights and state at the end of its ascent, over weights."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model = Stack()
-        step = prepare(model)
+    weights = 4 * sum(p.numel() for p in Stack().parameters())
+
+    def program() -> None:
+        step = prepare(Stack())
         step()
-        with record_function("mark second"):
-            pass
+        mark("second")
         step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    live = peak = start = ascent = 0
-    second = False
-    for event in sorted((e for e in events if "ts" in e), key=lambda e: float(e["ts"])):
-        if event["name"] == "mark second":
-            second, start = True, live
-        elif event["name"] == "mark ascent" and second:
-            ascent = live - start
-        elif event["name"] == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live) if second else 0
-    return peak / weights, ascent / weights
+
+    seen = moments(program)
+    second = seen[[moment.mark for moment in seen].index("second") :]
+    ascent = next((moment.live - second[0].live for moment in second if moment.mark == "ascent"), 0)
+    return max(moment.live for moment in second) / weights, ascent / weights
 
 
 def ours(make: Callable[[Stack], nusam.SharpnessAware]) -> Callable[[Stack], Callable[[], None]]:
@@ -67,8 +53,7 @@ def ours(make: Callable[[Stack], nusam.SharpnessAware]) -> Callable[[Stack], Cal
         def step() -> None:
             for name in opt.passes():
                 model(x).square().mean().backward()
-                with record_function(f"mark {name}"):
-                    pass
+                mark(name)
             opt.step()
             opt.zero_grad()
 
@@ -85,8 +70,7 @@ def bare(make: Callable[[Stack], torch.optim.Optimizer]) -> Callable[[Stack], Ca
         def step() -> None:
             model(x).square().mean().backward()
             if isinstance(optimizer, pytorch_optimizer.SAM):
-                with record_function("mark ascent"):
-                    pass
+                mark("ascent")
                 optimizer.first_step(zero_grad=True)
                 model(x).square().mean().backward()
                 optimizer.second_step(zero_grad=True)

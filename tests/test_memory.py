@@ -1,13 +1,11 @@
 """What ε costs: counted against the paper's figures, and against what the allocator holds."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import nusam
+from nusam.experiments.allocations import mark, moments
 from nusam.memory import footprint, perturbation_numel
 from tests.conftest import mlp
 
@@ -54,36 +52,30 @@ class HundredMillion(nn.Module):
         return x
 
 
-def allocated_by(build, prepare, folder):
+def allocated_by(build, prepare):
     """The allocator's live bytes at the end of each pass and after the step, and their peak, from one step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model = build()
-        opt = prepare(model)
+    models = []
+
+    def program():
+        models.append(build())
+        opt = prepare(models[0])
         x = torch.randn(1, 2000)
         for name in opt.passes():
-            model(x).square().mean().backward()
-            with record_function(f"mark {name}"):
-                pass
+            models[0](x).square().mean().backward()
+            mark(name)
         opt.step()
         opt.zero_grad()
-        with record_function("mark step"):
-            pass
-    recorded.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    live, peak, at = 0, 0, {}
-    for event in sorted((e for e in events if "ts" in e), key=lambda e: float(e["ts"])):
-        if event["name"] == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live)
-        elif event["name"].startswith("mark "):
-            at[event["name"].removeprefix("mark ")] = live
-    return model, at, peak
+        mark("step")
+
+    seen = moments(program)
+    at = {moment.mark: moment.live for moment in seen if moment.mark}
+    return models[0], at, max(moment.live for moment in seen)
 
 
 @pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.NuSAMNorm, nusam.SAM])
-def test_live_bytes_while_perturbed_counted_by_the_allocator(kind, tmp_path):
+def test_live_bytes_while_perturbed_counted_by_the_allocator(kind):
     model, at, peak = allocated_by(
-        HundredMillion, lambda model: kind(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05), tmp_path
+        HundredMillion, lambda model: kind(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
     )
     cost = footprint(model, kind)
     assert cost.weights == cost.gradients == 4 * 100_050_000
@@ -96,10 +88,8 @@ def test_live_bytes_while_perturbed_counted_by_the_allocator(kind, tmp_path):
     assert cost.weights + left <= at["step"] <= cost.weights + left + MB // 4
 
 
-def test_a_matrix_free_ascent_holds_no_gradient(tmp_path):
-    model, at, _ = allocated_by(
-        HundredMillion, lambda m: nusam.NuSAM(torch.optim.SGD(m.parameters(), lr=0.1), model=m), tmp_path
-    )
+def test_a_matrix_free_ascent_holds_no_gradient():
+    model, at, _ = allocated_by(HundredMillion, lambda m: nusam.NuSAM(torch.optim.SGD(m.parameters(), lr=0.1), model=m))
     cost = footprint(model, nusam.NuSAM)
     assert at["ascent"] <= cost.weights + 4 * cost.perturbation + MB // 2
     assert cost.total <= at["descent"] <= cost.total + MB

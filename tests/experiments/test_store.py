@@ -100,3 +100,14 @@ def test_a_sweep_that_is_killed_ends_with_the_same_store(tmp_path):
     assert rows(killed) == rows(whole)
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "8 runs, 8 of them finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_cluster_fills_the_store_as_this_machine_does(tmp_path):
+    pytest.importorskip("ray")
+    here, there = tmp_path / "here", tmp_path / "there"
+    small = [argument if argument != "12" else "2" for argument in SWEEP]
+    subprocess.run([sys.executable, *small, "--results", str(here)], check=True, capture_output=True)
+    cluster = [sys.executable, *small, "--engine", "ray", "--results", str(there)]
+    subprocess.run(cluster, check=True, capture_output=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
+    assert rows(there) == rows(here)

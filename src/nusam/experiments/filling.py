@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nusam.experiments.data import Source, load
 from nusam.experiments.errors import Refused
-from nusam.experiments.progress import Bars
+from nusam.experiments.progress import Bars, describe
 from nusam.experiments.store import Cell, Store
 from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
 from nusam.experiments.workers import Report, Workers
@@ -88,7 +88,7 @@ def _on_ray(
     while waiting:
         (ready,), waiting = ray.wait(waiting, num_returns=1)
         outcome: Outcome = ray.get(ready)
-        console.print(f"{outcome.run}: {outcome.test_accuracy:.2%}, {len(waiting)} left", highlight=False)
+        console.print(f"{describe(outcome.run)}: {outcome.test_accuracy:.2%}, {len(waiting)} left", highlight=False)
         yield outcome
 
 

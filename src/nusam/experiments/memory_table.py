@@ -3,9 +3,7 @@
 import difflib
 import gc
 import importlib.util
-import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +20,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import nusam
+from nusam.experiments.allocations import mark, moments
 from nusam.experiments.errors import Refused
 from nusam.experiments.result import Result
 from nusam.memory import Footprint, footprint, perturbation_numel
@@ -227,23 +225,16 @@ def measured(net: Network, base: Base, kind: type[SharpnessAware] | None) -> Mea
         Refused: if the model can't be built, or can't take the sample.
     """
     gc.collect()  # what an earlier measurement left would be freed in this one
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            buffers = _two_steps(net, base, kind)
-        recorded.export_chrome_trace(str(path))
-        events = json.loads(path.read_text("utf-8"))["traceEvents"]
-    live = held = peak = 0
-    second = False
-    for event in sorted((e for e in events if "ts" in e), key=lambda e: float(e["ts"])):
-        if event["name"] == "mark second":
-            second = True
-        elif event["name"] == "mark descent":
-            held = live
-        elif event["name"] == "[memory]":
-            live += event["args"]["Bytes"]
-            peak = max(peak, live) if second else 0
-    return Measured(held - buffers, peak - buffers)
+    buffers = 0
+
+    def program() -> None:
+        nonlocal buffers
+        buffers = _two_steps(net, base, kind)
+
+    seen = moments(program)
+    second = seen[[moment.mark for moment in seen].index("second") :]
+    held = next(moment.live for moment in second if moment.mark == "descent")
+    return Measured(held - buffers, max(moment.live for moment in second) - buffers)
 
 
 def _two_steps(net: Network, base: Base, kind: type[SharpnessAware] | None) -> int:
@@ -253,13 +244,11 @@ def _two_steps(net: Network, base: Base, kind: type[SharpnessAware] | None) -> i
         sample = net.sample(model)
         optimizer = base.make(model)
         wrapped = None if kind is None else kind(optimizer, model=model)  # type: ignore[call-arg]
-        for mark in ("first", "second"):
-            with record_function(f"mark {mark}"):
-                pass
+        for turn in ("first", "second"):
+            mark(turn)
             for name in ["descent"] if wrapped is None else wrapped.passes():
                 _loss(model(**sample)).backward()  # type: ignore[no-untyped-call]
-                with record_function(f"mark {name}"):
-                    pass
+                mark(name)
             (wrapped or optimizer).step()
             optimizer.zero_grad()
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
