@@ -99,11 +99,20 @@ class Ranks:
                 batches.setdefault((self._routes[i].groups, xs[i].dtype, xs[i].device), []).append(i)
         for (groups, _, _), indices in batches.items():
             flat = torch.cat([xs[i].reshape(-1) for i in indices])
+            device = flat.device
             for group in groups:
+                flat = _where_it_talks(flat, group)
                 dist.all_reduce(flat, operation, group)
+            flat = flat.to(device)
             pieces = torch.split(flat, [xs[i].numel() for i in indices])
             for i, piece in zip(indices, pieces, strict=True):
                 xs[i] = piece.view(xs[i].shape)
+
+
+def _where_it_talks(flat: Tensor, group: Group) -> Tensor:
+    """On a device that the group can reduce on: offloaded gradients lie on the CPU, where NCCL does not."""
+    kinds = [device.type for device in getattr(group, "_device_types", [flat.device])]
+    return flat if flat.device.type in kinds else flat.to(kinds[0])
 
 
 def is_sharded(tensor: Tensor) -> bool:
