@@ -36,11 +36,12 @@ class Setting:
     trial_seeds: int = 2
     train_size: int | None = None
     radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by method, where not the method's own
+    pretrained: str = ""
 
     def cell(self, contender: Contender, rho: float, seed: int) -> Cell:
         """One run."""
         run = replace(Run(self.model, contender.method, rho, seed), **contender.options)
-        return Cell(self.data, self.recipe, run, self.train_size)
+        return Cell(self.data, self.recipe, run, self.train_size, self.pretrained)
 
     def candidates(self, contender: Contender) -> tuple[float, ...]:
         """The radii that are tried."""

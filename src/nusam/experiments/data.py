@@ -1,7 +1,7 @@
 """The images that the experiments learn from: small subsets, validation images carved from the training images."""
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import datasets
 
 from nusam.experiments.errors import Refused
@@ -120,6 +121,17 @@ def _digits(root: Path, train_size: int | None, download: bool) -> Source:
     return Source("digits", 10, size, pixels[pool], labels[pool], pixels[test], labels[test])
 
 
+def _digits_28(root: Path, train_size: int | None, download: bool) -> Source:
+    """The digits, enlarged to the size of Fashion-MNIST's images."""
+    small = _digits(root, train_size, download)
+
+    def enlarged(pixels: Pixels) -> Pixels:
+        large = interpolate(torch.from_numpy(pixels).float(), size=28, mode="bilinear", antialias=True)
+        return large.round().clamp(0, 255).to(torch.uint8).numpy()
+
+    return replace(small, title="digits, enlarged", pool=enlarged(small.pool), test=enlarged(small.test))
+
+
 def _fashion_mnist(root: Path, train_size: int | None, download: bool) -> Source:
     if (root / "FashionMNIST" / "raw").is_dir() or (download and not DEBIAN_FASHION_MNIST.is_dir()):
         parts = [datasets.FashionMNIST(root, train, download=download) for train in (True, False)]
@@ -212,6 +224,7 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 DATASETS = {
     "digits": _digits,
+    "digits-28": _digits_28,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "cifar100": _cifar100,

@@ -159,9 +159,9 @@ class Experiment(ABC):
     takes: dict[str, str]  # by scale, about how long
     notes: tuple[str, ...] = ()
 
-    def data(self, scale: Scale) -> tuple[str, ...]:
+    def data(self, scale: str) -> tuple[str, ...]:
         """What it can be run on at a scale; of an experiment without data, one empty name."""
-        return scale.data
+        return SCALES[scale].data
 
     @abstractmethod
     def run(self, bench: Bench) -> Result:

@@ -5,9 +5,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from nusam.experiments.data import Source, load
 from nusam.experiments.errors import Refused
@@ -33,48 +35,58 @@ def fill(
     A finished run is added when all before it are, so the store is the same wherever it was interrupted.
     """
     missing = [cell for cell in dict.fromkeys(cells) if cell not in store]
-    for (data, size, recipe), group in groupby(missing, lambda cell: (cell.data, cell.train_size, cell.recipe)):
+
+    def alike(cell: Cell) -> tuple[Any, ...]:
+        return cell.data, cell.train_size, cell.recipe, cell.pretrained
+
+    for (data, size, recipe, pretrained), group in groupby(missing, alike):
         wanted = deque(group)
         source = load(data, data_root, size)
+        initial = torch.load(store.weights(pretrained)) if pretrained else None
         done: dict[Run, Outcome] = {}
         runs = [cell.run for cell in wanted]
-        for outcome in ENGINES[engine](runs, recipe, source, jobs, device, console):
+        for outcome in ENGINES[engine](Job(recipe, source, device, initial), runs, jobs, console):
             done[outcome.run] = outcome
             while wanted and wanted[0].run in done:
                 cell = wanted.popleft()
                 store.add(cell, done.pop(cell.run), device)
 
 
-def _in_workers(
-    runs: list[Run], recipe: Recipe, source: Source, jobs: int, device: torch.device, console: Console
-) -> Iterator[Outcome]:
+class Job(NamedTuple):
+    """What the runs of a group share."""
+
+    recipe: Recipe
+    source: Source
+    device: torch.device
+    initial: dict[str, Tensor] | None
+
+
+def _in_workers(job: Job, runs: list[Run], jobs: int, console: Console) -> Iterator[Outcome]:
     """In processes of this machine, in the order they finish; a single job needs no process of its own."""
     if min(jobs, len(runs)) == 1:
-        yield from _here(runs, recipe, source, device, console)
+        yield from _here(job, runs, console)
         return
-    workers = Workers(min(jobs, len(runs)), recipe, source, device)
-    with Bars(console, len(runs), recipe.epochs) as bars, workers:
+    workers = Workers(min(jobs, len(runs)), *job)
+    with Bars(console, len(runs), job.recipe.epochs) as bars, workers:
         for report in workers.train(deque(runs)):
             bars.show(report)
             if isinstance(report.news, Outcome):
                 yield report.news
 
 
-def _here(runs: list[Run], recipe: Recipe, source: Source, device: torch.device, console: Console) -> Iterator[Outcome]:
-    with Bars(console, len(runs), recipe.epochs) as bars:
+def _here(job: Job, runs: list[Run], console: Console) -> Iterator[Outcome]:
+    with Bars(console, len(runs), job.recipe.epochs) as bars:
         for run in runs:
 
             def show(news: Epoch | Outcome, run: Run = run) -> None:
                 bars.show(Report(0, run, news))
 
-            outcome = train(run, recipe, source, device, show)
+            outcome = train(run, job.recipe, job.source, job.device, show, initial=job.initial)
             show(outcome)
             yield outcome
 
 
-def _on_ray(
-    runs: list[Run], recipe: Recipe, source: Source, jobs: int, device: torch.device, console: Console
-) -> Iterator[Outcome]:
+def _on_ray(job: Job, runs: list[Run], jobs: int, console: Console) -> Iterator[Outcome]:
     """On a Ray cluster: the one that RAY_ADDRESS names, else one of ``jobs`` processes on this machine."""
     try:
         import ray
@@ -82,9 +94,9 @@ def _on_ray(
         raise Refused('--engine ray needs ray; pip install "nusam[ray]".') from error
     if not ray.is_initialized():
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else jobs, log_to_driver=False)
-    shared = ray.put(source)
-    remote = ray.remote(num_cpus=1, num_gpus=int(device.type == "cuda"))(_alone)
-    waiting = [remote.remote(run, recipe, shared, device) for run in runs]
+    shared = ray.put(job)
+    remote = ray.remote(num_cpus=1, num_gpus=int(job.device.type == "cuda"))(_alone)
+    waiting = [remote.remote(run, shared) for run in runs]
     while waiting:
         (ready,), waiting = ray.wait(waiting, num_returns=1)
         outcome: Outcome = ray.get(ready)
@@ -92,13 +104,13 @@ def _on_ray(
         yield outcome
 
 
-def _alone(run: Run, recipe: Recipe, source: Source, device: torch.device) -> Outcome:
+def _alone(run: Run, job: Job) -> Outcome:
     torch.set_num_threads(1)
 
     def silent(epoch: Epoch) -> None:
         pass
 
-    return train(run, recipe, source, device, silent)
+    return train(run, job.recipe, job.source, job.device, silent, initial=job.initial)
 
 
 ENGINES = {"local": _in_workers, "ray": _on_ray}

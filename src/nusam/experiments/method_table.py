@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nusam.experiments.contest import Contender, Contest
+from nusam.experiments.contest import Contender, Contest, Setting
 from nusam.experiments.experiment import Bench, Experiment
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import TITLES
@@ -26,6 +26,7 @@ class MethodTable(Experiment):
     Attributes:
         paper: accuracy in % by the paper's model, then by label; as far as the text has them.
         paper_setting: what they were measured on.
+        counterparts: the paper's model that a small one stands for.
         recipe: changes to the scale's recipe.
     """
 
@@ -35,6 +36,7 @@ class MethodTable(Experiment):
     baselines: tuple[str, ...] = ("SAM", "AdamW")
     paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     paper_setting: str = ""
+    counterparts: Mapping[str, str] = field(default_factory=lambda: {"mixer": "Mixer-S/4", "vit": "ViT-S/4"})
     recipe: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by scale
     needs: str = ""
     takes: dict[str, str] = field(default_factory=lambda: {"smoke": "10 s", "cpu": "10 min", "full": "days of a GPU"})
@@ -43,14 +45,15 @@ class MethodTable(Experiment):
     def run(self, bench: Bench) -> Result:
         """Choose every ρ, run every seed, compare."""
         changes = self.recipe.get(bench.scale_name, {})
-        contests = [Contest(_few_radii(setting, bench), self.contenders) for setting in bench.settings(**changes)]
+        settings = self.settings(bench, changes)
+        contests = [Contest(_few_radii(setting, bench), self.contenders) for setting in settings]
         bench.fill(cell for contest in contests for cell in contest.trials())
         bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
         rows: list[dict[str, Any]] = []
         curves: list[Curve] = []
         for contest in contests:
             model = contest.setting.model
-            of_paper = self.paper.get(_counterpart(model), {})
+            of_paper = self.paper.get(self._counterpart(model), {})
             for row in contest.rows(bench.store, self.baselines):
                 given = of_paper.get(row["method"])
                 beside = {} if not self.paper else {"paper": "not in our text" if given is None else f"{given:.2f}"}
@@ -59,12 +62,19 @@ class MethodTable(Experiment):
                 _curve(TITLES[model], label, contest.outcomes(bench.store, label)) for label in contest.contenders
             ]
         findings = "\n".join(self._finding(bench, contest) for contest in contests)
-        recipe = replace(bench.scale.recipes[bench.data], **changes)
-        return bench.result(self, self.title, list(rows[0]), rows, curves, findings, recipe)
+        return bench.result(self, self.title, list(rows[0]), rows, curves, findings, settings[0].recipe)
+
+    def settings(self, bench: Bench, changes: Mapping[str, Any]) -> list[Setting]:
+        """What the contests are held on: one for each model of the scale."""
+        return bench.settings(**changes)
+
+    def _counterpart(self, model: str) -> str:
+        """The paper's model that a small one stands for."""
+        return self.counterparts.get(model, TITLES[model])
 
     def _finding(self, bench: Bench, contest: Contest) -> str:
         """Each difference in words, with the paper's sign where the text has both cells."""
-        counterpart = _counterpart(contest.setting.model)
+        counterpart = self._counterpart(contest.setting.model)
         of_paper = self.paper.get(counterpart, {})
         lines = []
         for label in contest.contenders:
@@ -89,11 +99,6 @@ def _few_radii(setting: Any, bench: Bench) -> Any:
         return setting
     small = "mixer" if "mixer" in setting.model else "vit"
     return replace(setting, radii={name: m.radii[small][:1] for name, m in METHODS.items() if m.radii})
-
-
-def _counterpart(model: str) -> str:
-    """The paper's model that a small one stands for."""
-    return {"mixer": "Mixer-S/4", "vit": "ViT-S/4"}.get(model, TITLES[model])
 
 
 def _curve(panel: str, label: str, outcomes: list[Outcome]) -> Curve:

@@ -21,8 +21,8 @@ from nusam.experiments.store import Store
 __all__ = ["NAMES", "Reproduce", "experiment"]
 
 NAMES = (
-    *("table1", "table2", "table3", "table8", "table9", "table10", "table13", "table14"),
-    *("fig1", "fig2", "fig3", "fig4"),
+    *("table1", "table2", "table3", "table4", "table8", "table9", "table10", "table13", "table14"),
+    *("fig1", "fig2", "fig3", "fig4", "fig5"),
 )
 
 
@@ -78,7 +78,7 @@ class Reproduce:
             raise Refused(f"--jobs must be at least 1, got {self.jobs}.")
         device = chosen_device(self.device)
         jobs = self.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
-        every = wanted.data(SCALES[self.scale])
+        every = wanted.data(self.scale)
         if self.data is not None and self.data not in every:
             raise Refused(f"--data must be one of {', '.join(filter(None, every)) or 'none'} here, got {self.data}.")
         store = Store(self.results)

@@ -69,6 +69,10 @@ class Store:
     def __getitem__(self, cell: Cell) -> Outcome:
         return self._outcomes[cell.key]
 
+    def weights(self, key: str) -> Path:
+        """Where the weights of a pretrained model are kept."""
+        return self.folder / "weights" / f"{key}.pt"
+
     def __len__(self) -> int:
         return len(self._outcomes)
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     scalars: Scalars | None = None,
     initial: dict[str, Tensor] | None = None,
+    keep: Path | None = None,
 ) -> Outcome:
     """Train one model. The seed decides the split, the initial weights and the order: the same for every method.
 
@@ -119,6 +121,7 @@ def train(
         checkpoint: where the state is kept, and taken up from.
         scalars: gets what happens in every step.
         initial: weights to start from, as far as their shapes fit (a new head keeps its own).
+        keep: where to save the last weights.
 
     Raises:
         Stopped: if the checkpoint was asked to stop; its state is saved then.
@@ -167,6 +170,10 @@ def train(
             if checkpoint.stop_asked:
                 raise Stopped
 
+    if keep:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), keep.with_suffix(".partial"))
+        keep.with_suffix(".partial").replace(keep)
     return Outcome(
         run,
         progress.epochs,

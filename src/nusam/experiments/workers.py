@@ -9,6 +9,7 @@ from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nusam.experiments.data import Source
 from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
@@ -27,9 +28,16 @@ class Report(NamedTuple):
 class Workers:
     """So many processes, each training one run at a time; leaving the context ends them at once."""
 
-    def __init__(self, count: int, recipe: Recipe, source: Source, device: torch.device) -> None:
+    def __init__(
+        self,
+        count: int,
+        recipe: Recipe,
+        source: Source,
+        device: torch.device,
+        initial: dict[str, Tensor] | None = None,
+    ) -> None:
         self._count = count
-        self._job = (recipe, source, device)
+        self._job = (recipe, source, device, initial)
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
 
@@ -86,10 +94,12 @@ def _start_deaf_to_interrupts(process: BaseProcess) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def _work(parent: Connection, recipe: Recipe, source: Source, device: torch.device) -> None:
+def _work(
+    parent: Connection, recipe: Recipe, source: Source, device: torch.device, initial: dict[str, Tensor] | None
+) -> None:
     torch.set_num_threads(1)
     try:
         while True:
-            parent.send(train(parent.recv(), recipe, source, device, parent.send))
+            parent.send(train(parent.recv(), recipe, source, device, parent.send, initial=initial))
     except (EOFError, BrokenPipeError):  # the parent is gone
         pass

@@ -1,6 +1,6 @@
 """Figure 1: the direction of the perturbation is what makes it converge."""
 
-from nusam.experiments.experiment import Bench, Experiment, Scale
+from nusam.experiments.experiment import Bench, Experiment
 from nusam.experiments.result import Result
 from nusam.experiments.theory import fig1
 
@@ -13,7 +13,7 @@ class Figure1(Experiment):
     needs = ""
     takes = {"smoke": "1 s", "cpu": "20 s", "full": "20 s"}  # noqa: RUF012
 
-    def data(self, scale: Scale) -> tuple[str, ...]:
+    def data(self, scale: str) -> tuple[str, ...]:
         """None."""
         return ("",)
 

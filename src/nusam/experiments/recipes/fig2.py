@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from nusam.experiments.contest import Contender, Contest, mean_and_error, mean_and_half_width
+from nusam.experiments.contest import Contender, Contest, Setting, mean_and_error, mean_and_half_width
 from nusam.experiments.experiment import Bench, Experiment
 from nusam.experiments.method_table import ADAMW, NUSAM, SAM, SAM_ON
 from nusam.experiments.models import TITLES
@@ -33,7 +33,8 @@ class RadiusSweep(Experiment):
     def run(self, bench: Bench) -> Result:
         """Run and draw."""
         rows, curves = [], []
-        for setting in bench.settings():
+        settings = self.settings(bench)
+        for setting in settings:
             small = "mixer" if "mixer" in setting.model else "vit"
             radii = _RADII[small]
             if bench.scale.one_radius:
@@ -64,7 +65,11 @@ class RadiusSweep(Experiment):
                     )
                 )
         findings = f"The paper: {self.paper} Bands are 95% intervals over the seeds."
-        return bench.result(self, self.title, list(rows[0]), rows, curves, findings)
+        return bench.result(self, self.title, list(rows[0]), rows, curves, findings, settings[0].recipe)
+
+    def settings(self, bench: Bench) -> list[Setting]:
+        """What is swept on: one for each model of the scale."""
+        return bench.settings()
 
     def _accuracies(self, bench: Bench, contest: Contest, contender: Contender, rho: float) -> list[float]:
         seeds = range(contest.setting.seeds)

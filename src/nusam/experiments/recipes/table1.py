@@ -1,6 +1,6 @@
 """Table 1: floats of the perturbation."""
 
-from nusam.experiments.experiment import Bench, Experiment, Scale
+from nusam.experiments.experiment import Bench, Experiment
 from nusam.experiments.memory_table import table1
 from nusam.experiments.result import Result
 
@@ -13,7 +13,7 @@ class Table1(Experiment):
     needs = ""
     takes = {"smoke": "5 s", "cpu": "10 s", "full": "10 s"}  # noqa: RUF012
 
-    def data(self, scale: Scale) -> tuple[str, ...]:
+    def data(self, scale: str) -> tuple[str, ...]:
         """None."""
         return ("",)
 

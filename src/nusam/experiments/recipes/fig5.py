@@ -1,0 +1,26 @@
+"""Figure 5: accuracy over ρ in fine-tuning."""
+
+from nusam.experiments.contest import Setting
+from nusam.experiments.experiment import Bench
+from nusam.experiments.fine_tuning import fine_tuning_data, fine_tuning_settings
+from nusam.experiments.recipes.fig2 import RadiusSweep
+
+
+class FineTuningSweep(RadiusSweep):
+    """From pretrained weights."""
+
+    def data(self, scale: str) -> tuple[str, ...]:
+        """What is fine-tuned on."""
+        return fine_tuning_data(scale)
+
+    def settings(self, bench: Bench) -> list[Setting]:
+        """Pretrain what has not been."""
+        return fine_tuning_settings(bench)
+
+
+FIGURE = FineTuningSweep(
+    "fig5",
+    "Accuracy over ρ in fine-tuning",
+    "a sweep over ρ for the results of Table 4; its plots are not in our text.",
+    needs="Fashion-MNIST at the cpu scale, pretrained weights at the full one",
+)
