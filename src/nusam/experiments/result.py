@@ -56,13 +56,26 @@ class Result:
         data = "".join(c if c.isalnum() else "-" for c in self.data.lower()).strip("-")
         return "-".join(filter(None, (self.name, self.scale, data))) + ".json"
 
+    @property
+    def markdown(self) -> str:
+        """For a reader without a browser; curves are left to the report."""
+        data = f", {self.data}" if self.data else ""
+        lines = [f"# {self.title} ({self.name}, {self.scale}{data})", ""]
+        lines += ["| " + " | ".join(self.columns) + " |", "| --- " * len(self.columns) + "|"]
+        lines += ["| " + " | ".join(str(row.get(column, "")) for column in self.columns) + " |" for row in self.rows]
+        lines += ["", self.findings, "", *(f"- {note}" for note in self.notes), ""]
+        lines += [f"- {name}: {value}" for name, value in self.circumstances.items()]
+        return "\n".join(lines) + "\n"
+
     def write(self, folder: Path) -> Path:
-        """Save it, whole or not at all."""
+        """Save it, whole or not at all, and beside it as Markdown."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.file_name
-        unfinished = path.with_suffix(".partial")
-        unfinished.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
-        os.replace(unfinished, path)
+        content = json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n"
+        for target, text in ((path.with_suffix(".md"), self.markdown), (path, content)):
+            unfinished = path.with_suffix(".partial")
+            unfinished.write_text(text, "utf-8")
+            os.replace(unfinished, target)
         return path
 
 
