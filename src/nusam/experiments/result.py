@@ -62,7 +62,7 @@ class Result:
         data = f", {self.data}" if self.data else ""
         lines = [f"# {self.title} ({self.name}, {self.scale}{data})", ""]
         lines += ["| " + " | ".join(self.columns) + " |", "| --- " * len(self.columns) + "|"]
-        lines += ["| " + " | ".join(str(row.get(column, "")) for column in self.columns) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(_cell(row.get(column)) for column in self.columns) + " |" for row in self.rows]
         lines += ["", self.findings, "", *(f"- {note}" for note in self.notes), ""]
         lines += [f"- {name}: {value}" for name, value in self.circumstances.items()]
         return "\n".join(lines) + "\n"
@@ -77,6 +77,12 @@ class Result:
             unfinished.write_text(text, "utf-8")
             os.replace(unfinished, target)
         return path
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else str(value)
 
 
 def read_all(folder: Path) -> list[Result]:
