@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import nusam
+from tests.conftest import loss_of, mlp
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -627,3 +628,31 @@ def test_a_module_whose_forward_was_replaced_already_falls_back():
         square_loss()(model).backward()
     assert opt.metrics()["fallback/0.weight: no known layer holds it"] == 1.0
     assert opt.metrics()["epsilon/0.weight"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("ascent", ["gradient", "matrix-free"])
+def test_autocast_around_both_passes_leaves_the_power_iteration_alone(ascent):
+    inside, around = mlp(), mlp()
+    around.load_state_dict(inside.state_dict())
+    opts = [
+        nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.1, model=model, ascent=ascent)
+        for model in (inside, around)
+    ]
+    for _ in opts[0].passes():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(inside)
+        loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in opts[1].passes():
+            loss_of(around).backward()
+    metrics = [opt.metrics() for opt in opts]
+    assert metrics[0]["epsilon/0.weight"] == pytest.approx(0.1, rel=1e-6)
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+
+
+def test_frozen_targets_need_a_matrix_free_ascent():
+    model = mlp()
+    model[0].requires_grad_(False)
+    base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match="frozen weights have no gradient"):
+        nusam.NuSAM(base, model=model, targets="frozen", ascent="gradient")

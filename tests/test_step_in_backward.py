@@ -52,13 +52,13 @@ def test_tied_weights_are_stepped_once_with_the_whole_gradient():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
-def test_live_bytes_are_weights_one_gradient_and_two_vectors_a_matrix(tmp_path):
+def test_live_bytes_are_weights_one_gradient_and_two_vectors_a_matrix():
     def prepare(model):
         opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
         nusam.step_in_backward(opt)
         return opt
 
-    model, _, peak = allocated_by(HundredMillion, prepare, tmp_path)
+    model, _, peak = allocated_by(HundredMillion, prepare)
     weights = sum(4 * p.numel() for p in model.parameters())
     largest = 4 * 2000 * 2000
     assert peak <= weights + 2 * largest + 4 * 25 * 8000 + MB  # a gradient, and the temporary of its update
@@ -125,3 +125,14 @@ def test_backwards_outside_the_descent_keep_their_gradients_and_the_hooks_go_wit
     del opt
     gc.collect()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_parameter_that_came_later_is_not_forgotten():
+    model, late = mlp(), torch.nn.Linear(4, 4)
+    whole = torch.nn.Sequential(model, late)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=whole)
+    nusam.step_in_backward(opt)
+    opt.add_param_group({"params": list(late.parameters())})
+    with pytest.raises(RuntimeError, match="after step_in_backward\\(\\), and would never be stepped"):
+        for _ in opt.passes():
+            loss_of(whole).backward()

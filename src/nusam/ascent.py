@@ -1,6 +1,7 @@
 """The ascent: from one pass over a sample to ε of every target, and what is remembered from step to step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from nusam.sharding import (
     averaged,
     block,
     complete,
+    compute_device,
     is_sharded,
     local,
     route,
@@ -85,7 +87,8 @@ class Ascent:
         needed = served.keys() | {target.parameter for target in targets}
         idle = [parameter for parameter in parameters if parameter not in needed]
         iterations = cast(Nuclear, self.lmo).power_iterations
-        keeps = workers.splits_the_batch or any(is_sharded(target.parameter) for target in targets)
+        in_blocks = any(workers.is_tensor_parallel(target.parameter) for target in targets)
+        keeps = workers.splits_the_batch or in_blocks
         return MatrixFreeAscent(uses, served, iterations, idle, keeps)
 
     @torch.no_grad()
@@ -101,10 +104,13 @@ class Ascent:
             workers: the processes that share the pass.
         """
         in_summands = workers.splits_the_batch and not workers.reduces_gradients(pass_ is not None)
-        if any(is_sharded(target.parameter) for target in targets) or in_summands:
-            found = self._from_parts(targets, pass_, workers, in_summands)
-        else:
-            found = self._from_here(targets, pass_, seed)
+        whole_pairs = pass_ is not None and not pass_.keeps
+        sharded = any(is_sharded(target.parameter) for target in targets)
+        with _full_precision(targets):
+            if in_summands or (sharded and not whole_pairs):
+                found = self._from_parts(targets, pass_, workers, in_summands)
+            else:
+                found = self._from_here(targets, pass_, seed)
         self.measured = {
             parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
             if isinstance(perturbation, RankOne)
@@ -162,6 +168,12 @@ class Ascent:
         if pass_:
             lmo = cast(Nuclear, self.lmo)
             rest = [t.parameter for t in reached if t.parameter not in pairs]
+            if any(is_sharded(parameter) for parameter in rest):
+                raise RuntimeError(
+                    "m_sam=True under FSDP2 needs every perturbed matrix to be served by its layer, and the gradient "
+                    f"of one of shape {tuple(rest[0].shape)} was formed, which FSDP2 averages; exclude it with "
+                    "targets=, or use m_sam=False."
+                )
             gradients = [cast(Tensor, parameter.grad) for parameter in rest]
             us = [self.states[parameter]["u"] for parameter in rest]
             pairs |= dict(zip(rest, power_iteration(gradients, us, lmo.power_iterations), strict=True))
@@ -205,6 +217,16 @@ class Ascent:
             # with a gradient beside the products, a matrix was also used outside its layer: neither is all of it
             served = Nothing(here.rows.stop - here.rows.start, here.columns.stop - here.columns.start)
         return served, averaged(here, workers.summands(parameter) if in_summands else ())
+
+
+@contextmanager
+def _full_precision(targets: Sequence[Target]) -> Iterator[None]:
+    """Whatever autocast surrounds the passes."""
+    kinds = {d.type for t in targets for d in (t.parameter.device, compute_device(t.parameter))}
+    with ExitStack() as stack:
+        for kind in kinds - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class Nothing:

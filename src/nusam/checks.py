@@ -15,6 +15,7 @@ __all__ = [
     "check_base_optimizer",
     "check_choice",
     "check_count",
+    "check_frozen",
     "check_m_sam",
     "check_parameter",
     "check_radius",
@@ -131,15 +132,26 @@ def check_parameter(parameter: Tensor, lmo: LMO, placement: str, reachable: bool
         )
 
 
-def check_sharded(parameter: Tensor, model: Any, m_sam: Any, workers: DataParallel, in_forward: bool) -> None:
+def check_frozen(ascent: str, workers: DataParallel) -> None:
+    """Whether weights without a gradient can be perturbed."""
+    if ascent == "gradient":
+        raise ValueError("targets='frozen' needs ascent='matrix-free' or 'auto': frozen weights have no gradient.")
+    if workers.must_reduce:
+        raise ValueError(
+            "targets='frozen' needs a matrix-free ascent, which DistributedDataParallel with static_graph=True can't "
+            "have; use static_graph=False."
+        )
+
+
+def check_sharded(parameter: Tensor, model: Any, m_sam: Any, workers: DataParallel, own: bool) -> None:
     """Whether a perturbed parameter that is a DTensor can be served as asked."""
     what = f"A perturbed parameter of shape {tuple(parameter.shape)}"
     if model is None:
         raise ValueError(f"{what} is sharded, and its module must learn when it changes; pass the module as model=.")
-    if m_sam and not in_forward:
+    if m_sam and not own:
         raise ValueError(
-            f"{what} is sharded, so that its processes can have perturbations of their own in the forward only; use "
-            "NuSAM or NuSAMNorm with placement='forward', or m_sam=False."
+            f"{what} is sharded, so that its processes can have perturbations of their own from a matrix-free ascent "
+            "and in the forward only; use NuSAM or NuSAMNorm with ascent and placement 'auto', or m_sam=False."
         )
     if m_sam and workers.is_tensor_parallel(parameter):
         raise NotImplementedError(f"{what} is tensor parallel, where m_sam is not available; use m_sam=False.")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
-from nusam.sharding import is_sharded, output_of_blocks
+from nusam.sharding import Block, is_sharded, output_of_blocks
 
 __all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Own", "Use", "find_uses", "rerouted"]
 
@@ -151,7 +151,16 @@ class InForward:
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         y = kind.apply(x, W, extra)
         if is_sharded(W):
-            return y + output_of_blocks(x, W, lambda x, here: self._delta(kind, x, here.rows, here.columns).to(y.dtype))
+            if kind is not Linear:
+                raise RuntimeError(
+                    f"A tensor-parallel {kind.__name__} of shape {tuple(W.shape)} can't have an ε in its forward; "
+                    "exclude it with targets=, or use placement='weights'."
+                )
+
+            def of_block(x: Tensor, here: Block) -> Tensor:
+                return self._delta(kind, x, here.rows, here.columns).to(y.dtype)
+
+            return y + output_of_blocks(x, W, y, of_block)
         return y + self._delta(kind, x).to(y.dtype)
 
     def _delta(self, kind: type[Kind], x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:

@@ -7,6 +7,7 @@ A whole sequential iteration, v from u and then u from the new v, fits inside th
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ class LayerGradient:
     def _in(self, like: Tensor) -> tuple[Tensor, Tensor]:
         X = self.X.to(like.dtype) if self.X.is_floating_point() else self.X
         return X, self.D.to(like.dtype)
+
+
+class Sum:
+    """The gradient of a matrix that was used several times."""
+
+    def __init__(self, parts: list[LayerGradient]) -> None:
+        self.parts = parts
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return reduce(torch.add, [part.matvec(v) for part in self.parts])
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return reduce(torch.add, [part.rmatvec(u) for part in self.parts])
 
 
 def why_not_served(uses: list[Use], parameters: Iterable[Tensor]) -> dict[Tensor, str]:
@@ -108,13 +122,20 @@ class MatrixFreeAscent:
     def part(self, parameter: Tensor) -> tuple[Matrix | None, Block]:
         """What the pass kept of the gradient (or of this process's summand), and of which block of it."""
         record = self._records.get(parameter)
-        return (None, whole(matrix_shape(parameter))) if record is None else (record.kept, record.block)
+        if record is None or not record.kept:
+            return None, whole(matrix_shape(parameter)) if record is None else record.block
+        return Sum(record.kept), record.block
+
+    def release(self) -> None:
+        """Let go of what was kept, which a loss that lives on would keep alive."""
+        for record in self._records.values():
+            record.kept = []
 
     def not_served(self) -> dict[Tensor, str]:
         """Why a matrix could not be served in this pass, as far as that is known on the host."""
         reasons: dict[Tensor, str] = {}
         for parameter, record in self._records.items():
-            if record.calls > 1:
+            if record.calls > 1 and not self.keeps:
                 reasons[parameter] = f"used {record.calls} times"
             elif record.probe.grad is not None and parameter.grad is not None:
                 reasons[parameter] = "also used outside its layer"
@@ -149,7 +170,7 @@ class _Record:
         self.warm_start = u
         self.iterations = iterations
         self.keeps = keeps
-        self.kept: LayerGradient | None = None
+        self.kept: list[LayerGradient] = []
         self.block = whole(shape)  # of the matrix, what the layer multiplies with here
         u = u.to(compute_device(parameter))
         self.probe = torch.cat([u, u.new_zeros(shape[1] + 1)]).requires_grad_()
@@ -159,6 +180,11 @@ class _Record:
     def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         record = None
         compiling = torch.compiler.is_compiling()
+        if compiling and self.keeps and not W.requires_grad:
+            raise RuntimeError(
+                "A compiled model can't hand out what frozen weights need for an ε that processes share; leave out "
+                "torch.compile, or use m_sam=True."
+            )
         if compiling and (self.keeps or is_sharded(W)):
             return kind.apply(x, W, extra)  # its gradient will be formed
         if not compiling:
@@ -173,21 +199,23 @@ class _Record:
     def _watch(self, kind: type[Kind], x: Any, W: Any, extra: Any) -> Tensor:
         """A layer whose backward is left alone: its output's gradient is taken as it passes by."""
         split = layout(x, W) if is_sharded(W) else None
-        if self.calls > 1 or (is_sharded(W) and (split is None or kind is not Linear)):
+        if (self.calls > 1 and not self.keeps) or (is_sharded(W) and (split is None or kind is not Linear)):
             return kind.apply(x, W, extra)
         y = kind.apply(x, W.detach() if split else W, extra)
         y = y if y.requires_grad else y.detach().requires_grad_()
         if split:
             self.block = block(W)
-        X = local(x).detach()
+        inputs = [local(x).detach()]
 
         def take(D: Tensor) -> None:
-            self.refuse_second_backward()
-            rows = kind.rows(X, split.gather_gradient(D) if split else D, None)
+            if not inputs:
+                self.refuse_second_backward()
+            rows = kind.rows(inputs.pop(), split.gather_gradient(D) if split else D, None)
             G = LayerGradient(kind, *rows, self.block.shape[0])
             if self.keeps:
-                self.kept = G
+                self.kept.append(G)
             else:
+                self.refuse_second_backward()
                 with torch.no_grad():
                     (Gv,), (v,) = products([G], [self.probe.detach()[: G.n]], self.iterations)
                 self.probe.grad = torch.cat([Gv, v, v.new_ones(1)])
@@ -244,17 +272,16 @@ class _Products(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W).view(x.shape)
             record: _Record | None = ctx.record
-            if record is not None and record.calls > 1:
+            if record is not None and record.keeps:
+                record.kept.append(LayerGradient(kind, X, D, n))  # of every use; their products are summed
+                probe_gradient = torch.zeros_like(probe)
+            elif record is not None and record.calls > 1:
                 weight_gradient = kind.gradient(X, D, n)
             else:
                 if record is not None:
                     record.refuse_second_backward()
-                if record is not None and record.keeps:
-                    record.kept = LayerGradient(kind, X, D, n)
-                    probe_gradient = torch.zeros_like(probe)
-                else:
-                    X = X.to(probe.dtype) if X.is_floating_point() else X
-                    G = LayerGradient(kind, X, D.to(probe.dtype), n)
-                    (Gv,), (v,) = products([G], [probe[:n]], ctx.iterations)
-                    probe_gradient = torch.cat([Gv, v, v.new_ones(1)])
+                X = X.to(probe.dtype) if X.is_floating_point() else X
+                G = LayerGradient(kind, X, D.to(probe.dtype), n)
+                (Gv,), (v,) = products([G], [probe[:n]], ctx.iterations)
+                probe_gradient = torch.cat([Gv, v, v.new_ones(1)])
         return input_gradient, weight_gradient, None, probe_gradient, None, None, None

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nusam.interrupts import always
+from nusam.sharding import compute_device
 
 __all__ = ["frozen_statistics", "normalization_parameters", "refuse_use", "RandomState"]
 
@@ -23,7 +24,10 @@ class RandomState:
 
     def __init__(self, model: nn.Module) -> None:
         self._cpu = torch.get_rng_state()
-        devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+        devices = {compute_device(parameter) for parameter in model.parameters()} - {
+            torch.device("cpu"),
+            torch.device("meta"),
+        }
         self._others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
 
     def replay(self) -> None:

@@ -189,8 +189,8 @@ def layout(x: Any, W: Any) -> Layout | None:
     return None
 
 
-def output_of_blocks(x: Any, W: Any, of_block: Callable[[Tensor, Block], Tensor]) -> Tensor:
-    """A linear layer's output from the output of the block of W that each process holds.
+def output_of_blocks(x: Any, W: Any, y: Tensor, of_block: Callable[[Tensor, Block], Tensor]) -> Tensor:
+    """A linear layer's output, laid out as its own ``y``, from the output of the block of W that each process holds.
 
     Raises:
         RuntimeError: if the layer is not split the usual ways.
@@ -204,8 +204,8 @@ def output_of_blocks(x: Any, W: Any, of_block: Callable[[Tensor, Block], Tensor]
             f"{getattr(x, 'placements', 'no DTensor')}; an ε in the forward needs ColwiseParallel or RowwiseParallel, "
             "or use placement='weights'."
         )
-    y = of_block(x.to_local(grad_placements=[split.of_input_gradient]), block(W))
-    return DTensor.from_local(y, split.mesh, [split.of_output], run_check=False)
+    part = of_block(x.to_local(grad_placements=[split.of_input_gradient]), block(W))
+    return DTensor.from_local(part, split.mesh, [split.of_output], run_check=False, shape=y.shape, stride=y.stride())
 
 
 def block(tensor: Any) -> Block:
@@ -273,7 +273,7 @@ class DataParallel:
         self._mesh: dict[Tensor, Any] = {}  # over which FSDP2 splits the batch, for its parameters
         self._stored: dict[Tensor, Tensor] = {}  # what is sharded, of what FSDP2 gathered
         self._tensor_parallel: set[Tensor] = set()
-        if model is None or not dist.is_available() or not dist.is_initialized():
+        if model is None or not _running():
             return
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
@@ -332,7 +332,7 @@ class DataParallel:
         """The ascent pass, in which DDP reduces gradients or leaves each process its own, as told."""
         ddp = self._ddp
         hook = None
-        if ddp is None and self._model is not None and not reduces_gradients and dist.is_initialized():
+        if ddp is None and self._model is not None and not reduces_gradients and _running():
             hook = self._model.register_forward_pre_hook(_refuse_unknown_ddp)
         before = ddp.require_backward_grad_sync if ddp is not None else None
 
@@ -366,10 +366,11 @@ class DataParallel:
 
     def refuse_unreduced(self) -> None:
         """Refuse FSDP2's way to accumulate without communication, whose gradients the passes can't separate."""
-        if not all(group.reduce_grads for group in self._fsdp_groups()):
+        if not all(group.reduce_grads and group.all_reduce_grads for group in self._fsdp_groups()):
             raise RuntimeError(
-                "set_requires_gradient_sync(False) keeps gradients where the ascent can't be told from the descent; "
-                "leave it True, and accumulate with opt.passes(accumulate=True)."
+                "set_requires_gradient_sync(False), like set_requires_all_reduce(False), keeps gradients where the "
+                "ascent can't be told from the descent; leave it True, and accumulate with "
+                "opt.passes(accumulate=True)."
             )
 
     def _fsdp_groups(self) -> Iterator[Any]:
@@ -378,6 +379,10 @@ class DataParallel:
             several = getattr(state, "_fsdp_param_groups", None)
             groups = [state._fsdp_param_group] if several is None else several
             yield from (group for group in groups if group is not None)
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _refuse_unknown_ddp(*_: Any) -> None:

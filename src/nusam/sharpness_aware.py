@@ -16,6 +16,7 @@ from nusam.checks import (
     check_base_optimizer,
     check_choice,
     check_count,
+    check_frozen,
     check_m_sam,
     check_parameter,
     check_radius,
@@ -144,6 +145,7 @@ class SharpnessAware(Optimizer):
         check_m_sam(m_sam, lmo, DataParallel(model, m_sam))
         if targets == "frozen":
             check_served("targets='frozen'", lmo, model)
+            check_frozen(ascent, DataParallel(model))
         elif targets != "trainable" and model is None:
             raise ValueError("A predicate for targets needs model= for the names; pass the module being trained.")
         if ascent == "matrix-free":
@@ -221,6 +223,8 @@ class SharpnessAware(Optimizer):
         def undo() -> None:
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
+            if pass_:
+                pass_.release()
             self._pass = None
 
         self._pending = None
@@ -369,10 +373,11 @@ class SharpnessAware(Optimizer):
             RuntimeError: inside a pass, or if parameters outside the optimizer are perturbed.
         """
         self._refuse_inside_pass("detach()")
-        if self.targets != "trainable" or self.placement == "forward":
+        sharded = any(is_sharded(parameter) for parameter in self._parameters())
+        if self.targets != "trainable" or self.placement == "forward" or self.m_sam is not False or sharded:
             raise RuntimeError(
-                "detach() would leave targets or placement without the model they need; "
-                "build an optimizer with targets='trainable' and placement='auto' instead."
+                "detach() would leave targets, placement, m_sam or sharded parameters without the model they need; "
+                "build an optimizer with targets='trainable', placement='auto' and m_sam=False instead."
             )
         if self._in_backward is not None:
             self._in_backward.remove()
@@ -538,12 +543,13 @@ class SharpnessAware(Optimizer):
                 f"{self.targets if isinstance(self.targets, str) else 'targeted'} {self._target}; "
                 "hand it such parameters, or choose another method."
             )
-        uses = set() if self.model is None else {use.parameter for use in find_uses(self.model)}
         workers = self._workers()
+        uses = set() if self.model is None else {workers.stored(use.parameter) for use in find_uses(self.model)}
         for parameter in (target.parameter for target in targets):
             check_parameter(parameter, self.lmo, self.placement, reachable=parameter in uses)
             if is_sharded(parameter):
-                check_sharded(parameter, self.model, self.m_sam, workers, self._in_forward(parameter))
+                own = self._in_forward(parameter) and self._ascent.serve_from is not None
+                check_sharded(parameter, self.model, self.m_sam, workers, own)
 
     def _in_forward(self, parameter: Tensor) -> bool:
         if self.placement == "auto":

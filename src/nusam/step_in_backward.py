@@ -24,6 +24,7 @@ class StepInBackward:
         self._groups: dict[Tensor, dict[str, Any]] = {}  # of every parameter, while running
         self._stepped = 0
         trainable = [p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._hooked = set(trainable)
         self._handles = [parameter.register_post_accumulate_grad_hook(self._step) for parameter in trainable]
 
     @contextmanager
@@ -36,6 +37,11 @@ class StepInBackward:
         with always(undo):
             self._stepped = 0
             self._groups = {p: group for group in self._base_optimizer.param_groups for p in group["params"]}
+            if any(p.requires_grad and p not in self._hooked for p in self._groups):
+                raise RuntimeError(
+                    "A parameter was unfrozen, or added to the optimizer, after step_in_backward(), and would never be "
+                    "stepped; call detach() and step_in_backward() anew, or do it before."
+                )
             yield
             if not self._stepped:
                 raise RuntimeError(

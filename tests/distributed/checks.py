@@ -1,5 +1,6 @@
 """What is checked in several processes; see :mod:`tests.distributed.running`."""
 
+import gc
 import shutil
 import tempfile
 from contextlib import nullcontext
@@ -12,10 +13,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import nusam
 from collectives import Collectives
+from nusam.matrix_free import LayerGradient
 from tests.distributed.engines import (
     DEVICE,
     ENGINES,
@@ -325,8 +330,12 @@ def what_can_not_be_served_is_refused():
         nusam.NuSAM(base_optimizer("SGD", sharded), 0.1)
     with pytest.raises(NotImplementedError, match="Gaussian can't see through"):
         nusam.GaussSAM(base_optimizer("SGD", sharded), 0.1, model=sharded)
-    with pytest.raises(ValueError, match="in the forward only"):
+    with pytest.raises(ValueError, match="and in the forward only"):
         nusam.SAM(base_optimizer("SGD", sharded), 0.1, model=sharded, m_sam=True)
+    with pytest.raises(ValueError, match="and in the forward only"):
+        nusam.NuSAM(base_optimizer("SGD", sharded), 0.1, model=sharded, m_sam=True, ascent="gradient")
+    with pytest.raises(RuntimeError, match="sharded parameters without the model"):
+        nusam.NuSAM(base_optimizer("SGD", sharded), 0.1, model=sharded).detach()
     plain = Net(torch.float32)
     with pytest.raises(ValueError, match="m_sam=True needs model="):
         nusam.NuSAM(base_optimizer("SGD", plain), 0.1, model=plain, m_sam=True)
@@ -411,6 +420,78 @@ def steps_in_the_backward():
     replicated = ddp(Net(torch.float64))
     with pytest.raises(ValueError, match="before DistributedDataParallel has reduced"):
         nusam.step_in_backward(build("NuSAM", replicated, "AdamW"))
+
+
+class Twice(nn.Module):
+    """A layer that a process uses as often as it has reason to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.head = nn.Linear(6, 6, dtype=torch.float64), nn.Linear(6, 2, dtype=torch.float64)
+
+    def forward(self, x, times):
+        for _ in range(times):
+            x = torch.tanh(self.body(x))
+        return self.head(x)
+
+
+@check(2)
+def processes_may_use_a_layer_differently_often():
+    """One process uses the layer once, the other twice: nobody waits for what the other skips."""
+    alone = Twice().to(DEVICE)
+    reference = build("NuSAM", alone, "SGD")
+    wrapped = [("DDP", ddp(Twice().to(DEVICE))), ("FSDP2", fully_shard(Twice().to(DEVICE)))]
+    others = [(model, build("NuSAM", model, "SGD", ascent="matrix-free")) for _, model in wrapped]
+    for step in range(5):
+        x, y = sample(step, torch.float64)
+        for _ in reference.passes():
+            parts = [
+                nn.functional.cross_entropy(alone(a, times), b)
+                for times, a, b in zip((1, 2), x.chunk(2), y.chunk(2), strict=True)
+            ]
+            (sum(parts) / 2).backward()
+        reference.step()
+        mine = dist.get_rank()
+        for model, opt in others:
+            for _ in opt.passes():
+                nn.functional.cross_entropy(model(x.chunk(2)[mine], mine + 1), y.chunk(2)[mine]).backward()
+            opt.step()
+    for model, _ in others:
+        assert_same_weights(model, alone)
+
+
+@check(2)
+def nothing_of_an_ascent_outlives_it():
+    for engine in ("DDP", "FSDP2", "TP"):
+        model = ENGINES[engine][1](Net(torch.float64))
+        opt = build("NuSAM", model, "SGD", ascent="matrix-free")
+        x, y = sample(0, torch.float64)
+        with opt.ascent():
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+        gc.collect()
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, LayerGradient)]
+        del loss
+
+
+@check(2)
+def uneven_columns_of_a_tensor_parallel_head():
+    mesh = init_device_mesh(DEVICE, (2,))
+    models = []
+    for parallel in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7)).to(DEVICE, torch.float64)
+        if parallel:
+            parallelize_module(model, mesh, {"2": ColwiseParallel(output_layouts=Replicate())})
+        opt = build("NuSAM", model, "SGD", ascent="matrix-free", placement="forward")
+        for step in range(5):
+            x, y = sample(step, torch.float64)
+            for _ in opt.passes():
+                nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+        models.append(model)
+    assert_same_weights(models[1], models[0])
 
 
 # ------------------------------------------------------------------------------- precision
