@@ -224,9 +224,9 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 DATASETS = {
     "digits": _digits,
-    "digits-28": _digits_28,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "folder": _folder,
+    "digits-28": _digits_28,
 }
