@@ -4,7 +4,7 @@ import gc
 import shutil
 import tempfile
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import product
 
 import pytest
@@ -46,11 +46,17 @@ def build(method, model, base, **options):
     return METHODS[method](base_optimizer(base, model), 0.1, model=model, **options)
 
 
+@cache
+def trained_alone(method, base, accumulate, dtype):
+    """The same in a single process, which every engine is compared with."""
+    alone = Net(dtype)
+    train(alone, build(method, alone, base), dtype, accumulate)
+    return alone
+
+
 def equals_one_process(engine, method, base, accumulate, dtype=torch.float64, tolerance=1e-10, **options):
     """Train here together and alone on the joint batch; every weight must come out the same."""
-    alone = Net(dtype)
-    opt = build(method, alone, base)
-    train(alone, opt, dtype, accumulate)
+    alone = trained_alone(method, base, accumulate, dtype)
     together = ENGINES[engine][1](Net(dtype))
     opt = build(method, together, base, **options)
     train(together, opt, dtype, accumulate, *shares(engine))

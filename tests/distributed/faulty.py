@@ -14,7 +14,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 PASSES = 2 * 15  # of an epoch
-FATAL_EPOCH = 2
+FATAL_EPOCH = 1
 
 
 def die() -> None:

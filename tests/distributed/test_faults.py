@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.distributed.launching import torchrun
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-EPOCHS = 4
+EPOCHS = 3
 
 
 def run(example, fault, folder):
