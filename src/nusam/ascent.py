@@ -187,6 +187,8 @@ class Ascent:
         self, targets: Sequence[Target], pass_: MatrixFreeAscent | None, workers: DataParallel, in_summands: bool
     ) -> dict[Tensor, Perturbation]:
         """Processes hold blocks or summands, and all of them go through the same list of targets."""
+        if not isinstance(self.lmo, Nuclear):
+            targets = [target for target in targets if target.parameter.grad is not None]
         states = [self.state_of(target) for target in targets]
         radii = [target.radius for target in targets]
         gradients: list[Tensor | Matrix]
@@ -195,7 +197,6 @@ class Ascent:
             gradients = [BlockOf(matrix, block_) for matrix, block_ in parts]
             routes = [block_.route for _, block_ in parts]
         else:
-            targets = [target for target in targets if target.parameter.grad is not None]
             shards = [complete(cast(Tensor, target.parameter.grad), target.parameter) for target in targets]
             gradients, routes = [local(gradient) for gradient in shards], [route(gradient) for gradient in shards]
         lmo = cast(L2 | Nuclear, self.lmo)  # those that see shards

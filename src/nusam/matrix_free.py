@@ -70,7 +70,7 @@ class MatrixFreeAscent:
         warm_starts: u (n) of every parameter to be served.
         iterations: T of Algorithm 2.
         idle: parameters whose gradient nobody needs in this pass (biases, norms).
-        keeps: whether layers hand out their input and output gradient for :meth:`matrix`, to be multiplied after
+        keeps: whether layers hand out their input and output gradient for :meth:`part`, to be multiplied after
             the pass, instead of a top pair: products of summands that several processes hold must be added up
             before the next product. Costs both until then.
     """
@@ -208,14 +208,14 @@ class _Record:
         inputs = [local(x).detach()]
 
         def take(D: Tensor) -> None:
-            if not inputs:
+            self.done |= not inputs
+            if self.done or not self.keeps:
                 self.refuse_second_backward()
             rows = kind.rows(inputs.pop(), split.gather_gradient(D) if split else D, None)
             G = LayerGradient(kind, *rows, self.block.shape[0])
             if self.keeps:
                 self.kept.append(G)
             else:
-                self.refuse_second_backward()
                 with torch.no_grad():
                     (Gv,), (v,) = products([G], [self.probe.detach()[: G.n]], self.iterations)
                 self.probe.grad = torch.cat([Gv, v, v.new_ones(1)])

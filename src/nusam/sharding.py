@@ -163,7 +163,6 @@ class Layout(NamedTuple):
     """How a tensor-parallel linear layer y = xWᵀ is split, by rows or by columns of W."""
 
     mesh: Any
-    of_input: Any
     of_input_gradient: Any
     of_output: Any
 
@@ -183,9 +182,9 @@ def layout(x: Any, W: Any) -> Layout | None:
         return None
     last = Shard(x.ndim - 1)
     if W.placements == (Shard(0),) and x.placements == (Replicate(),):
-        return Layout(W.device_mesh, Replicate(), Partial(), last)
+        return Layout(W.device_mesh, Partial(), last)
     if W.placements == (Shard(1),) and x.placements == (last,):
-        return Layout(W.device_mesh, last, last, Partial())
+        return Layout(W.device_mesh, last, Partial())
     return None
 
 

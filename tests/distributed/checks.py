@@ -468,6 +468,18 @@ def processes_may_use_a_layer_differently_often():
 
 
 @check(2)
+def a_parameter_without_a_gradient_is_left_out():
+    model = Net(torch.float64)
+    model.spare = nn.Linear(3, 3, dtype=torch.float64, device=DEVICE)
+    alone = Net(torch.float64)
+    train(alone, build("SAM", alone, "SGD"), torch.float64)
+    sharded = ENGINES["FSDP2"][1](model)
+    train(sharded, build("SAM", sharded, "SGD"), torch.float64, False, *shares("FSDP2"))
+    del sharded.spare
+    assert_same_weights(sharded, alone)
+
+
+@check(2)
 def nothing_of_an_ascent_outlives_it():
     for engine in ("DDP", "FSDP2", "TP"):
         model = ENGINES[engine][1](Net(torch.float64))
