@@ -52,7 +52,7 @@ def test_a_killed_process_changes_nothing(example, fault, tmp_path, undisturbed)
     losses, checkpoints = run(example, fault, tmp_path)
     expected_losses, expected = undisturbed[example]
     assert len(expected_losses) == EPOCHS
-    assert float(expected_losses[EPOCHS - 1]) < float(expected_losses[0]) / 2
+    assert float(expected_losses[EPOCHS - 1]) < 0.6 * float(expected_losses[0])  # three short epochs
     assert losses == expected_losses
     assert checkpoints.keys() == expected.keys()
     for epoch, saved in checkpoints.items():  # a perturbed weight on disk would differ
