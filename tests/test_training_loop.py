@@ -134,6 +134,44 @@ def test_a_stock_grad_scaler_in_fp16(overflow, clip):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_scaler_with_a_closure_is_refused_and_changes_nothing(skipped):
+    """accelerate hands its closure over by position, past GradScaler's own guard; scaled gradients would be used."""
+    model, opt = half_problem()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(batch()[0]), batch()[1])
+        scaler.scale(loss).backward()
+        return loss
+
+    for _ in opt.passes():
+        closure()
+    if skipped:  # an overflow, at which the scaler asks, and does not step
+        model[0].weight.grad.fill_(math.inf)
+        scaler.step(opt)
+        scaler.update()
+        for _ in opt.passes():
+            closure()
+    before, saved = weights(model), copy.deepcopy(opt.state_dict())
+    with pytest.raises(RuntimeError, match=r"GradScaler called step\(\) with a closure.*step without a closure\.$"):
+        scaler.step(opt, closure)
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    for old, new in zip(saved["state"].values(), opt.state_dict()["state"].values(), strict=True):
+        assert torch.equal(old.get("nusam_u", torch.empty(0)), new.get("nusam_u", torch.empty(0)))
+    assert opt.state_dict()["param_groups"] == saved["param_groups"]
+    assert torch.isfinite(opt.step(lambda: loss_of_halves(model, opt)))  # without the scaler it is welcome
+
+
+def loss_of_halves(model, opt):
+    opt.zero_grad()
+    loss = nn.functional.cross_entropy(model(batch()[0]), batch()[1])
+    loss.backward()
+    return loss
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_loss_scale_changes_nothing(kind):
     plain, scaled = mlp(torch.float64), mlp(torch.float64)

@@ -109,6 +109,7 @@ class SharpnessAware(Optimizer):
 
     _pass: str | None = None  # the pass that is running
     _had_pass = False  # whether a descent pass ran since the last step
+    _in_scaler = False  # whether a GradScaler has asked, as it does before it calls step()
 
     def __init__(
         self,
@@ -230,6 +231,7 @@ class SharpnessAware(Optimizer):
         self._pending = None
         with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
+            self._in_scaler = False  # a step that the scaler skipped is over
             _clear_gradients(parameters)
             if self.model is not None:
                 self._random_state = RandomState(self.model)
@@ -272,6 +274,7 @@ class SharpnessAware(Optimizer):
 
         with always(undo), ExitStack() as guards:
             self._pass = "descent"
+            self._in_scaler = False
             if not accumulate:
                 _clear_gradients(self._parameters())
             if perturbations and self.model is not None:
@@ -302,9 +305,15 @@ class SharpnessAware(Optimizer):
                 first runs the passes itself, and returns the loss at the unperturbed weights.
 
         Raises:
-            RuntimeError: inside a pass.
+            RuntimeError: inside a pass, or if a GradScaler hands over a closure.
         """
         self._refuse_inside_pass("step()")
+        in_scaler, self._in_scaler = self._in_scaler, False
+        if closure is not None and in_scaler:
+            raise RuntimeError(
+                "A GradScaler called step() with a closure, whose gradients it would not unscale; run the passes "
+                "yourself, 'for _ in opt.passes(): scaler.scale(loss).backward()', and step without a closure."
+            )
         losses = []
         if closure is not None:
             for _ in self.passes():
@@ -401,6 +410,7 @@ class SharpnessAware(Optimizer):
                 "A GradScaler can't unscale gradients that step_in_backward() has spent already; use bfloat16 without "
                 "a scaler, or leave step_in_backward() out."
             )
+        self._in_scaler = True
         return False
 
     @property
