@@ -55,6 +55,8 @@ def test_the_list_says_what_there_is_and_what_was_run(results):
         (["table2", "--scale", "huge"], "--scale must be one of smoke, cpu, full, got huge."),
         (["table2", "--scale", "smoke", "--data", "cifar10"], "--data must be one of digits here, got cifar10."),
         (["table2", "--scale", "full", "--data", "cifar10"], "--data cifar10 needs the folders train and test"),
+        (["table3", "--scale", "cpu", "--data", "cifar10"], "--data cifar10 needs the folders train and test"),
+        (["table5", "--scale", "cpu"], "--data movie-reviews needs the file"),
         (["table2", "--results", "/proc/nowhere"], "can't be written to"),
     ],
 )

@@ -1,7 +1,9 @@
-"""The images that the experiments learn from: small subsets, validation images carved from the training images."""
+"""What the experiments learn from: small subsets, and validation examples carved from those for training."""
 
 import gzip
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import datasets
 
+from nusam.experiments import text
 from nusam.experiments.errors import Refused
 
 __all__ = ["DATASETS", "Dataset", "Images", "Source", "load", "split"]
@@ -24,6 +27,7 @@ VALIDATION = 1_000
 TEST = 1_000
 
 Pixels = NDArray[np.uint8]
+Tokens = NDArray[np.int64]
 Labels = NDArray[np.int64]
 
 
@@ -34,33 +38,33 @@ class Source:
     title: str
     classes: int
     train_size: int
-    pool: Pixels  # (N, C, S, S)
+    pool: Pixels | Tokens  # (N, C, S, S), or (N, L)
     pool_labels: Labels
-    test: Pixels
+    test: Pixels | Tokens
     test_labels: Labels
 
     @property
     def channels(self) -> int:
-        """1 for grey, 3 for colour."""
-        return int(self.pool.shape[1])
+        """1 for grey, 3 for colour, 0 for sentences."""
+        return int(self.pool.shape[1]) if self.pool.ndim == 4 else 0
 
     @property
     def image_size(self) -> int:
-        """Pixels on a side."""
-        return int(self.pool.shape[2])
+        """Pixels on a side, or tokens of the longest sentence."""
+        return int(self.pool.shape[-1])
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Images in each split."""
+        """Images or sentences in each split."""
         validation = len(self.pool_labels) - self.train_size
         return {"train": self.train_size, "validation": validation, "test": len(self.test_labels)}
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images in −1..1 with their classes."""
+    """Images in −1..1, or the tokens of sentences, with their classes."""
 
-    pixels: Tensor  # (N, C, S, S) float32
+    pixels: Tensor  # (N, C, S, S) float32, or (N, L) int64
     labels: Tensor  # (N,) int64
 
     def __len__(self) -> int:
@@ -100,8 +104,9 @@ def split(source: Source, seed: int, device: torch.device) -> Dataset:
     """Training and validation images are drawn from the pool by the seed; the test images are always the same."""
     order = _shuffled(len(source.pool_labels), seed)
 
-    def images(pixels: Pixels, labels: Labels) -> Images:
-        scaled = torch.from_numpy(pixels).to(device, torch.float32).div_(127.5).sub_(1)
+    def images(pixels: Pixels | Tokens, labels: Labels) -> Images:
+        given = torch.from_numpy(pixels).to(device)
+        scaled = given if source.channels == 0 else given.to(torch.float32).div_(127.5).sub_(1)
         return Images(scaled, torch.from_numpy(labels).to(device))
 
     train, validation = (
@@ -125,7 +130,7 @@ def _digits_28(root: Path, train_size: int | None, download: bool) -> Source:
     """The digits, enlarged to the size of Fashion-MNIST's images."""
     small = _digits(root, train_size, download)
 
-    def enlarged(pixels: Pixels) -> Pixels:
+    def enlarged(pixels: Pixels | Tokens) -> Pixels:
         large = interpolate(torch.from_numpy(pixels).float(), size=28, mode="bilinear", antialias=True)
         return large.round().clamp(0, 255).to(torch.uint8).numpy()
 
@@ -197,6 +202,16 @@ def _decoded(folder: datasets.ImageFolder, most: int | None) -> tuple[Pixels, La
     return pixels.transpose(0, 3, 1, 2), np.array(folder.targets)[chosen]
 
 
+def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool) -> Source:
+    if name in ("tsv", *text.GLUE):
+        return _subset(title, train_size, *(text.tsv(root) if name == "tsv" else text.glue(name)))
+    tokens, labels = text.movie_reviews(root) if name == "movie-reviews" else text.tiny_sentences()
+    order = _shuffled(len(labels), seed=0)
+    held_out = min(TEST, len(labels) // 5)
+    parts = [(tokens[chosen], labels[chosen]) for chosen in (order[held_out:], order[:held_out])]
+    return _subset(title, train_size, *parts)
+
+
 def _subset(title: str, train_size: int | None, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source:
     every = len(train[1])
     size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
@@ -222,11 +237,15 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)
 
 
-DATASETS = {
+DATASETS: dict[str, Callable[[Path, int | None, bool], Source]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "folder": _folder,
     "digits-28": _digits_28,
+    "sentences": partial(_sentences, "sentences", "made-up sentences"),
+    "movie-reviews": partial(_sentences, "movie-reviews", "movie reviews"),
+    "tsv": partial(_sentences, "tsv", "sentences"),
+    **{name: partial(_sentences, name, name) for name in text.GLUE},
 }

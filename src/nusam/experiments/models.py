@@ -1,4 +1,4 @@
-"""timm's architectures: small ones for a processor, those of the paper's Table 6, and pretrained ones."""
+"""Small timm models for a processor, those of the paper's Table 6, pretrained ones, and text encoders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from nusam.experiments.errors import Refused
+from nusam.experiments.text import ENCODERS, sentence_model
 
 __all__ = ["SMALL", "TITLES", "build"]
 
@@ -39,15 +40,24 @@ _PRETRAINED = {
     "mixer-b/16": ("Mixer-B/16", "mixer_b16_224"),
 }
 SMALL = ("mixer", "vit")  # those that two processor cores train in seconds
-TITLES = {name: shape.title for name, shape in _SHAPES.items()} | {n: title for n, (title, _) in _PRETRAINED.items()}
+TITLES = {
+    **{name: shape.title for name, shape in _SHAPES.items()},
+    **{name: title for name, (title, _) in _PRETRAINED.items()},
+    **{name: title for name, (title, *_) in ENCODERS.items()},
+}
 
 
 def build(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
-    """A freshly initialized model for square images; a pretrained one with a new head.
+    """A freshly initialized model for square images, or for sentences (0 channels); a pretrained one with a new head.
 
     Raises:
-        Refused: if pretrained weights are not at hand and can't be downloaded.
+        Refused: if the model is not for such data, or pretrained weights are not at hand and can't be downloaded.
     """
+    if (name in ENCODERS) != (channels == 0):
+        kinds = ("sentences", "images") if name in ENCODERS else ("images", "sentences")
+        raise Refused(f"{name} is a model for {kinds[0]}, and the data are {kinds[1]}; choose others.")
+    if name in ENCODERS:
+        return sentence_model(name, classes)
     if name in _PRETRAINED:
         return _pretrained(_PRETRAINED[name][1], image_size, channels, classes)
     shape = _SHAPES[name]

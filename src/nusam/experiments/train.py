@@ -37,7 +37,8 @@ class Train:
     """
 
     model: str = "mixer"
-    """mixer or vit (small), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained vit-s/16, vit-b/16, mixer-b/16."""
+    """mixer or vit (small), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained vit-s/16, vit-b/16, mixer-b/16.
+    For sentences: bert-base, minilm, bert-tiny."""
     method: str = "nusam"
     """adamw (the base optimizer alone), sam, sam-on, nusam, nusam-norm, gauss, or nusam-2, -5, -10 (ascent_every)."""
     rho: float = 0.05
@@ -49,7 +50,8 @@ class Train:
     seed: int = 0
     """Decides the data split, the initial weights and the order."""
     data: str = "digits"
-    """digits, or fashion-mnist, cifar10, cifar100 or folder where their files are in --data-root."""
+    """digits, or fashion-mnist, cifar10, cifar100 or folder where their files are in --data-root; sentences are
+    movie-reviews and tsv (files in --data-root) and glue-sst2, -mrpc, -qqp, -mnli, -qnli, -rte."""
     data_root: Path = Path("data")
     """Folder of the data's files; of folder, with train/CLASS/*.png and test/CLASS/*.png."""
     download: bool = False
@@ -96,6 +98,8 @@ class Train:
         first = not dist.is_initialized() or dist.get_rank() == 0
         console = Console(quiet=not first)
         source = load(self.data, self.data_root, self.train_size, self.download)
+        if source.channels == 0 and self.augment != "none":
+            raise Refused(f"--augment {self.augment} is for images, and {self.data} are sentences; leave it out.")
         run = Run(self.model, self.method, self.rho, self.seed, self.delay, self.power_iterations)
         if self.method == "adamw":
             run = Run(self.model, self.method, 0.0, self.seed)
