@@ -7,6 +7,7 @@
 from nusam import lmo, memory
 from nusam.memory import perturbation_numel
 from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
+from nusam.radius_search import RadiusSearch, find_rho
 from nusam.sharpness import Sharpness, sharpness
 from nusam.sharpness_aware import SharpnessAware, step_in_backward
 
@@ -19,8 +20,10 @@ __all__ = [
     "GaussSAM",
     "NuSAM",
     "NuSAMNorm",
+    "RadiusSearch",
     "SharpnessAware",
     "__version__",
+    "find_rho",
     "lmo",
     "memory",
     "perturbation_numel",

@@ -29,6 +29,7 @@ def _run() -> int:
 
     from nusam.experiments.demo import Demo
     from nusam.experiments.errors import Refused
+    from nusam.experiments.find_rho import FindRho
     from nusam.experiments.memory_table import Memory
     from nusam.experiments.report import Report
     from nusam.experiments.reproduce import Reproduce
@@ -42,6 +43,7 @@ def _run() -> int:
         "reproduce": Reproduce,
         "memory": Memory,
         "report": Report,
+        "find-rho": FindRho,
     }
     chosen = tyro.extras.subcommand_cli_from_dict(commands, prog="nusam", description="Experiments with νSAM.")
     try:

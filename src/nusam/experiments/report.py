@@ -1,7 +1,6 @@
 """``nusam report``: every saved result of the paper's experiments on one page that needs no network."""
 
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 import nusam
 from nusam.experiments.errors import Refused
 from nusam.experiments.figures import LOOKS
+from nusam.experiments.files import write_whole
 from nusam.experiments.methods import METHODS
 from nusam.experiments.result import Curve, Result, read_all
 
@@ -147,16 +147,9 @@ def _check(result: Result, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_text(text, "utf-8")
-            os.replace(unfinished, path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+        write_whole(path, text)
     except OSError as error:
         raise Refused(f"--out {path} can't be written ({error.strerror}); name another file.") from error
 

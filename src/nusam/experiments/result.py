@@ -1,10 +1,11 @@
 """What an experiment of the paper came to, as it is saved, shown and reported: a table, curves and a verdict."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nusam.experiments.files import write_whole
 
 __all__ = ["Curve", "Result", "read_all"]
 
@@ -73,9 +74,7 @@ class Result:
         path = folder / self.file_name
         content = json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n"
         for target, text in ((path.with_suffix(".md"), self.markdown), (path, content)):
-            unfinished = path.with_suffix(".partial")
-            unfinished.write_text(text, "utf-8")
-            os.replace(unfinished, target)
+            write_whole(target, text)
         return path
 
 

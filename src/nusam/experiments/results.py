@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nusam.experiments.files import write_whole
 from nusam.experiments.methods import METHODS
 from nusam.experiments.rho_selection import Plan
 from nusam.experiments.table import Row
@@ -32,9 +32,7 @@ def write(path: Path, settings: Mapping[str, Any], plan: Plan, table: Sequence[R
         "rho_selection": _selection(plan),
         "runs": [_run(outcome) for outcome in plan.outcomes],
     }
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
 
 
 def device_name(device: torch.device) -> str:

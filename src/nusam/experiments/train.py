@@ -1,7 +1,6 @@
 """``nusam train``: one run, watched, and taken up again where it was stopped."""
 
 import json
-import os
 import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from nusam.experiments.augmentation import AUGMENTATIONS
 from nusam.experiments.checkpoint import Checkpoint
 from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
+from nusam.experiments.files import write_whole
 from nusam.experiments.machine import PARALLEL, PRECISIONS, Machine, chosen_device, launched
 from nusam.experiments.methods import BASES, METHODS
 from nusam.experiments.models import TITLES
@@ -158,9 +158,7 @@ class Train:
             "seconds": round(outcome.seconds, 2),
             "epochs": [asdict(epoch) for epoch in outcome.epochs],
         }
-        unfinished = self.out / "outcome.partial"
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(unfinished, self.out / "outcome.json")
+        write_whole(self.out / "outcome.json", json.dumps(content, indent=1) + "\n")
 
     def _check(self) -> None:
         choices: dict[str, Collection[str]] = {

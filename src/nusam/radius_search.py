@@ -1,0 +1,184 @@
+"""Which ρ to take: short trainings of copies of a model, one for every method and radius."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from nusam.checks import check_count, check_radius
+from nusam.methods import SAM, NuSAM
+from nusam.sharpness_aware import SharpnessAware
+
+__all__ = ["RadiusSearch", "Trial", "find_rho"]
+
+Method = Callable[..., SharpnessAware]
+RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method with one radius; the base optimizer alone has ρ = 0."""
+
+    method: str
+    rho: float
+    scores: tuple[float, ...]
+    """By seed; −∞ for a training that ended in a loss that is not finite."""
+
+    @property
+    def score(self) -> float:
+        """Mean over the seeds."""
+        return fmean(self.scores)
+
+
+@dataclass(frozen=True)
+class RadiusSearch:
+    """What :func:`find_rho` found."""
+
+    base: Trial
+    """The base optimizer alone."""
+    trials: tuple[Trial, ...]
+    """By method, then by ρ."""
+
+    def suggestion(self, method: str) -> Trial:
+        """The trial with the best mean score; of equal ones, the smallest ρ."""
+        return max((trial for trial in self.trials if trial.method == method), key=lambda trial: trial.score)
+
+    @property
+    def suggestions(self) -> dict[str, float]:
+        """ρ by method; 0 where every radius did worse than the base optimizer alone."""
+        best = {trial.method: self.suggestion(trial.method) for trial in self.trials}
+        return {method: trial.rho if trial.score > self.base.score else 0.0 for method, trial in best.items()}
+
+
+def find_rho(
+    model: nn.Module,
+    base: Callable[[nn.Module], Optimizer],
+    loss: Callable[[nn.Module, Any], Tensor],
+    loader: Iterable[Any],
+    validation: Iterable[Any],
+    *,
+    methods: Sequence[Method] = (NuSAM, SAM),
+    rhos: Sequence[float] = RHOS,
+    steps: int = 200,
+    delay: float = 0.1,
+    warm_up: float = 0.1,
+    seeds: int = 2,
+    score: Callable[[nn.Module], float] | None = None,
+    report: Callable[[Trial], None] | None = None,
+) -> RadiusSearch:
+    """Train a copy of the model for a short while with every method and ρ, and see which does best on held-out data.
+
+    A trial takes ``steps`` steps with the learning rate of ``base``, raised linearly over the first ``warm_up`` share
+    of them and lowered by a cosine to 0, perturbed after the first ``delay`` share (§5.1.1 of the paper). All trials
+    of a seed see the same batches in the same order, if the loader shuffles by torch's global generator. The model,
+    and the global generator of the CPU, are left as they were found. It costs about
+    ``2 · len(methods) · len(rhos) · seeds · steps`` passes, and memory for one more model with its optimizer.
+
+    Read the scores beside the suggestion: neighbouring radii often differ by less than two seeds do, and the best ρ of
+    a short training is not always that of a long one. Where several are equally good, take a small one.
+
+    Args:
+        model: what is trained, at the weights that training starts from.
+        base: makes the base optimizer of a model, such as ``lambda model: torch.optim.AdamW(model.parameters())``.
+        loss: ``(model, batch) -> scalar``, the mean loss of a batch.
+        loader: batches to train on; it is started over when it ends.
+        validation: held-out batches.
+        methods: classes such as :class:`nusam.NuSAM`, or functions of theirs with a ``__name__``, called with
+            ``(base_optimizer, rho=, delay=, model=)``.
+        rhos: radii that are tried with every method, each positive.
+        steps: of each training.
+        delay: share of the steps that the base optimizer takes alone.
+        warm_up: share of the steps over which the learning rate rises.
+        seeds: trainings of every method and ρ, with batches in another order and, where the model has any, other
+            dropout masks.
+        score: judges a trained model, in evaluation mode and without gradients; more is better. The negative mean
+            loss over ``validation`` unless given.
+        report: told of every trial as it ends.
+
+    Raises:
+        ValueError: if there is no radius, method or batch, or a number is out of range; in one sentence.
+    """
+    if not methods or not rhos:
+        raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
+    for rho in rhos:
+        check_radius(rho)
+        if rho == 0:
+            raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
+    check_count("steps", steps, least=1)
+    check_count("seeds", seeds, least=1)
+    for name, share in (("delay", delay), ("warm_up", warm_up)):
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} must be a share of the steps, at least 0 and below 1, got {share!r}.")
+
+    def judge(trained: nn.Module) -> float:
+        return -fmean(_values(trained, loss, validation))
+
+    def training(method: Method | None, rho: float, seed: int) -> float:
+        trained = copy.deepcopy(model).train()
+        optimizer = base(trained)
+        if method is not None:
+            optimizer = method(optimizer, rho=rho, delay=int(delay * steps), model=trained)
+        torch.manual_seed(seed)
+        _train(trained, optimizer, loss, _repeated(loader, steps), max(1, int(warm_up * steps)), steps)
+        with torch.no_grad():
+            found = (score or judge)(trained.eval())
+        return found if math.isfinite(found) else -math.inf
+
+    def trial(method: Method | None, rho: float) -> Trial:
+        name = "base optimizer" if method is None else method.__name__
+        tried = Trial(name, rho, tuple(training(method, rho, seed) for seed in range(seeds)))
+        if report:
+            report(tried)
+        return tried
+
+    with torch.random.fork_rng(devices=[]):
+        alone = trial(None, 0.0)
+        return RadiusSearch(alone, tuple(trial(method, rho) for method in methods for rho in sorted(rhos)))
+
+
+def _train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batches: Iterator[Any],
+    warm_up: int,
+    steps: int,
+) -> None:
+    def rate(step: int) -> float:
+        rest = (step - warm_up) / max(1, steps - warm_up)
+        return (step + 1) / (warm_up + 1) if step < warm_up else (1 + math.cos(math.pi * rest)) / 2
+
+    schedule = LambdaLR(optimizer, rate)
+    for batch in batches:
+        optimizer.zero_grad()
+        for _ in optimizer.passes() if isinstance(optimizer, SharpnessAware) else ("only",):
+            loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+def _repeated(loader: Iterable[Any], count: int) -> Iterator[Any]:
+    """So many batches."""
+    while count:
+        before = count
+        for batch in loader:
+            yield batch
+            count -= 1
+            if not count:
+                return
+        if count == before:
+            raise ValueError("The loader gave no batch; hand over one that can be run through several times.")
+
+
+def _values(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]) -> list[float]:
+    values = [float(loss(model, batch)) for batch in batches]
+    if not values:
+        raise ValueError("validation gave no batch; hand over one that can be run through several times.")
+    return values

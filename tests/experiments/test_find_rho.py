@@ -1,0 +1,93 @@
+"""nusam find-rho, from the command line."""
+
+import json
+import sys
+
+import pytest
+
+from nusam.experiments.command import main
+from nusam.experiments.find_rho import draw
+from nusam.radius_search import RadiusSearch, Trial
+
+SETUP = """
+import torch
+from torch import nn
+
+def setup():
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    batches = list(zip(x.split(8), x[:, :3].argmax(1).split(8)))
+    return {
+        "model": nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)),
+        "base": lambda model: torch.optim.SGD(model.parameters(), lr=0.5),
+        "loss": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+        "loader": batches[:6],
+        "validation": batches[6:],
+    }
+
+def incomplete():
+    return {"model": nn.Linear(1, 1)}
+
+number = 3
+"""
+
+
+def find_rho(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["nusam", "find-rho", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code
+
+
+@pytest.fixture
+def setup(tmp_path):
+    (tmp_path / "training.py").write_text(SETUP)
+    return f"{tmp_path / 'training.py'}:setup"
+
+
+def test_a_setup_of_ones_own(setup, tmp_path, monkeypatch, capsys):
+    options = ("--steps", 40, "--seeds", 2, "--rhos", 0.05, 0.2, "--out", tmp_path / "out")
+    assert find_rho(monkeypatch, setup, *options) == 0
+    said = capsys.readouterr().out
+    assert "NuSAM, ρ = 0.05" in said
+    recorded = json.loads((tmp_path / "out" / "rho.json").read_text())
+    assert recorded["suggestions"].keys() == {"NuSAM", "SAM"}
+    assert [(t["method"], t["rho"]) for t in recorded["trials"]] == [
+        ("base optimizer", 0.0),
+        ("NuSAM", 0.05),
+        ("NuSAM", 0.2),
+        ("SAM", 0.05),
+        ("SAM", 0.2),
+    ]
+    assert (tmp_path / "out" / "rho.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_embedded_data(tmp_path, monkeypatch, capsys):
+    options = ("--steps", 5, "--seeds", 1, "--rhos", 0.1, "--methods", "sam-on", "--out", tmp_path)
+    assert find_rho(monkeypatch, *options) == 0
+    assert "SAMON" in capsys.readouterr().out
+
+
+def test_a_diverged_trial_has_a_place_in_table_and_figure(tmp_path):
+    trials = (Trial("NuSAM", 0.1, (-0.5, -0.4)), Trial("NuSAM", 9.0, (-0.6, -float("inf"))))
+    draw(RadiusSearch(Trial("base optimizer", 0.0, (-0.7, -0.6)), trials), tmp_path / "rho.png")
+    assert (tmp_path / "rho.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nowhere.py:setup",), "SETUP must be FILE.py:FUNCTION with a file that exists, got nowhere.py:setup"),
+        (("{file}:number",), "has no function number"),
+        (("{file}:incomplete",), "must return a dict with base, loader, loss, model, validation"),
+        (("{file}:setup", "--rhos", "-1"), "rho must be a finite number of at least 0, got -1.0"),
+        (("{file}:setup", "--methods", "magic"), "--methods must name some of nusam, nusam-norm, sam, sam-on"),
+        (("{file}:setup", "--methods", "sam-on", "--steps", "1"), "SAMON has nothing to perturb"),
+        (("--model", "huge"), "--model must be one of mixer"),
+        (("{file}:setup", "--steps", "1", "--out", "/proc/nowhere"), "can't be written to"),
+    ],
+)
+def test_what_it_refuses(setup, monkeypatch, capsys, arguments, sentence):
+    given = [argument.replace("{file}", setup.removesuffix(":setup")) for argument in arguments]
+    assert find_rho(monkeypatch, *given) == 2
+    assert sentence in capsys.readouterr().err

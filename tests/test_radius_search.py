@@ -1,0 +1,155 @@
+"""find_rho against trainings by hand."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import nusam
+from nusam.radius_search import RadiusSearch, Trial
+
+STEPS = 12
+
+
+def base(model):
+    return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+
+
+def loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.fixture
+def setup():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, 3))
+    x = torch.randn(60, 5)
+    y = x[:, :3].argmax(1)
+    train, held_out = TensorDataset(x[:40], y[:40]), TensorDataset(x[40:], y[40:])
+    return {
+        "model": model,
+        "base": base,
+        "loss": loss,
+        "loader": DataLoader(train, 8, shuffle=True),
+        "validation": DataLoader(held_out, 10),
+    }
+
+
+def by_hand(setup, method, rho, seed):
+    """Warm-up of a quarter and a cosine, ε after a quarter, epochs of five batches."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(setup["model"])
+    inner = base(model)
+    opt = inner if method is None else method(inner, rho=rho, delay=3, model=model)
+    taken = 0
+    while taken < STEPS:
+        for batch in setup["loader"]:
+            if taken == STEPS:
+                break
+            cosine = (1 + math.cos(math.pi * (taken - 3) / 9)) / 2
+            inner.param_groups[0]["lr"] = 0.2 * ((taken + 1) / 4 if taken < 3 else cosine)
+
+            def closure(batch=batch):
+                opt.zero_grad()
+                value = loss(model, batch)
+                value.backward()
+                return value
+
+            opt.step(closure)
+            taken += 1
+    model.eval()
+    with torch.no_grad():
+        return -sum(float(loss(model, batch)) for batch in setup["validation"]) / 2
+
+
+def test_every_trial_is_the_training_by_hand(setup):
+    found = nusam.find_rho(**setup, rhos=(0.3, 0.1), steps=STEPS, delay=0.25, warm_up=0.25, seeds=2)
+    assert [(trial.method, trial.rho) for trial in found.trials] == [
+        ("NuSAM", 0.1),
+        ("NuSAM", 0.3),
+        ("SAM", 0.1),
+        ("SAM", 0.3),
+    ]
+    for trial in (found.base, *found.trials):
+        method = {"NuSAM": nusam.NuSAM, "SAM": nusam.SAM}.get(trial.method)
+        expected = [by_hand(setup, method, trial.rho, seed) for seed in range(2)]
+        assert trial.scores == pytest.approx(expected, rel=1e-5), trial
+        assert trial.score == pytest.approx(sum(expected) / 2)
+
+
+def test_nothing_of_the_user_is_touched(setup):
+    model = setup["model"]
+    before, mode = copy.deepcopy(model.state_dict()), model.training
+    state = torch.get_rng_state()
+    nusam.find_rho(**setup, rhos=(0.1,), methods=(nusam.NuSAM,), steps=3, seeds=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training == mode
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_best_mean_is_suggested_and_the_smallest_of_equals():
+    trials = (Trial("A", 0.1, (1.0, 3.0)), Trial("A", 0.2, (2.0, 2.0)), Trial("A", 0.3, (5.0, -4.0)))
+    worse = (Trial("B", 0.1, (-1.0, 0.5)), Trial("B", 0.2, (-math.inf, 9.0)))
+    found = RadiusSearch(Trial("base optimizer", 0.0, (1.0, 0.0)), trials + worse)
+    assert found.suggestion("A").rho == 0.1
+    assert found.suggestions == {"A": 0.1, "B": 0.0}
+
+
+def test_a_training_that_collapses_is_never_suggested(setup):
+    def collapsing(model, batch):
+        value = loss(model, batch)
+        return value * (float("nan") if model[0].weight.norm() > 50 else 1)
+
+    found = nusam.find_rho(
+        **{**setup, "loss": collapsing}, rhos=(0.1, 1e4), methods=(nusam.SAM,), steps=STEPS, seeds=1, delay=0
+    )
+    assert found.trials[1].scores == (-math.inf,)
+    assert found.suggestion("SAM").rho == 0.1
+
+
+def test_a_score_of_ones_own_and_a_report(setup):
+    seen = []
+    found = nusam.find_rho(
+        **setup,
+        rhos=(0.1,),
+        methods=(nusam.SAMON,),
+        steps=2,
+        seeds=1,
+        score=lambda model: float(not model.training and not torch.is_grad_enabled()),
+        report=seen.append,
+    )
+    assert found.base.scores == (1.0,)
+    assert seen == [found.base, *found.trials]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"rhos": ()}, "at least one method and one rho"),
+        ({"methods": ()}, "at least one method and one rho"),
+        ({"rhos": (0.1, 0.0)}, "rhos must be positive, got 0"),
+        ({"rhos": (float("nan"),)}, "finite number"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
+        ({"delay": 1.0}, "delay must be a share of the steps"),
+        ({"warm_up": -0.1}, "warm_up must be a share of the steps"),
+        ({"loader": []}, "The loader gave no batch"),
+        ({"validation": []}, "validation gave no batch"),
+    ],
+)
+def test_what_it_refuses(setup, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        nusam.find_rho(**{**setup, "steps": 2, **change})
+
+
+def test_a_partial_with_a_name_is_a_method(setup):
+    reused = partial(nusam.NuSAM, ascent_every=2)
+    reused.__name__ = "NuSAM, ascent_every=2"
+    found = nusam.find_rho(**setup, methods=(reused,), rhos=(0.1,), steps=2, seeds=1)
+    assert found.trials[0].method == "NuSAM, ascent_every=2"
