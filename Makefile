@@ -6,8 +6,8 @@ PYTHON ?= python3
 demo: .venv/installed
 	.venv/bin/nusam demo $(ARGS)
 
-test: .venv/installed
-	.venv/bin/python -m pytest $(ARGS)
+test: .venv/installed .venv/test-data
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: .venv/installed
 	.venv/bin/ruff check
@@ -18,6 +18,9 @@ check: .venv/installed
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[experiments,dev]"
 	touch $@
+
+.venv/test-data: .venv/installed tests/fetch_data.py
+	.venv/bin/python -m tests.fetch_data $@ || echo "Without these the tests that need them are skipped."
 
 bench: .venv/installed
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"

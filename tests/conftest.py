@@ -1,11 +1,18 @@
 """Small problems that the tests share."""
 
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
+
+FETCHED = Path(__file__).parents[1] / ".venv" / "test-data"  # by tests/fetch_data.py
+if FETCHED.is_dir():
+    os.environ.setdefault("NUSAM_ENCODERS", str(FETCHED))
+    os.environ.setdefault("NUSAM_SENTENCES", str(FETCHED))
 
 settings.register_profile("nusam", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("nusam")

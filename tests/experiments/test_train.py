@@ -104,6 +104,16 @@ def test_two_processes_train_as_one_does(options, tmp_path):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_accelerate_launches_it_too(tmp_path, undisturbed):
+    launcher = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--module", "nusam.experiments.command", "train", *SMALL]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--out", str(tmp_path)]
+    subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for ours, theirs in zip(epochs(tmp_path), epochs(undisturbed), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp16"], ["--base", "sgd"]])
 def test_other_ways_to_train_learn_too(options, tmp_path):
     nusam("--out", tmp_path, *options)

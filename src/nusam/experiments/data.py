@@ -207,7 +207,7 @@ def _sentences(name: str, title: str, root: Path, train_size: int | None, downlo
         return _subset(title, train_size, *(text.tsv(root) if name == "tsv" else text.glue(name)))
     tokens, labels = text.movie_reviews(root) if name == "movie-reviews" else text.tiny_sentences()
     order = _shuffled(len(labels), seed=0)
-    held_out = min(TEST, len(labels) // 5)
+    held_out = min(TEST // 2, len(labels) // 5)
     parts = [(tokens[chosen], labels[chosen]) for chosen in (order[held_out:], order[:held_out])]
     return _subset(title, train_size, *parts)
 

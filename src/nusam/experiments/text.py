@@ -21,6 +21,7 @@ __all__ = ["ENCODERS", "GLUE", "glue", "movie_reviews", "sentence_model", "tiny_
 Labelled = tuple[NDArray[np.int64], NDArray[np.int64]]  # (N, L) token ids, 0 behind a sentence's end, and (N,) classes
 
 LENGTH = 128  # tokens of a sentence at most
+REVIEW_LENGTH = 40  # which nine of ten reviews do not exceed
 END = 102  # the token behind a sentence
 ENCODERS = {  # by the command line's name: title, folder, and who keeps it where there is a network
     "bert-base": ("BERT-base", "bert-base-uncased", "google-bert"),
@@ -93,7 +94,8 @@ def movie_reviews(root: Path) -> Labelled:
         )
     rows = [line.split("\t") for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     decided = [(text, float(rating) > 0) for _, rating, text in rows if abs(float(rating)) >= 0.5]
-    return _tokenized([(text,) for text, _ in decided]), np.array([positive for _, positive in decided], np.int64)
+    tokens = _tokenized([(text,) for text, _ in decided], REVIEW_LENGTH)
+    return tokens, np.array([positive for _, positive in decided], np.int64)
 
 
 def tsv(root: Path) -> tuple[Labelled, Labelled]:
@@ -138,12 +140,12 @@ def glue(name: str) -> tuple[Labelled, Labelled]:
     return train, test
 
 
-def _tokenized(sentences: list[tuple[str, ...]]) -> NDArray[np.int64]:
+def _tokenized(sentences: list[tuple[str, ...]], length: int = LENGTH) -> NDArray[np.int64]:
     """With the uncased vocabulary that all of :data:`ENCODERS` share."""
     transformers = _needed("transformers")
     tokenizer = _pretrained(transformers.AutoTokenizer, "minilm" if _folder("minilm") else "bert-base")
     columns = [list(column) for column in zip(*sentences, strict=True)]
-    return _padded(tokenizer(*columns, truncation=True, max_length=LENGTH)["input_ids"])
+    return _padded(tokenizer(*columns, truncation=True, max_length=length)["input_ids"])
 
 
 def _padded(sentences: Iterable[list[int]]) -> NDArray[np.int64]:
