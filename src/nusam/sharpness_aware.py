@@ -198,6 +198,7 @@ class SharpnessAware(Optimizer):
             RuntimeError: inside another pass, or if a pass computed no gradient at all.
             ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0.
         """
+        self = _itself(self)
         if self.active and self._ascent_is_due():
             with self.ascent(accumulate):
                 yield "ascent"
@@ -211,6 +212,7 @@ class SharpnessAware(Optimizer):
         On leaving, ε is computed from the gradients, and these are put away. While :attr:`active` is False
         there is nothing to gain from running it.
         """
+        self = _itself(self)
         self._refuse_inside_pass("ascent()")
         targets = self._targets() if self.active else []
         workers = self._workers()
@@ -243,6 +245,7 @@ class SharpnessAware(Optimizer):
     @contextmanager
     def descent(self, accumulate: bool = False) -> Iterator[None]:
         """The second half of :meth:`passes`: inside, the weights are x + ε; afterwards x again."""
+        self = _itself(self)
         self._refuse_inside_pass("descent()")
         if self._in_backward and accumulate:
             raise RuntimeError("accumulate=True needs gradients that step_in_backward() frees; use one or the other.")
@@ -381,6 +384,7 @@ class SharpnessAware(Optimizer):
         Raises:
             RuntimeError: inside a pass, or if parameters outside the optimizer are perturbed.
         """
+        self = _itself(self)
         self._refuse_inside_pass("detach()")
         sharded = any(is_sharded(parameter) for parameter in self._parameters())
         if self.targets != "trainable" or self.placement == "forward" or self.m_sam is not False or sharded:
@@ -606,9 +610,10 @@ class SharpnessAware(Optimizer):
             )
 
     def _refuse_inside_pass(self, what: str) -> None:
-        if self._pass is not None:
+        running = _itself(self)._pass
+        if running is not None:
             raise RuntimeError(
-                f"{what} was called inside the {self._pass} pass, where gradients and weights are not the step's own; "
+                f"{what} was called inside the {running} pass, where gradients and weights are not the step's own; "
                 "leave the pass first."
             )
 
@@ -702,6 +707,16 @@ class _Progress:
                 "or calls opt.step(closure).",
                 stacklevel=2,
             )
+
+
+def _itself(opt: Any) -> SharpnessAware:
+    """The optimizer behind a wrapper that imitates its class, as Lightning's and Fabric's do.
+
+    Our methods run on the wrapper then: it lets attributes be read through, but what is written stays on it.
+    """
+    while "base_optimizer" not in opt.__dict__:
+        opt = opt._optimizer
+    return cast(SharpnessAware, opt)
 
 
 def _clear_gradients(parameters: list[Tensor]) -> None:
