@@ -1,0 +1,78 @@
+"""νSAM in a loop on Hugging Face's accelerate, whose wrapper around an optimizer hides ``passes()``::
+
+    model, opt, loader = accelerator.prepare(model, opt, loader)
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            for _ in passes(opt, model):
+                accelerator.backward(criterion(model(x), y))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad()
+
+``save_state`` and ``load_state`` need nothing. A closure is refused once a scaler is at work (fp16).
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from nusam.sharpness_aware import SharpnessAware
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+except ImportError as error:
+    raise ImportError(
+        'nusam.integrations.accelerate needs accelerate, which is not there; pip install "nusam[accelerate]".'
+    ) from error
+
+__all__ = ["passes", "sharpness_aware"]
+
+
+def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
+    """The passes over one micro-batch, :meth:`nusam.SharpnessAware.passes` with ``accumulate=True``.
+
+    Call ``zero_grad()`` once a step, as accelerate asks for anyway. Every micro-batch is perturbed on its own.
+
+    Args:
+        optimizer: a :class:`nusam.SharpnessAware`, as ``Accelerator.prepare`` gave it back.
+        model: as ``Accelerator.prepare`` gave it back. If the optimizer was built with ``model=``, it learns here by
+            what that model is wrapped now, so that under DDP all processes share one perturbation.
+
+    Raises:
+        TypeError: if the optimizer is none of nusam's.
+    """
+    opt = sharpness_aware(optimizer)
+    if opt.model is not None and opt.model is not model:
+        opt.model = model
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(True)  # what accumulate() leaves unreduced could not be told apart
+        _forget_replaced(opt)
+    yield from opt.passes(accumulate=True)
+
+
+def sharpness_aware(optimizer: Optimizer) -> SharpnessAware:
+    """nusam's optimizer behind accelerate's wrapper, for ``metrics()``, ``active`` and ``rho``.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    inner = optimizer
+    while isinstance(inner, AcceleratedOptimizer):
+        inner = inner.optimizer
+    if not isinstance(inner, SharpnessAware):
+        raise TypeError(
+            f"optimizer must be one of nusam's, got {type(inner).__name__}; wrap it before Accelerator.prepare, "
+            "nusam.NuSAM(optimizer, model=model)."
+        )
+    return inner
+
+
+def _forget_replaced(opt: SharpnessAware) -> None:
+    """Let go of the whole parameters, which Accelerator.prepare shards after the optimizer was built."""
+    held = {*opt._parameters(), *opt._outside().values()}
+    for parameter in opt._states.keys() - held:
+        del opt._states[parameter]
+    opt.__dict__.pop("_normalization", None)  # SAMON's choice among them

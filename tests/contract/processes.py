@@ -1,0 +1,99 @@
+"""Training in several processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE FOLDER``; rank 0 saves weights.
+
+FRAMEWORK is ``lightning`` or ``transformers``, ENGINE ``ddp`` or ``fsdp2``. The processes share batches of 32.
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from tests.contract.problem import Net, Run, Trained, data
+
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}, "accelerator_config": {"use_configured_state": True}}
+JOINT = Run(steps=10, micro_batches=2, batch=32, clip=0.1)
+
+
+def lightning(engine: str, folder: Path) -> nn.Module:
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+
+    from tests.contract.lightning_loop import Module, trainer_on_cpu
+
+    class Sharded(Module):
+        def configure_model(self):
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    def fit(epochs: int, checkpoint: Path | None = None) -> pl.Trainer:
+        strategy = (
+            DDPStrategy(process_group_backend="gloo")
+            if engine == "ddp"
+            else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        )
+        clip = {"gradient_clip_val": JOINT.clip}
+        trainer = trainer_on_cpu(
+            devices=2, strategy=strategy, max_epochs=epochs, accumulate_grad_batches=JOINT.micro_batches, **clip
+        )
+        module = (Module if engine == "ddp" else Sharded)(Trained.start(JOINT))
+        images = data(JOINT)
+        sampler = DistributedSampler(images, num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False)
+        batches = DataLoader(images, batch_size=JOINT.batch // 2, sampler=sampler)  # Lightning's own would shuffle
+        trainer.fit(module, batches, ckpt_path=checkpoint)
+        return trainer
+
+    fit(1).save_checkpoint(folder / "half.ckpt")
+    return fit(2, folder / "half.ckpt").lightning_module.net
+
+
+def transformers(engine: str, folder: Path) -> nn.Module:
+    from tests.contract.transformers_loop import NetWithLoss, digits_trainer
+
+    if engine == "fsdp2":
+        fsdp2_on_cpu()
+
+    def train(**options) -> nn.Module:
+        share = replace(JOINT, batch=JOINT.batch // 2, folder=folder, **options)
+        trained = Trained.start(share, NetWithLoss)
+        trainer = digits_trainer(trained, data(JOINT), ddp_backend="gloo", **FSDP2 if engine == "fsdp2" else {})
+        trainer.train(resume_from_checkpoint=share.resume)
+        assert trained.opt._ascent.states.keys() <= set(trained.opt._parameters())  # whole matrices are not kept alive
+        return trainer.model
+
+    train(steps=5)
+    return train(resume=True)
+
+
+def shard(net: Net, mesh: dist.DeviceMesh | None = None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(net.layers[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def fsdp2_on_cpu() -> None:
+    """accelerate offers FSDP where it finds accelerators only; these processes pose as such until it has asked."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    state = PartialState(cpu=True, backend="gloo")
+    state.distributed_type = DistributedType.MULTI_XPU
+
+
+def main() -> None:
+    framework, engine, folder = sys.argv[1:]
+    model = globals()[framework](engine, Path(folder))
+    assert (engine == "fsdp2") == all(hasattr(p, "full_tensor") for p in model.parameters())
+    weights = [getattr(p.detach(), "full_tensor", p.detach)() for p in model.parameters()]
+    if int(os.environ["RANK"]) == 0:
+        torch.save(weights, Path(folder) / "weights.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

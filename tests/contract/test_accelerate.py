@@ -1,0 +1,104 @@
+"""What accelerate's wrapper around an optimizer does to ours."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import nusam
+from nusam.integrations.accelerate import passes, sharpness_aware
+from tests.contract.accelerate_loop import float16_on_cpu
+from tests.contract.problem import Run, Trained, loader, scaler
+
+
+@pytest.fixture
+def prepared():
+    def prepare(half=False):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trained = Trained.start(Run())
+        accelerator = Accelerator(cpu=True)
+        if half:
+            float16_on_cpu(accelerator, scaler(Run(precision="float16")))
+        model, opt = accelerator.prepare(trained.model, trained.wrap(trained.base(), trained.model))
+        return trained, accelerator, model, opt
+
+    return prepare
+
+
+def test_a_closure_works_without_a_scaler(prepared):
+    trained, accelerator, model, opt = prepared()
+    x, y = next(iter(loader(Run())))
+
+    def closure():
+        opt.zero_grad()
+        loss = model.loss(x, y)
+        accelerator.backward(loss)
+        return loss
+
+    opt.step(closure)
+    assert model.forwards == 2
+    assert len(trained.rates) == 1
+
+
+def test_a_closure_with_a_scaler_is_refused_and_changes_nothing(prepared):
+    trained, accelerator, model, opt = prepared(half=True)
+    x, y = next(iter(loader(Run())))
+
+    def closure():
+        opt.zero_grad()
+        loss = model.loss(x, y)
+        accelerator.backward(loss)
+        return loss
+
+    before = trained.weights
+    with pytest.raises(AssertionError, match=r"did not use scaler\.scale"):  # GradScaler's own, which saw no loss yet
+        opt.step(closure)
+    closure()
+    with pytest.raises(RuntimeError, match=r"GradScaler called step\(\) with a closure"):
+        opt.step(closure)
+    assert trained.rates == []
+    assert all(torch.equal(a, b) for a, b in zip(trained.weights, before, strict=True))
+
+
+def test_the_metrics_are_reached_through_the_wrapper(prepared):
+    _, accelerator, model, opt = prepared()
+    x, y = next(iter(loader(Run())))
+    for _ in passes(opt, model):
+        accelerator.backward(model.loss(x, y))
+    opt.step()
+    metrics = sharpness_aware(opt).metrics()
+    assert metrics["epsilon/layers.0.weight"] == pytest.approx(0.05, rel=1e-5)
+    assert isinstance(sharpness_aware(opt), nusam.NuSAM)
+
+
+def test_another_optimizer_is_refused():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"must be one of nusam's, got SGD; wrap it before Accelerator\.prepare"):
+        next(passes(torch.optim.SGD(model.parameters(), lr=0.1), model))
+
+
+@pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.SAM, nusam.SAMON])
+def test_parameters_sharded_after_the_optimizer_was_built_are_perturbed_and_the_whole_ones_let_go(kind):
+    """As Accelerator.prepare does it under FSDP2, whose whole matrices would stay alive beside their shards."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Trained.start(Run()).model
+        whole = list(model.parameters())
+        opt = kind(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+        opt.load_state_dict(opt.state_dict())
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        opt.param_groups[0]["params"] = list(model.parameters())
+        x, y = next(iter(loader(Run())))
+        losses = []
+        for _ in passes(opt, model):
+            losses.append(torch.nn.functional.cross_entropy(model(x), y))
+            losses[-1].backward()
+        opt.step()
+        assert losses[1] > losses[0]
+        assert not opt._states.keys() & set(whole)
+        assert any(name.startswith("epsilon/") for name in opt.metrics())
+    finally:
+        dist.destroy_process_group()

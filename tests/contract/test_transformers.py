@@ -1,0 +1,131 @@
+"""What Hugging Face's Trainer does around the passes."""
+
+from functools import partial
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import Trainer, TrainingArguments
+
+import nusam
+from nusam.integrations.transformers import NuSAMTrainerMixin
+from tests.contract.problem import LR, Run, Trained, data, loader
+from tests.contract.transformers_loop import NetWithLoss
+
+
+class DigitsTrainer(NuSAMTrainerMixin, Trainer):
+    pass
+
+
+def trainer(folder, run=None, model=None, arguments=None, **options):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = run or Run(steps=5)
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        num_train_epochs=run.epochs,
+        per_device_train_batch_size=16,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        **{"optim": "sgd", "max_grad_norm": 0.0, **(arguments or {})},
+    )
+    dataset = [{"x": x, "labels": y} for x, y in data(run)]
+    return DigitsTrainer(model or NetWithLoss(), arguments, train_dataset=dataset, **options)
+
+
+def logged(trained):
+    return [entry for entry in trained.state.log_history if "loss" in entry]
+
+
+def losses_by_hand(run):
+    """Of the first step: the mean over its micro-batches at the weights, and at each one's perturbed weights."""
+    torch.manual_seed(0)
+    begun = Trained(run, NetWithLoss())
+    opt = begun.wrap(begun.base(), begun.model)
+    sums = {"ascent": 0.0, "descent": 0.0}
+    for (x, y), _ in zip(loader(run), range(run.micro_batches), strict=False):
+        for name in opt.passes(accumulate=True):
+            loss = begun.model(x, y)["loss"] / run.micro_batches
+            loss.backward()
+            sums[name] += loss.item()
+    return sums["ascent"], sums["descent"]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_gap_is_logged_and_the_loss_is_that_at_the_weights(tmp_path, micro_batches):
+    run = Run(steps=5, micro_batches=micro_batches)
+    trained = trainer(tmp_path, run, arguments={"gradient_accumulation_steps": micro_batches})
+    trained.train()
+    ascent, descent = losses_by_hand(run)
+    first = logged(trained)[0]
+    assert first["loss"] == pytest.approx(ascent, abs=1e-4)
+    assert first["sharpness_gap"] == pytest.approx(descent - ascent, rel=1e-3)
+    assert first["sharpness_gap"] > 0
+    assert (first["active"], first["rho"]) == (1.0, 0.05)
+
+
+def test_the_delay_is_a_share_of_all_steps(tmp_path):
+    trained = trainer(tmp_path, Run(steps=20), delay_ratio=0.25)
+    trained.train()
+    assert trained.model.forwards == 5 + 2 * 15
+    assert ["sharpness_gap" in entry for entry in logged(trained)] == [False] * 5 + [True] * 15
+    assert [entry["active"] for entry in logged(trained)] == [0.0] * 4 + [1.0] * 16  # of the next step
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, 10])
+def test_a_delay_in_steps_is_refused_as_a_share(tmp_path, ratio):
+    with pytest.raises(ValueError, match=rf"delay_ratio must be a share of the steps.*got {ratio}\.$"):
+        trainer(tmp_path, delay_ratio=ratio)
+
+
+def test_the_method_is_the_users(tmp_path):
+    trained = trainer(tmp_path, sharpness_aware=partial(nusam.SAM, rho=0.3))
+    trained.train()
+    opt = trained.optimizer.optimizer
+    assert isinstance(opt, nusam.SAM)
+    assert isinstance(opt.base_optimizer, torch.optim.SGD)
+    assert logged(trained)[0]["rho"] == 0.3
+    assert opt.model is trained.model
+
+
+def test_an_optimizer_of_ours_is_kept(tmp_path):
+    model = NetWithLoss()
+    opt = nusam.NuSAMNorm(torch.optim.AdamW(model.parameters()), rho=0.02, model=model)
+    trained = trainer(tmp_path, model=model, optimizers=(opt, None))
+    trained.train()
+    trained.train()  # on what the first left, wrapped by accelerate
+    assert trained.optimizer.optimizer is opt
+    assert opt.state_dict()["param_groups"][0]["nusam_steps"] == 10
+
+
+def test_labels_taken_out_for_smoothing_are_there_in_both_passes(tmp_path):
+    class Taking(DigitsTrainer):
+        """As Trainer takes them out for its label smoother, and many a user's compute_loss does."""
+
+        def compute_loss(self, model, inputs, **_):
+            labels = inputs.pop("labels")
+            return model(inputs.pop("x"), labels)["loss"]
+
+        def _prepare_inputs(self, inputs):
+            return inputs  # no copy of Trainer's own
+
+    plain = trainer(tmp_path)
+    taking = trainer(tmp_path)
+    taking.__class__ = Taking
+    plain.train()
+    taking.train()
+    for a, b in zip(plain.model.parameters(), taking.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluation_logs_nothing_of_ours(tmp_path):
+    trained = trainer(tmp_path, eval_dataset=[{"x": x, "labels": y} for x, y in data(Run())])
+    trained.train()
+    assert "active" not in trained.evaluate()
+    assert "active" not in trained.state.log_history[-1]
