@@ -21,7 +21,7 @@ __all__ = ["ENCODERS", "GLUE", "glue", "movie_reviews", "sentence_model", "tiny_
 Labelled = tuple[NDArray[np.int64], NDArray[np.int64]]  # (N, L) token ids, 0 behind a sentence's end, and (N,) classes
 
 LENGTH = 128  # tokens of a sentence at most
-REVIEW_LENGTH = 40  # which nine of ten reviews do not exceed
+REVIEW_LENGTH = 40  # which eight of ten reviews do not exceed
 END = 102  # the token behind a sentence
 ENCODERS = {  # by the command line's name: title, folder, and who keeps it where there is a network
     "bert-base": ("BERT-base", "bert-base-uncased", "google-bert"),

@@ -32,7 +32,8 @@ class Figure3(Experiment):
         for method in ("sam", "nusam"):
             radii = METHODS[method].radii["mixer" if "mixer" in setting.model else "vit"]
             radii = radii[:1] if bench.scale.one_radius else radii
-            contenders = [Contender(f"{delay:.0%}", method, {"delay": delay}) for delay in delays]
+            own = METHODS[method].delay  # whose runs other experiments have made
+            contenders = [Contender(f"{d:.0%}", method, {} if d == own else {"delay": d}) for d in delays]
             contest = Contest(replace(setting, radii={method: radii}, trial_seeds=setting.seeds), contenders)
             bench.fill(contest.trials())
             best: list[float] = []
