@@ -1,4 +1,4 @@
-"""Training in several processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE FOLDER``; rank 0 saves weights.
+"""Training in two processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE FOLDER``; rank 0 saves weights.
 
 FRAMEWORK is ``lightning`` or ``transformers``, ENGINE ``ddp`` or ``fsdp2``. The processes share batches of 32.
 """
