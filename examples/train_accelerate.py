@@ -28,7 +28,11 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     args = parser.parse_args()
 
-    accelerator = Accelerator(mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without a GPU, torchrun's processes are found only if told
+        mixed_precision=args.precision,
+        gradient_accumulation_steps=args.accumulate,
+    )
     set_seed(0)
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     data = TensorDataset(images.float().view(-1, 1, 8, 8) / 16, labels)
@@ -71,6 +75,7 @@ def main() -> None:
         loss = accelerator.reduce(total, "mean") / len(loader)
         accelerator.print(f"epoch {epoch}: loss {loss:.6f}, test accuracy {accuracy:.1%}", flush=True)
         accelerator.save_state(saved)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

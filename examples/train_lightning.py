@@ -80,7 +80,8 @@ def main() -> None:
         DataLoader(test, batch_size=200),
         ckpt_path=args.resume,
     )
-    print(f"test accuracy {trainer.callback_metrics['accuracy']:.1%}")
+    if trainer.is_global_zero:
+        print(f"test accuracy {trainer.callback_metrics['accuracy']:.1%}")
 
 
 if __name__ == "__main__":

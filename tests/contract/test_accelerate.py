@@ -6,7 +6,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import nusam
 from nusam.integrations.accelerate import passes, sharpness_aware
@@ -72,6 +72,14 @@ def test_the_metrics_are_reached_through_the_wrapper(prepared):
     metrics = sharpness_aware(opt).metrics()
     assert metrics["epsilon/layers.0.weight"] == pytest.approx(0.05, rel=1e-5)
     assert isinstance(sharpness_aware(opt), nusam.NuSAM)
+
+
+def test_fsdp1_is_refused():
+    model = Trained.start(Run()).model
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    with pytest.raises(NotImplementedError, match=r"FSDP1.*use FSDP2, fsdp_version=2"):
+        next(passes(opt, wrapped))
 
 
 def test_another_optimizer_is_refused():

@@ -1,11 +1,15 @@
 """What Lightning's automatic optimization does around the passes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 
+import nusam
 from nusam.integrations.lightning import SharpnessAwareCallback
 from tests.contract.lightning_loop import Module, trainer_on_cpu
 from tests.contract.problem import Run, Trained, loader
@@ -184,6 +188,27 @@ def test_a_callback_without_our_optimizer_is_refused():
 
     with pytest.raises(TypeError, match=r"needs one of nusam's optimizers.*\['Adam'\]; return nusam\.NuSAM\("):
         fit(Run(steps=5), Bare)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_keeps_the_gradients_is_refused(strategy):
+    trainer = SimpleNamespace(strategy=strategy.__new__(strategy))
+    with pytest.raises(NotImplementedError, match=rf"{strategy.__name__} keeps gradients.*use ModelParallelStrategy"):
+        SharpnessAwareCallback().on_fit_start(trainer, None)
+
+
+def test_under_ddp_the_optimizer_must_know_the_module():
+    model = Trained.start(Run()).model
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model.layers)
+        trainer = SimpleNamespace(strategy=SimpleNamespace(model=wrapped), optimizers=[opt])
+        with pytest.raises(ValueError, match=r"got model=Sequential; build it.*model=self\.$"):
+            SharpnessAwareCallback().on_fit_start(trainer, model)
+        assert opt.model is model.layers
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_lightning_that_builds_closures_elsewhere_is_refused(monkeypatch):

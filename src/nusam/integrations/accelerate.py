@@ -16,7 +16,7 @@
 from collections.abc import Iterator
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from nusam.sharpness_aware import SharpnessAware
@@ -43,8 +43,14 @@ def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
 
     Raises:
         TypeError: if the optimizer is none of nusam's.
+        NotImplementedError: under FSDP1.
     """
     opt = sharpness_aware(optimizer)
+    if isinstance(model, FullyShardedDataParallel):
+        raise NotImplementedError(
+            "FullyShardedDataParallel (FSDP1) keeps gradients where the two passes can't reach them; use FSDP2, "
+            "fsdp_version=2 in accelerate's configuration."
+        )
     if opt.model is not None and opt.model is not model:
         opt.model = model
     if isinstance(model, FSDPModule):

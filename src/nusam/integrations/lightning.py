@@ -17,6 +17,7 @@ from nusam.sharpness_aware import SharpnessAware
 
 try:
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 except ImportError as error:
     raise ImportError(
         'nusam.integrations.lightning needs pytorch-lightning, which is not there; pip install "nusam[lightning]".'
@@ -47,8 +48,14 @@ class SharpnessAwareCallback(Callback):
         Raises:
             TypeError: if ``configure_optimizers`` returned none of nusam's optimizers.
             ValueError: under DDP, if the optimizer does not know the LightningModule.
+            NotImplementedError: under a strategy that keeps gradients to itself.
             RuntimeError: if this version of Lightning builds its closures elsewhere.
         """
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise NotImplementedError(
+                f"{type(trainer.strategy).__name__} keeps gradients where the two passes can't reach them; use "
+                "ModelParallelStrategy (FSDP2) or DDPStrategy."
+            )
         optimizers = [opt for opt in trainer.optimizers if isinstance(opt, SharpnessAware)]
         if not optimizers:
             raise TypeError(
