@@ -4,6 +4,8 @@
 ``opt.passes()`` are all that an existing training loop needs.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from nusam import lmo, memory
 from nusam.memory import perturbation_numel
 from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
@@ -11,7 +13,10 @@ from nusam.radius_search import RadiusSearch, find_rho
 from nusam.sharpness import Sharpness, sharpness
 from nusam.sharpness_aware import SharpnessAware, step_in_backward
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("nusam")
+except PackageNotFoundError:  # a source tree on the path that nobody installed
+    __version__ = "0.0"
 
 __all__ = [
     "SAM",
