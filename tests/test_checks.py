@@ -57,6 +57,7 @@ def test_a_wrong_argument_is_refused_and_the_base_optimizer_is_as_it_was(options
         (lambda: torch.optim.AdamW, r"got the class AdamW; construct it first, AdamW\(model.parameters\(\), ...\)"),
         (lambda: mlp().parameters(), "base_optimizer must be a torch.optim.Optimizer, got generator"),
         (lambda: None, "base_optimizer must be a torch.optim.Optimizer, got NoneType"),
+        (lambda: torch.optim.Adadelta(mlp().parameters()), "Adadelta has a hyperparameter rho of its own"),
         (lambda: nusam.NuSAM(sgd()), "base_optimizer is a NuSAM, itself a wrapper; wrap its base_optimizer instead"),
         (lambda: torch.optim.LBFGS(mlp().parameters()), "LBFGS evaluates its closure several times a step"),
     ],

@@ -37,6 +37,11 @@ def check_base_optimizer(base: Any) -> None:
         raise TypeError(
             f"base_optimizer is a {type(base).__name__}, itself a wrapper; wrap its base_optimizer instead."
         )
+    if "rho" in base.defaults:
+        raise TypeError(
+            f"base_optimizer {type(base).__name__} has a hyperparameter rho of its own, which would be taken for the "
+            "radius; use another base optimizer."
+        )
     if isinstance(base, LBFGS):
         raise TypeError(
             "base_optimizer LBFGS evaluates its closure several times a step, which two passes can't serve; "

@@ -158,7 +158,7 @@ class SharpnessAware(Optimizer):
 
         # Optimizer.__init__ fills fresh groups and state; ours are the base optimizer's, so a stand-in takes them.
         stand_in = SimpleNamespace(add_param_group=lambda group: None)
-        self.base_optimizer = cast(Optimizer, stand_in)
+        self.base_optimizer: Optimizer = cast(Optimizer, stand_in)
         defaults = {**base_optimizer.defaults, "rho": rho}
         super().__init__([{"params": group["params"]} for group in base_optimizer.param_groups], defaults)
         self.base_optimizer = base_optimizer
