@@ -92,7 +92,9 @@ def main() -> None:
     if int(os.environ["RANK"]) == 0:
         torch.save(weights, Path(folder) / "weights.pt")
     if dist.is_initialized():
+        dist.barrier()  # a process that leaves early takes what the others still wait for
         dist.destroy_process_group()
+    os._exit(0)  # under FSDP2 on gloo the interpreter's own end aborts now and then, without nusam too
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def test_a_killed_process_changes_nothing(example, fault, tmp_path, undisturbed)
 
 
 def test_an_example_explains_itself():
-    for example in EXAMPLES.glob("*.py"):
-        said = subprocess.run([sys.executable, example, "--help"], capture_output=True, text=True, check=True).stdout
+    for example in ("train_ddp.py", "train_fsdp2.py"):
+        said = subprocess.run(
+            [sys.executable, EXAMPLES / example, "--help"], capture_output=True, text=True, check=True
+        ).stdout
         assert "torchrun" in said

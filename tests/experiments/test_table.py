@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from nusam.experiments import results
+from nusam.experiments import files, results
 from nusam.experiments.figures import learning_curves
 from nusam.experiments.rho_selection import Contest, Plan
 from nusam.experiments.table import rendered, rows
@@ -71,7 +71,7 @@ def test_an_interrupted_write_leaves_the_old_results(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "replace", interrupted)
+    monkeypatch.setattr(files.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         results.write(path, {}, plan_of({"adamw": [0.8, 0.9]}), [])
     assert path.read_text(encoding="utf-8") == before
