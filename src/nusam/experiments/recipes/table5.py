@@ -29,7 +29,7 @@ class Scale:
 
 _SCALES = {
     "smoke": Scale("bert-tiny", ("sentences",), replace(_RECIPE, epochs=1), 2, 64),
-    "cpu": Scale("minilm", ("movie-reviews",), _RECIPE, 5, 256),
+    "cpu": Scale("minilm", ("movie-reviews",), replace(_RECIPE, learning_rate=1e-4), 5, 512),
     "full": Scale("bert-base", tuple(GLUE), _RECIPE, 5, 0),
 }
 
@@ -69,6 +69,7 @@ TABLE = SentenceTable(
         "that νSAM varies least over the seeds.",
         "The candidates 0.01, 0.02 and 0.05 for ρ, the learning rate 4e-5, the batch size 32 and 10% warm-up are the "
         "paper's. Ours: 3 epochs; the tasks of GLUE that are judged by accuracy; at the cpu scale MiniLM-L6 for "
-        "BERT-base, and movie-review sentences (256 of at most 40 tokens) for GLUE.",
+        "BERT-base, 512 movie-review sentences of at most 40 tokens for GLUE, and the learning rate 1e-4, since at "
+        "4e-5 so few steps teach nothing.",
     ),
 )
