@@ -38,6 +38,8 @@ def test_a_second_time_nothing_is_run_again(results):
     before = (results / "runs.jsonl").read_bytes()
     reproduce("table3", "--scale", "smoke", "--results", results)
     assert (results / "runs.jsonl").read_bytes() == before
+    (again,) = [result for result in read_all(results) if result.name == "table3"]
+    assert again.circumstances["runs"] == "0 made here, 8 found finished"
 
 
 def test_the_list_says_what_there_is_and_what_was_run(results):
@@ -45,6 +47,7 @@ def test_the_list_says_what_there_is_and_what_was_run(results):
     said = reproduce("--list", "--results", results).stdout
     assert all(name in said for name in NAMES)
     assert "smoke" in said
+    assert '"nusam[text]"' in said  # brackets are no markup
 
 
 @pytest.mark.parametrize(

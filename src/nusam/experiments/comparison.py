@@ -38,7 +38,7 @@ class Comparison:
     ) -> None:
         self.source, self.recipe, self.device, self.plan, self.out = source, recipe, device, plan, out
         self.options = options
-        self.console = Console()
+        self.console = Console(markup=False)
         self.step_seconds: StepSeconds = {}
 
     def run(self, jobs: int) -> int:

@@ -98,6 +98,8 @@ class Bench:
     device: torch.device
     console: Console
     began: float = field(default_factory=time.perf_counter)
+    made: set[Cell] = field(default_factory=set)  # runs made here
+    found: set[Cell] = field(default_factory=set)  # runs that the store had
 
     @property
     def scale(self) -> Scale:
@@ -106,6 +108,9 @@ class Bench:
 
     def fill(self, cells: Iterable[Cell]) -> None:
         """Run what the store lacks."""
+        cells = list(cells)
+        self.found.update(cell for cell in cells if cell in self.store and cell not in self.made)
+        self.made.update(cell for cell in cells if cell not in self.found)
         fill(self.store, cells, self.data_root, self.jobs, self.device, self.console)
 
     def settings(self, **changes: Any) -> list[Setting]:
@@ -146,6 +151,7 @@ class Bench:
 
     def circumstances(self) -> dict[str, Any]:
         """Where, when and with what."""
+        runs = f"{len(self.made)} made here, {len(self.found)} found finished"
         return {
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
@@ -154,6 +160,7 @@ class Bench:
             **{name: version(name) for name in ("nusam", "torch", "timm")},
             "command": " ".join(["nusam", *sys.argv[1:]]),
             "seconds": round(time.perf_counter() - self.began, 1),
+            **({"runs": runs} if self.made | self.found else {}),
         }
 
 

@@ -78,7 +78,7 @@ class FindRho:
             if method not in METHODS:
                 raise Refused(f"--methods must name some of {', '.join(METHODS)}, got {method}.")
         given = _of_user(self.setup) if self.setup else self._built_in()
-        console = Console()
+        console = Console(markup=False)
 
         def tell(trial: Trial) -> None:
             rho = f", ρ = {trial.rho:g}" if trial.rho else ""

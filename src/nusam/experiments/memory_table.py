@@ -296,7 +296,7 @@ class Memory:
         measurements = _measurements(net, chosen, lines) if self.measure else None
         floats = perturbation_numel(model, nusam.SAM)
         table = _rendered(f"{self.name}, {floats:,} trainable parameters", chosen, lines, measurements)
-        console = Console()
+        console = Console(markup=False)
         # Rather too wide for the terminal than with numbers cut short.
         needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
         console.width = max(console.width, needed)

@@ -67,7 +67,7 @@ class Reproduce:
 
     def __call__(self) -> int:
         """Run it; the exit code."""
-        console = Console()
+        console = Console(markup=False)
         if self.list:
             console.print(_catalogue(self.results))
             return 0

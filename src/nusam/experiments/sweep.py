@@ -79,7 +79,7 @@ class Sweep:
         jobs = self.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
         if jobs < 1 or self.seeds < 1 or self.epochs < 1:
             raise Refused("--jobs, --seeds and --epochs must be at least 1.")
-        console = Console()
+        console = Console(markup=False)
         store = Store(self.results)
         cells = self.cells()
         console.print(f"{len(cells)} runs, {sum(cell in store for cell in cells)} of them finished.", highlight=False)

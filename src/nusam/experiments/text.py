@@ -164,6 +164,9 @@ def _folder(name: str) -> Path | None:
 
 def _pretrained(kind: Any, name: str, **options: Any) -> Any:
     title, folder, keeper = ENCODERS[name]
+    logging = _needed("transformers").utils.logging
+    logging.set_verbosity_error()  # a report of the new head, for every run
+    logging.disable_progress_bar()
     try:
         return kind.from_pretrained(_folder(name) or f"{keeper}/{folder}", **options)
     except Exception as error:  # whatever the hub raises without a network

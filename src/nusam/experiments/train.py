@@ -96,7 +96,7 @@ class Train:
 
     def _run(self, device: torch.device) -> int:
         first = not dist.is_initialized() or dist.get_rank() == 0
-        console = Console(quiet=not first)
+        console = Console(markup=False, quiet=not first)
         source = load(self.data, self.data_root, self.train_size, self.download)
         if source.channels == 0 and self.augment != "none":
             raise Refused(f"--augment {self.augment} is for images, and {self.data} are sentences; leave it out.")
