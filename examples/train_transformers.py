@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
 import nusam
 from nusam.integrations.transformers import NuSAMTrainerMixin
@@ -21,8 +30,15 @@ class MyTrainer(NuSAMTrainerMixin, Trainer):
 
 
 class PrintEpoch(TrainerCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and "loss" in logs:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
             gap = logs.get("sharpness_gap", 0.0)
             print(f"epoch {round(logs['epoch']) - 1}: loss {logs['loss']:.6f}, gap {gap:.6f}", flush=True)
 
@@ -43,9 +59,17 @@ def main() -> None:
     data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
     train, test = data[:1000], data[1000:]
 
-    shape = {"image_size": 8, "patch_size": 2, "num_channels": 1}
-    width = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = ViTForImageClassification(ViTConfig(**shape, **width, num_labels=10))
+    shape = ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        id2label={digit: str(digit) for digit in range(10)},
+    )
+    model = ViTForImageClassification(shape)
     trainer = MyTrainer(
         model,
         TrainingArguments(

@@ -672,6 +672,7 @@ def step_in_backward(opt: SharpnessAware) -> None:
     Raises:
         ValueError: if some perturbed matrix has no layer in whose forward ε could live, or under DDP.
     """
+    opt = _itself(opt)
     opt._refuse_inside_pass("step_in_backward()")
     check_served("step_in_backward()", opt.lmo, opt.model)
     if opt._workers().replicates:

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -110,3 +111,10 @@ def test_parameters_sharded_after_the_optimizer_was_built_are_perturbed_and_the_
         assert any(name.startswith("epsilon/") for name in opt.metrics())
     finally:
         dist.destroy_process_group()
+
+
+def test_deepspeed_is_refused():
+    model = torch.nn.Linear(2, 2)
+    opt = DeepSpeedOptimizerWrapper(nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1)))
+    with pytest.raises(NotImplementedError, match=r"DeepSpeed steps inside its backward.*use DDP, or FSDP2"):
+        next(passes(opt, model))

@@ -1,18 +1,21 @@
 """What Lightning's automatic optimization does around the passes."""
 
 import copy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 
 import nusam
 from nusam.integrations.lightning import SharpnessAwareCallback
 from tests.contract.lightning_loop import Module, trainer_on_cpu
-from tests.contract.problem import Run, Trained, loader
+from tests.contract.problem import Run, Trained, loader, scaler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 
@@ -33,13 +36,18 @@ class Recorder(pl.Callback):
         self.hooks.append("backward")
 
 
-def fit(run, module=Module, **options):
+def fit(run, module=Module, *callbacks, **options):
     trained = Trained.start(run)
     recorder = Recorder()
     trainer = trainer_on_cpu(max_epochs=run.epochs, **options)
-    trainer.callbacks.append(recorder)
+    trainer.callbacks.extend([*callbacks, recorder])
     trainer.fit(module(trained), loader(run))
     return trained, trainer, recorder
+
+
+def as_they_are(batches):
+    """A loader of these; a bare list would be one of loaders to Lightning."""
+    return torch.utils.data.DataLoader(batches, batch_size=None)
 
 
 def losses_by_hand(trained):
@@ -70,6 +78,23 @@ def test_the_gap_of_accumulated_batches_is_not_divided_by_their_number():
     trained, _, recorder = fit(run, accumulate_grad_batches=2)
     ascent, descent = losses_by_hand(trained)
     assert recorder.logged[0]["sharpness_gap"] == pytest.approx(descent - ascent, rel=1e-4)
+
+
+def test_the_gap_follows_a_number_of_micro_batches_that_changes():
+    class Still(Module):
+        def configure_optimizers(self):
+            settings = super().configure_optimizers()
+            for group in settings["optimizer"].param_groups:
+                group["lr"] = group["initial_lr"] = 0.0
+            settings["lr_scheduler"]["scheduler"].base_lrs = [0.0, 0.0]
+            return settings
+
+    scheduler = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 5})
+    trained, trainer, recorder = fit(Run(steps=10), Still, scheduler)
+    assert trainer.accumulate_grad_batches == 5
+    torch.testing.assert_close(trained.after[0], trained.after[-1], rtol=0, atol=1e-6)
+    gaps = [logged["sharpness_gap"] for logged in recorder.logged]
+    assert gaps[9] == pytest.approx(gaps[4], rel=0.2)  # the last batch again, where only the warm start differs
 
 
 def test_a_delay_is_logged():
@@ -128,16 +153,84 @@ def test_an_exception_leaves_unperturbed_weights_and_no_trace(fatal):
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_a_skipped_batch_moves_nothing():
+@pytest.mark.parametrize("skipped", ["ascent", "descent"])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_skipped_batch_moves_nothing(skipped, precision):
     class Skipping(Module):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            return None if batch_idx == 2 else loss
+            return None if batch_idx == 2 and self.trained.opt._pass == skipped else loss
 
-    trained, _, _ = fit(Run(steps=5), Skipping)
-    assert trained.model.forwards == 4 * 2 + 1
-    assert all(torch.equal(a, b) for a, b in zip(trained.after[1], trained.after[2], strict=True))
-    assert not torch.equal(trained.after[2][0], trained.after[3][0])
+    run = Run(steps=5, precision=precision)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler(run))] if precision == "float16" else None
+    trained, _, recorder = fit(run, Skipping, plugins=plugins)
+    assert trained.model.forwards == 4 * 2 + (1 if skipped == "ascent" else 2)
+    if precision == "float32":  # a step without gradients; under a scaler there is none
+        weights = trained.after.pop(2)
+        torch.testing.assert_close(weights, trained.after[1], rtol=0, atol=1e-8)
+    assert len(trained.after) == 4
+    assert not torch.equal(trained.after[1][0], trained.after[2][0])
+    assert ["sharpness_gap" in logged for logged in recorder.logged][:2] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("skipped", ["ascent", "descent"])
+def test_a_skipped_micro_batch_leaves_what_the_others_accumulated(skipped):
+    class Skipping(Module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx % 2 and self.trained.opt._pass == skipped else loss
+
+    class Halves(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0.5
+
+    run = Run(steps=5, micro_batches=2)
+    skipping, _, _ = fit(run, Skipping, accumulate_grad_batches=2)
+    kept = Trained.start(run)
+    trainer = trainer_on_cpu(max_epochs=1)
+    trainer.fit(Halves(kept), as_they_are([batch for i, batch in enumerate(loader(run)) if i % 2 == 0]))
+    assert len(skipping.after) == len(kept.after) == 5
+    # of the first step: later ones start from singular vectors that a skipped batch may have moved
+    torch.testing.assert_close(skipping.after[0], kept.after[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_what_a_step_takes_out_of_its_batch_is_there_in_both_passes(delay):
+    class Taking(Module):
+        def training_step(self, batch, batch_idx):
+            images = batch["images"].pop()
+            return super().training_step((images, batch.pop("labels")), batch_idx)
+
+    run = Run(steps=5, delay=delay)
+    taking = Trained.start(run)
+    batches = as_they_are([{"images": [x], "labels": y} for x, y in loader(run)])
+    trainer_on_cpu(max_epochs=1).fit(Taking(taking), batches)
+    plain, _, _ = fit(run)
+    assert all(torch.equal(a, b) for a, b in zip(taking.weights, plain.weights, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")  # Lightning's, of its being experimental
+def test_a_step_that_draws_its_own_batches_is_refused():
+    class Drawing(Module):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return self.net.loss(*batch)
+
+    with pytest.raises(NotImplementedError, match=r"dataloader_iter\) would take other batches"):
+        fit(Run(steps=5), Drawing)
+
+
+def test_lightning_under_its_other_name():
+    """Where only ``lightning`` is installed; here the same modules, aliased."""
+    script = """
+import sys, pytorch_lightning
+sys.modules["lightning"] = sys.modules["lightning.pytorch"] = pytorch_lightning
+sys.modules["pytorch_lightning"] = None
+from nusam.integrations.lightning import Callback, SharpnessAwareCallback
+assert issubclass(SharpnessAwareCallback, Callback) and Callback is sys.modules["lightning.pytorch"].Callback
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
 
 
 def test_dropout_draws_one_mask_for_both_passes():
@@ -218,8 +311,6 @@ def test_a_lightning_that_builds_closures_elsewhere_is_refused(monkeypatch):
 
 
 def test_without_the_callback_float16_trains_unperturbed_and_the_end_says_so(never_perturbed_warning):
-    from pytorch_lightning.plugins import MixedPrecision
-
     run = Run(steps=5)
     trained = Trained.start(run)
     trainer = trainer_on_cpu(max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])

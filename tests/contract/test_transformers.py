@@ -75,7 +75,7 @@ def test_the_delay_is_a_share_of_all_steps(tmp_path):
     trained.train()
     assert trained.model.forwards == 5 + 2 * 15
     assert ["sharpness_gap" in entry for entry in logged(trained)] == [False] * 5 + [True] * 15
-    assert [entry["active"] for entry in logged(trained)] == [0.0] * 4 + [1.0] * 16  # of the next step
+    assert [entry["active"] for entry in logged(trained)] == [0.0] * 5 + [1.0] * 15
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, 10])
@@ -129,3 +129,16 @@ def test_evaluation_logs_nothing_of_ours(tmp_path):
     trained.train()
     assert "active" not in trained.evaluate()
     assert "active" not in trained.state.log_history[-1]
+
+
+def test_a_loss_logged_before_training_is_left_alone(tmp_path):
+    trained = trainer(tmp_path)
+    trained.log({"loss": 1.0})
+    assert "active" not in trained.state.log_history[-1]
+
+
+def test_the_mixin_behind_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"Late has Trainer in front.*class Late\(NuSAMTrainerMixin, Trainer\)"):
+
+        class Late(Trainer, NuSAMTrainerMixin):
+            pass

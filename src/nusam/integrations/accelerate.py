@@ -23,6 +23,7 @@ from nusam.sharpness_aware import SharpnessAware
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 except ImportError as error:
     raise ImportError(
         'nusam.integrations.accelerate needs accelerate, which is not there; pip install "nusam[accelerate]".'
@@ -43,9 +44,14 @@ def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
 
     Raises:
         TypeError: if the optimizer is none of nusam's.
-        NotImplementedError: under FSDP1.
+        NotImplementedError: under FSDP1 and DeepSpeed.
     """
     opt = sharpness_aware(optimizer)
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        raise NotImplementedError(
+            "DeepSpeed steps inside its backward and keeps gradients where the two passes can't reach them; use DDP, "
+            "or FSDP2 (fsdp_version=2 in accelerate's configuration)."
+        )
     if isinstance(model, FullyShardedDataParallel):
         raise NotImplementedError(
             "FullyShardedDataParallel (FSDP1) keeps gradients where the two passes can't reach them; use FSDP2, "

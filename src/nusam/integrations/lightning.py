@@ -5,7 +5,8 @@ before it under a scaler, by itself for a micro-batch that only accumulates. So 
 passes, and the step that runs none.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,19 +18,24 @@ from nusam.sharpness_aware import SharpnessAware
 
 try:
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 except ImportError as error:
-    raise ImportError(
-        'nusam.integrations.lightning needs pytorch-lightning, which is not there; pip install "nusam[lightning]".'
-    ) from error
+    try:  # the same under its other name
+        from lightning.pytorch import Callback, LightningModule, Trainer  # type: ignore[no-redef]
+    except ImportError:
+        raise ImportError(
+            'nusam.integrations.lightning needs pytorch-lightning, which is not there; pip install "nusam[lightning]".'
+        ) from error
 
 __all__ = ["SharpnessAwareCallback"]
+
+KEEP_GRADIENTS = {"DeepSpeedStrategy", "FSDPStrategy"}  # by name, since either package has its own
 
 
 class SharpnessAwareCallback(Callback):
     """Runs both passes over every batch when ``configure_optimizers`` returns one of nusam's optimizers.
 
-    ``training_step`` runs once a pass; what it returns and logs counts in the ascent pass, at the weights themselves.
+    ``training_step`` runs once a pass, on the same tensors in fresh containers; what it returns and logs counts in the
+    ascent pass, at the weights themselves. A batch for which it returns None in either pass is skipped.
     Every micro-batch of ``accumulate_grad_batches`` is perturbed on its own. Logged for each batch: ``active`` (1 once
     the delay is over), ``rho``, and ``sharpness_gap``, by how much the loss at the perturbed weights exceeds that at
     the weights themselves.
@@ -40,7 +46,6 @@ class SharpnessAwareCallback(Callback):
     def __init__(self) -> None:
         self._traces = ExitStack()
         self._to_log: dict[str, float | Tensor] = {}
-        self._micro_batches = 1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook into the loop.
@@ -48,10 +53,11 @@ class SharpnessAwareCallback(Callback):
         Raises:
             TypeError: if ``configure_optimizers`` returned none of nusam's optimizers.
             ValueError: under DDP, if the optimizer does not know the LightningModule.
-            NotImplementedError: under a strategy that keeps gradients to itself.
+            NotImplementedError: under a strategy that keeps gradients to itself; in the first batch, if
+                ``training_step`` takes a ``dataloader_iter``.
             RuntimeError: if this version of Lightning builds its closures elsewhere.
         """
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        if KEEP_GRADIENTS & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise NotImplementedError(
                 f"{type(trainer.strategy).__name__} keeps gradients where the two passes can't reach them; use "
                 "ModelParallelStrategy (FSDP2) or DDPStrategy."
@@ -70,7 +76,6 @@ class SharpnessAwareCallback(Callback):
             if pl_module.automatic_optimization:
                 traces.enter_context(self._passes_in_closures(optimizers[0], trainer, pl_module))
             self._traces = traces.pop_all()
-        self._micro_batches = trainer.accumulate_grad_batches  # whose losses Lightning divides by their number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         for name, value in self._to_log.items():
@@ -94,9 +99,22 @@ class SharpnessAwareCallback(Callback):
             )
 
         def make_with_passes(kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+            if "batch" not in kwargs:
+                raise NotImplementedError(
+                    "training_step(self, dataloader_iter) would take other batches in the second pass; let it take "
+                    "(self, batch, batch_idx)."
+                )
             closure = make(kwargs, optimizer, batch_idx)
-            starts = batch_idx % trainer.accumulate_grad_batches == 0
-            closure.closure = self._with_passes(closure.closure, opt, pl_module, starts)
+            batch, on_one_batch = kwargs["batch"], closure.closure
+
+            def one_pass() -> Any:
+                kwargs["batch"] = _in_own_containers(batch)
+                return on_one_batch()
+
+            # Lightning divides the losses of accumulated batches by their number, which a callback may change
+            accumulated = trainer.accumulate_grad_batches
+            starts = batch_idx % accumulated == 0
+            closure.closure = self._with_passes(one_pass, opt, pl_module, starts, accumulated)
             return closure
 
         loop._make_closure = make_with_passes
@@ -105,7 +123,9 @@ class SharpnessAwareCallback(Callback):
         finally:
             del loop._make_closure
 
-    def _with_passes(self, one_pass: Callable[[], Any], opt: Any, pl_module: LightningModule, starts: bool) -> Any:
+    def _with_passes(
+        self, one_pass: Callable[[], Any], opt: Any, pl_module: LightningModule, starts: bool, accumulated: int
+    ) -> Callable[..., Any]:
         def passes(*_: Any, **__: Any) -> Any:
             self._to_log = {"active": float(opt.active), "rho": max(opt._radii())}
             if starts:
@@ -115,9 +135,9 @@ class SharpnessAwareCallback(Callback):
                 with _silent(pl_module, results != []):
                     results.append(one_pass())
                 if results[-1].closure_loss is None:  # training_step skips the batch
-                    break
+                    return results[-1]
             if len(results) > 1:
-                self._to_log["sharpness_gap"] = (results[1].loss - results[0].loss) * self._micro_batches
+                self._to_log["sharpness_gap"] = (results[1].loss - results[0].loss) * accumulated
             return results[0]
 
         return passes
@@ -153,6 +173,18 @@ def _wrapped_model(opt: SharpnessAware, trainer: Trainer, pl_module: LightningMo
         yield
     finally:
         opt.model = given
+
+
+def _in_own_containers(batch: Any) -> Any:
+    """The same tensors in fresh dicts, lists and tuples, since ``training_step`` may take some out of them."""
+    if isinstance(batch, MutableMapping):
+        fresh = copy.copy(batch)
+        for name, part in batch.items():
+            fresh[name] = _in_own_containers(part)
+        return fresh
+    if type(batch) in (list, tuple):
+        return type(batch)(_in_own_containers(part) for part in batch)
+    return batch
 
 
 @contextmanager
