@@ -4,6 +4,7 @@ import copy
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,6 +127,69 @@ def test_a_score_of_ones_own_and_a_report(setup):
     )
     assert found.base.scores == (1.0,)
     assert seen == [found.base, *found.trials]
+
+
+def test_a_part_in_evaluation_mode_stays_there(setup):
+    modes = []
+
+    def watched(model, batch):
+        modes.append([module.training for module in model])
+        return loss(model, batch)
+
+    model = setup["model"]
+    for frozen, expected in ((False, [True] * 5), (True, [True, False, True, True, True])):
+        modes.clear()
+        model.train()
+        model[1].train(not frozen)
+        nusam.find_rho(**{**setup, "loss": watched}, rhos=(0.1,), methods=(nusam.NuSAM,), steps=1, seeds=1)
+        assert [mode for mode in modes if any(mode)] == [expected] * 3
+    model.eval()  # as a pretrained model comes
+    modes.clear()
+    nusam.find_rho(**{**setup, "loss": watched}, rhos=(0.1,), methods=(nusam.NuSAM,), steps=1, seeds=1)
+    assert [True] * 5 in modes
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"loader": iter([1])}, "loader must give the same batches to every training, got a list_iterator"),
+        ({"validation": (batch for batch in ())}, "validation must give the same batches.*got a generator"),
+        ({"base": lambda model: None}, "base_optimizer must be a torch.optim.Optimizer, got NoneType"),
+        ({"base": lambda model: torch.optim.LBFGS(model.parameters())}, "LBFGS evaluates its closure several times"),
+        ({"base": lambda model: torch.optim.Adadelta(model.parameters())}, "Adadelta has a hyperparameter rho"),
+        ({"base": lambda model: nusam.SAM(sgd(model))}, "base_optimizer is a SAM, itself a wrapper"),
+    ],
+)
+def test_what_can_not_serve_several_trainings_is_refused_before_the_first(setup, change, sentence):
+    seen = []
+    with pytest.raises(TypeError, match=sentence):
+        nusam.find_rho(**{**setup, **change}, steps=2, report=seen.append)
+    assert seen == []
+
+
+def test_a_method_that_can_not_wrap_the_base_is_refused_before_the_first_training(setup):
+    seen = []
+    methods = (nusam.NuSAM, partial(nusam.NuSAM, ascent="sideways"))
+    methods[1].__name__ = "sideways"
+    with pytest.raises(ValueError, match="ascent must be one of"):
+        nusam.find_rho(**setup, methods=methods, steps=2, report=seen.append)
+    assert seen == []
+
+
+def test_two_methods_of_one_name_are_refused(setup):
+    with pytest.raises(ValueError, match=r"Two methods are called NuSAM; give one of them a __name__ of its own\.$"):
+        nusam.find_rho(**setup, methods=(nusam.NuSAM, partial(nusam.NuSAM, ascent_every=2)), steps=2)
+
+
+def test_radii_may_be_an_array(setup):
+    found = nusam.find_rho(
+        **setup, methods=(partial(nusam.NuSAM, seed=3),), rhos=np.array([0.2, 0.1]), steps=1, seeds=1
+    )
+    assert [(trial.method, trial.rho) for trial in found.trials] == [("NuSAM", 0.1), ("NuSAM", 0.2)]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from nusam.checks import check_count, check_radius
+from nusam.checks import check_base_optimizer, check_count, check_radius
 from nusam.methods import SAM, NuSAM
 from nusam.sharpness_aware import SharpnessAware
 
@@ -85,13 +87,14 @@ def find_rho(
     a short training is not always that of a long one. Where several are equally good, take a small one.
 
     Args:
-        model: what is trained, at the weights that training starts from.
+        model: what is trained, at the weights that training starts from. If it is in training mode, parts that are in
+            evaluation mode stay there (a frozen batch norm, say).
         base: makes the base optimizer of a model, such as ``lambda model: torch.optim.AdamW(model.parameters())``.
         loss: ``(model, batch) -> scalar``, the mean loss of a batch.
-        loader: batches to train on; it is started over when it ends.
+        loader: batches to train on; it is started over when it ends, and for every training.
         validation: held-out batches.
-        methods: classes such as :class:`nusam.NuSAM`, or functions of theirs with a ``__name__``, called with
-            ``(base_optimizer, rho=, delay=, model=)``.
+        methods: classes such as :class:`nusam.NuSAM`, functions, or partials of either, called with
+            ``(base_optimizer, rho=, delay=, model=)`` and known by their ``__name__``.
         rhos: radii that are tried with every method, each positive.
         steps: of each training.
         delay: share of the steps that the base optimizer takes alone.
@@ -99,48 +102,76 @@ def find_rho(
         seeds: trainings of every method and ρ, with batches in another order and, where the model has any, other
             dropout masks.
         score: judges a trained model, in evaluation mode and without gradients; more is better. The negative mean
-            loss over ``validation`` unless given.
+            of the loss over the batches of ``validation`` unless given.
         report: told of every trial as it ends.
 
     Raises:
-        ValueError: if there is no radius, method or batch, or a number is out of range; in one sentence.
+        TypeError, ValueError: if there is no radius, method or batch, a number is out of range, the base optimizer or a
+            loader can't serve several trainings, or a method can't wrap it; in one sentence, and but for a loader
+            without batches before the first training.
     """
+    rhos = list(rhos)
     if not methods or not rhos:
         raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
     for rho in rhos:
         check_radius(rho)
         if rho == 0:
             raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
+    rhos = sorted(map(float, rhos))
     check_count("steps", steps, least=1)
     check_count("seeds", seeds, least=1)
     for name, share in (("delay", delay), ("warm_up", warm_up)):
         if not 0 <= share < 1:
             raise ValueError(f"{name} must be a share of the steps, at least 0 and below 1, got {share!r}.")
+    for name, batches in (("loader", loader), ("validation", validation)):
+        if isinstance(batches, Iterator):
+            raise TypeError(
+                f"{name} must give the same batches to every training, got a {type(batches).__name__}, which can be "
+                "run through once; hand over a DataLoader or a list."
+            )
+    named = {_name(method): method for method in methods}
+    if len(named) < len(methods):
+        twice = Counter(map(_name, methods)).most_common(1)[0][0]
+        raise ValueError(f"Two methods are called {twice}; give one of them a __name__ of its own.")
+
+    def prepared(method: Method | None, rho: float) -> tuple[nn.Module, Optimizer]:
+        trained = copy.deepcopy(model)
+        if not model.training:
+            trained.train()
+        optimizer = base(trained)
+        check_base_optimizer(optimizer)
+        if method is not None:
+            optimizer = method(optimizer, rho=rho, delay=int(delay * steps), model=trained)
+        return trained, optimizer
 
     def judge(trained: nn.Module) -> float:
         return -fmean(_values(trained, loss, validation))
 
     def training(method: Method | None, rho: float, seed: int) -> float:
-        trained = copy.deepcopy(model).train()
-        optimizer = base(trained)
-        if method is not None:
-            optimizer = method(optimizer, rho=rho, delay=int(delay * steps), model=trained)
+        trained, optimizer = prepared(method, rho)
         torch.manual_seed(seed)
         _train(trained, optimizer, loss, _repeated(loader, steps), max(1, int(warm_up * steps)), steps)
         with torch.no_grad():
             found = (score or judge)(trained.eval())
         return found if math.isfinite(found) else -math.inf
 
-    def trial(method: Method | None, rho: float) -> Trial:
-        name = "base optimizer" if method is None else method.__name__
+    def trial(name: str, method: Method | None, rho: float) -> Trial:
         tried = Trial(name, rho, tuple(training(method, rho, seed) for seed in range(seeds)))
         if report:
             report(tried)
         return tried
 
     with torch.random.fork_rng(devices=[]):
-        alone = trial(None, 0.0)
-        return RadiusSearch(alone, tuple(trial(method, rho) for method in methods for rho in sorted(rhos)))
+        for method in methods:
+            prepared(method, rhos[0])  # what is refused is refused before anything is trained
+        alone = trial("base optimizer", None, 0.0)
+        return RadiusSearch(alone, tuple(trial(name, method, rho) for name, method in named.items() for rho in rhos))
+
+
+def _name(method: Method) -> str:
+    while isinstance(method, partial) and "__name__" not in method.__dict__:
+        method = method.func
+    return getattr(method, "__name__", type(method).__name__)
 
 
 def _train(

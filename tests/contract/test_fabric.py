@@ -55,3 +55,14 @@ def test_what_is_refused_inside_a_pass_is_refused_through_the_wrapper(prepared, 
             if name == "descent":
                 getattr(opt, what)()
     assert trained.rates == []
+
+
+def test_step_in_backward_reaches_the_optimizer_behind_the_wrapper(prepared):
+    trained, fabric, model, opt = prepared
+    nusam.step_in_backward(opt)
+    before = trained.weights
+    x, y = next(iter(loader(Run())))
+    for _ in opt.passes():
+        fabric.backward(cross_entropy(model(x), y))
+    assert all(parameter.grad is None for parameter in trained.model.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(trained.weights, before, strict=True))

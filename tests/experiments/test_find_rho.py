@@ -25,6 +25,21 @@ def setup():
         "validation": batches[6:],
     }
 
+def diverging():
+    return {**setup(), "base": lambda model: torch.optim.SGD(model.parameters(), lr=1e30)}
+
+def adadelta():
+    return {**setup(), "base": lambda model: torch.optim.Adadelta(model.parameters())}
+
+def failing():
+    return {**setup(), "loss": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1][:3])}
+
+def once():
+    return {**setup(), "loader": iter(setup()["loader"])}
+
+def asking(size):
+    return setup()
+
 def incomplete():
     return {"model": nn.Linear(1, 1)}
 
@@ -74,6 +89,22 @@ def test_a_diverged_trial_has_a_place_in_table_and_figure(tmp_path):
     assert (tmp_path / "rho.png").stat().st_size > 5_000
 
 
+def test_if_everything_diverges_the_scores_are_kept_and_the_table_says_so(setup, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    options = ("--steps", 3, "--seeds", 1, "--rhos", 0.1, 0.2, "--methods", "nusam", "--out", out)
+    assert find_rho(monkeypatch, setup.replace(":setup", ":diverging"), *options) == 0
+    assert "lower the learning rate" in " ".join(capsys.readouterr().out.split())
+    recorded = json.loads((out / "rho.json").read_text())
+    assert [trial["scores"] for trial in recorded["trials"]] == [[None]] * 3
+    assert (out / "rho.png").stat().st_size > 5_000
+
+
+def test_an_error_in_the_users_own_loss_keeps_its_place(setup, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nusam", "find-rho", setup.replace(":setup", ":failing"), "--steps", "1"])
+    with pytest.raises(ValueError, match="batch_size"):
+        main()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -83,6 +114,9 @@ def test_a_diverged_trial_has_a_place_in_table_and_figure(tmp_path):
         (("{file}:setup", "--rhos", "-1"), "rho must be a finite number of at least 0, got -1.0"),
         (("{file}:setup", "--methods", "magic"), "--methods must name some of nusam, nusam-norm, sam, sam-on"),
         (("{file}:setup", "--methods", "sam-on", "--steps", "1"), "SAMON has nothing to perturb"),
+        (("{file}:adadelta",), "Adadelta has a hyperparameter rho of its own"),
+        (("{file}:once",), "loader must give the same batches to every training, got a list_iterator"),
+        (("{file}:asking",), "asking must take no arguments (missing a required argument: 'size'); give them defaults"),
         (("--model", "huge"), "--model must be one of mixer"),
         (("{file}:setup", "--steps", "1", "--out", "/proc/nowhere"), "can't be written to"),
     ],

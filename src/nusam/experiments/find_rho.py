@@ -1,12 +1,14 @@
 """``nusam find-rho``: a short sweep over ρ on data and a model of one's own, or on those of the experiments."""
 
 import importlib.util
+import inspect
 import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, Any
 
 import torch
@@ -43,8 +45,9 @@ METHODS: dict[str, Callable[..., nusam.SharpnessAware]] = {
 class FindRho:
     """Suggest ρ for every method by short trainings, and draw the scores.
 
-    FILE.py:FUNCTION names a function without arguments that returns a dict with the arguments of nusam.find_rho:
-    model, base, loss, loader, validation, and score if the loss is not what counts.
+    FILE.py:FUNCTION names a function without arguments that returns a dict with arguments of nusam.find_rho: model,
+    base, loss, loader, validation, and score if the loss is not what counts; methods, radii, steps and seeds are
+    options of this command.
     """
 
     setup: Annotated[str, tyro.conf.Positional] = ""
@@ -87,8 +90,10 @@ class FindRho:
         methods = [METHODS[method] for method in self.methods]
         try:
             found = find_rho(**given, methods=methods, rhos=self.rhos, steps=self.steps, seeds=self.seeds, report=tell)
-        except ValueError as error:
-            raise Refused(str(error)) from error
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if _raised_in_nusam(error):
+                raise Refused(str(error)) from error
+            raise  # out of the setup's own loss or model, where only a traceback helps
         console.print(_table(found))
         self._save(found)
         console.print(f"Saved as {self.out / 'rho.png'} and rho.json.", highlight=False)
@@ -118,7 +123,6 @@ class FindRho:
     def _save(self, found: RadiusSearch) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            draw(found, self.out / "rho.png")
             content = {
                 "command": " ".join(["nusam", *sys.argv[1:]]),
                 "suggestions": found.suggestions,
@@ -129,6 +133,7 @@ class FindRho:
                 ],
             }
             write_whole(self.out / "rho.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+            draw(found, self.out / "rho.png")
         except OSError as error:
             raise Refused(f"--out {self.out} can't be written to ({error.strerror}); name another folder.") from error
 
@@ -147,6 +152,10 @@ def _of_user(setup: str) -> dict[str, Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise Refused(f"{path} has no function {name}; name one that returns the arguments of nusam.find_rho.")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise Refused(f"{setup} must take no arguments ({error}); give them defaults.") from error
     given = function()
     needed = {"model", "base", "loss", "loader", "validation"}
     if not isinstance(given, dict) or not needed <= given.keys() <= needed | {"score", "delay", "warm_up"}:
@@ -158,13 +167,21 @@ def _of_user(setup: str) -> dict[str, Any]:
     return given
 
 
+def _raised_in_nusam(error: Exception) -> bool:
+    *_, (raised_in, _) = walk_tb(error.__traceback__)
+    return Path(raised_in.f_code.co_filename).is_relative_to(Path(nusam.__file__).parent)
+
+
 def _table(found: RadiusSearch) -> Table:
     table = Table(title="Score of short trainings", box=HORIZONTALS, pad_edge=False)
     for column in ("method", "best ρ", "its score", "base optimizer alone", "take"):
         table.add_column(column)
     for method, rho in found.suggestions.items():
         best = found.suggestion(method)
-        take = f"ρ = {rho:g}" if rho else "none of these: the base optimizer alone did better"
+        if not math.isfinite(max(best.score, found.base.score)):
+            take = "no training ended in a finite score: lower the learning rate"
+        else:
+            take = f"ρ = {rho:g}" if rho else "none of these: the base optimizer alone did better"
         table.add_row(method, f"{best.rho:g}", f"{best.score:.4f}", f"{found.base.score:.4f}", take)
     return table
 
@@ -176,14 +193,21 @@ def draw(found: RadiusSearch, path: Path) -> None:
     for method, (colour, dashes) in zip(found.suggestions, list(LOOKS.values())[1:], strict=False):
         trials = [trial for trial in found.trials if trial.method == method]
         rhos = [trial.rho for trial in trials]
-        axes.plot(rhos, [trial.score for trial in trials], color=colour, linestyle=dashes, label=method)
+        axes.plot(rhos, [_drawn(trial.score) for trial in trials], color=colour, linestyle=dashes, label=method)
         for seed in range(len(found.base.scores)):
-            axes.plot(rhos, [trial.scores[seed] for trial in trials], ".", color=colour, alpha=0.6)
-    axes.axhline(found.base.score, color="#000000", linestyle=(0, (1, 1)), label="base optimizer alone")
+            axes.plot(rhos, [_drawn(trial.scores[seed]) for trial in trials], ".", color=colour, alpha=0.6)
+    axes.axhline(_drawn(found.base.score), color="#000000", linestyle=(0, (1, 1)), label="base optimizer alone")
+    every = [trial.rho for trial in found.trials]
     axes.set_xscale("log")
+    axes.set_xlim(min(every) / 1.2, max(every) * 1.2)
     axes.set_xlabel("ρ")
     axes.set_ylabel("score on held-out data")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def _drawn(score: float) -> float:
+    """A gap in the line for a training that diverged."""
+    return score if math.isfinite(score) else math.nan
