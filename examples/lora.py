@@ -36,10 +36,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    reviews = args.sentences / "movieReviewSnippets_GroundTruth.txt"
+    if not reviews.is_file():
+        parser.error(f"--sentences must be a folder with {reviews.name}, which {args.sentences} does not hold.")
 
     torch.manual_seed(args.seed)
     transformers.utils.logging.set_verbosity_error()
-    rows = [row.split("\t") for row in (args.sentences / "movieReviewSnippets_GroundTruth.txt").open(errors="replace")]
+    rows = [row.split("\t") for row in reviews.open(errors="replace")]
     data = [(text.strip(), int(float(rating) > 0)) for _, rating, text in rows if abs(float(rating)) >= 0.5]
     sizes = [args.train, 300, args.test]
     train, validation, test, _ = random_split(data, [*sizes, len(data) - sum(sizes)])
