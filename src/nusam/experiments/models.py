@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.error import URLError
 
 import timm
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from nusam.experiments.errors import Refused
 from nusam.experiments.text import ENCODERS, sentence_model
@@ -39,6 +42,8 @@ _PRETRAINED = {
     "vit-b/16": ("ViT-B/16", "vit_base_patch16_224"),
     "mixer-b/16": ("Mixer-B/16", "mixer_b16_224"),
 }
+_PRETRAINED_SIZE = 224  # pixels on a side, for which these models have positions and token mixers
+_UNREACHABLE = (ConnectionError, TimeoutError, URLError, HfHubHTTPError, LocalEntryNotFoundError)
 SMALL = ("mixer", "vit")  # those that two processor cores train in seconds
 TITLES = {
     **{name: shape.title for name, shape in _SHAPES.items()},
@@ -50,6 +55,8 @@ TITLES = {
 def build(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
     """A freshly initialized model for square images, or for sentences (0 channels); a pretrained one with a new head.
 
+    A pretrained model gets its images enlarged to the size that it was trained on.
+
     Raises:
         Refused: if the model is not for such data, or pretrained weights are not at hand and can't be downloaded.
     """
@@ -59,7 +66,7 @@ def build(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
     if name in ENCODERS:
         return sentence_model(name, classes)
     if name in _PRETRAINED:
-        return _pretrained(_PRETRAINED[name][1], image_size, channels, classes)
+        return _pretrained(_PRETRAINED[name][1], channels, classes)
     shape = _SHAPES[name]
     common: dict[str, int] = {
         "num_classes": classes,
@@ -75,14 +82,18 @@ def build(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
     return vit(depth=shape.depth, num_heads=shape.heads, class_token=False, global_pool="avg", **common)
 
 
-def _pretrained(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
+def _pretrained(name: str, channels: int, classes: int) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(
-            name, pretrained=True, num_classes=classes, in_chans=channels, img_size=image_size
-        )
-    except Exception as error:  # whatever the hub raises without a network
+        model: nn.Module = timm.create_model(name, pretrained=True, num_classes=classes, in_chans=channels)
+    except _UNREACHABLE as error:
         raise Refused(
             f"The pretrained weights of {name} could not be loaded ({type(error).__name__}); connect to the network "
             "once, or choose a model that is trained from scratch."
         ) from error
+    model.register_forward_pre_hook(_enlarged)
     return model
+
+
+def _enlarged(model: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """The images as the model's input, at the size of its pretraining."""
+    return interpolate(inputs[0], size=_PRETRAINED_SIZE, mode="bilinear")

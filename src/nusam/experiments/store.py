@@ -27,7 +27,7 @@ class Cell:
     recipe: Recipe
     run: Run
     train_size: int | None = None
-    pretrained: str = ""  # key of the run whose weights it starts from
+    pretrained: str = ""  # the weights it starts from: key of the run that made them, and what they are
 
     @property
     def key(self) -> str:
@@ -69,9 +69,9 @@ class Store:
     def __getitem__(self, cell: Cell) -> Outcome:
         return self._outcomes[cell.key]
 
-    def weights(self, key: str) -> Path:
-        """Where the weights of a pretrained model are kept."""
-        return self.folder / "weights" / f"{key}.pt"
+    def weights(self, pretrained: str) -> Path:
+        """Where a pretrained model is kept; by the key of its run, with or without what its weights are."""
+        return self.folder / "weights" / f"{pretrained.partition('-')[0]}.pt"
 
     def __len__(self) -> int:
         return len(self._outcomes)
