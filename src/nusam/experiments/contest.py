@@ -43,6 +43,11 @@ class Setting:
         run = replace(Run(self.model, contender.method, rho, seed), **contender.options)
         return Cell(self.data, self.recipe, run, self.train_size, self.pretrained)
 
+    @property
+    def candidate_seeds(self) -> range:
+        """The seeds on which every candidate for ρ is tried."""
+        return range(min(self.trial_seeds, self.seeds))
+
     def candidates(self, contender: Contender) -> tuple[float, ...]:
         """The radii that are tried."""
         small = "mixer" if "mixer" in self.model else "vit"
@@ -62,13 +67,12 @@ class Contest:
 
     def trials(self) -> list[Cell]:
         """What must be run before any ρ can be chosen."""
-        seeds = range(min(self.setting.trial_seeds, self.setting.seeds))
         return [
             self.setting.cell(contender, rho, seed)
             for contender in self.contenders.values()
             if not contender.radius_of
             for rho in self.setting.candidates(contender)
-            for seed in seeds
+            for seed in self.setting.candidate_seeds
         ]
 
     def radius(self, store: Store, label: str) -> float:
@@ -76,7 +80,7 @@ class Contest:
         contender = self.contenders[label]
         if contender.radius_of:
             return self.radius(store, contender.radius_of)
-        seeds = range(min(self.setting.trial_seeds, self.setting.seeds))
+        seeds = self.setting.candidate_seeds
 
         def score(rho: float) -> float:
             return fmean(store[self.setting.cell(contender, rho, seed)].validation_accuracy for seed in seeds)

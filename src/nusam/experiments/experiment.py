@@ -3,7 +3,7 @@
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from nusam.experiments.contest import Setting
+from nusam.experiments.contest import Contest, Setting
 from nusam.experiments.data import load
 from nusam.experiments.filling import fill
 from nusam.experiments.result import Curve, Result
@@ -30,7 +30,7 @@ class Scale:
     """How large an experiment is: data, models, seeds and the recipe of every run.
 
     Attributes:
-        ours: what the paper's text does not give, and this project chose.
+        ours: what this project chose instead of the paper's, beside the values of the recipe.
         on_request: data that are run only where they are named.
     """
 
@@ -41,7 +41,7 @@ class Scale:
     train_size: dict[str, int | None]
     trial_seeds: int = 2
     one_radius: bool = False  # the first candidate instead of a choice
-    ours: tuple[str, ...] = ()
+    ours: str = ""
     on_request: tuple[str, ...] = ()
 
 
@@ -53,7 +53,7 @@ SCALES = {
         seeds={"digits": 2},
         train_size={"digits": 64},
         one_radius=True,
-        ours=("all: seconds of a run that tests the pipeline and nothing else",),
+        ours="data and models, for a run of seconds that tests the pipeline and nothing else",
     ),
     "cpu": Scale(
         data=("digits", "fashion-mnist"),
@@ -62,14 +62,11 @@ SCALES = {
         seeds={"digits": 8, "fashion-mnist": 3, "cifar10": 3},
         train_size={"digits": 300, "fashion-mnist": 500, "cifar10": 2000},
         on_request=("cifar10",),
-        ours=(
-            "data, models (width 64, depth 2, 4 × 4 patches), epochs, batch size 32, learning rate 4e-3, weight decay "
-            "0.05, warm-up 10%, candidates for ρ, the choice of ρ by validation accuracy over two of the seeds",
-        ),
+        ours="data and models (width 64, depth 2, 4 × 4 patches)",
     ),
     "full": Scale(
-        data=("cifar10", "cifar100"),
-        models=("mixer-s/4", "mixer-b/4", "vit-s/4", "vit-b/4"),
+        data=("cifar10", "cifar100"),  # the recipes name theirs
+        models=("mixer-b/4", "mixer-s/4", "vit-b/4", "vit-s/4"),
         recipes={
             name: Recipe(
                 epochs=300, batch_size=256, learning_rate=1e-3, warm_up=1 / 30, augment="crop-flip-autoaugment"
@@ -78,10 +75,7 @@ SCALES = {
         },
         seeds={"cifar10": 3, "cifar100": 3},
         train_size={"cifar10": 0, "cifar100": 0},
-        ours=(
-            "epochs, batch size 256, learning rate 1e-3, weight decay 0.05 and 10 epochs of warm-up (of Gani et al. "
-            "2022, on which the paper builds), seeds, 1,000 validation images, candidates for ρ",
-        ),
+        ours="the recipe of Gani et al. (2022), on which the paper builds",
     ),
 }
 
@@ -113,13 +107,13 @@ class Bench:
         self.made.update(cell for cell in cells if cell not in self.found)
         fill(self.store, cells, self.data_root, self.jobs, self.device, self.console)
 
-    def settings(self, **changes: Any) -> list[Setting]:
-        """One for each model, with changes to the recipe."""
+    def settings(self, experiment: "Experiment", **changes: Any) -> list[Setting]:
+        """One for each model of an experiment, with changes to the recipe."""
         scale = self.scale
         recipe = replace(scale.recipes[self.data], **changes)
         return [
             Setting(self.data, model, recipe, scale.seeds[self.data], scale.trial_seeds, scale.train_size[self.data])
-            for model in scale.models
+            for model in experiment.models(self.scale_name)
         ]
 
     def result(
@@ -130,10 +124,26 @@ class Bench:
         rows: list[dict[str, Any]],
         curves: list[Curve] | None = None,
         findings: str = "",
-        recipe: Recipe | None = None,
+        setting: Setting | None = None,
+        radii: str = "",
+        notes: Iterable[str] = (),
     ) -> Result:
-        """What the experiment came to, with where and how."""
-        notes = [f"Ours: {what}." for what in self.scale.ours] + list(experiment.notes)
+        """What the experiment came to, with where and how.
+
+        Args:
+            experiment: whose name and notes it carries.
+            title: a sentence.
+            columns: of the table, in order.
+            rows: of the table.
+            curves: of the figure.
+            findings: what agrees with the paper and what doesn't.
+            setting: of the first model, if there were runs.
+            radii: what of ρ is ours, and how it was chosen.
+            notes: those that depend on the bench, beside the experiment's.
+        """
+        values = _values_that_are_ours(setting, experiment.published) if setting else ""
+        ours = "; ".join(filter(None, (experiment.ours(self.scale_name), values, radii)))
+        notes = [f"Ours: {ours}.", *notes, *experiment.notes]
         if self.data == "cifar10":  # the original or a copy, as the files say
             notes.append(f"Data: {load(self.data, self.data_root, self.scale.train_size[self.data]).title}.")
         return Result(
@@ -146,8 +156,20 @@ class Bench:
             curves=curves or [],
             findings=findings,
             notes=notes,
-            circumstances={"recipe": asdict(recipe or self.scale.recipes[self.data])},
+            circumstances=_circumstances(setting) if setting else {},
         )
+
+    def choice_of_radius(self, experiment: "Experiment", contest: Contest) -> str:
+        """What of it is ours."""
+        setting = contest.setting
+        if self.scale.one_radius:
+            return "ρ, the first candidate"
+        if all(len(setting.candidates(contender)) == 1 for contender in contest.contenders.values()):
+            return ""
+        seeds, tried = setting.seeds, len(setting.candidate_seeds)
+        share = f"{tried} of the {seeds} seeds" if tried < seeds else f"all {seeds} seeds"
+        choice = f"the choice of ρ by validation accuracy over {share}"
+        return choice if "rho" in experiment.published else f"the candidates for ρ and {choice}"
 
     def circumstances(self) -> dict[str, Any]:
         """Where, when and with what."""
@@ -164,18 +186,68 @@ class Bench:
         }
 
 
+def _circumstances(setting: Setting) -> dict[str, Any]:
+    return {
+        "recipe": asdict(setting.recipe),
+        "seeds": setting.seeds,
+        "trial_seeds": len(setting.candidate_seeds),
+        "train_size": setting.train_size,  # 0 is all
+    }
+
+
+def _values_that_are_ours(setting: Setting, published: Mapping[str, Any]) -> str:
+    """In words, those that the paper's text does not give, or gives otherwise."""
+    recipe, size = setting.recipe, setting.train_size
+    values = {**asdict(recipe), "seeds": setting.seeds, "train_size": size}
+    words = {
+        "train_size": f"{size:,} training examples" if size else "all training examples but those for validation",
+        "seeds": f"{setting.seeds} seeds",
+        "epochs": f"{recipe.epochs} {'epoch' if recipe.epochs == 1 else 'epochs'}",
+        "batch_size": f"batch size {recipe.batch_size}",
+        "learning_rate": f"learning rate {recipe.learning_rate:g}",
+        "weight_decay": f"weight decay {recipe.weight_decay:g}",
+        "warm_up": f"warm-up over {100 * recipe.warm_up:.2g}% of the steps" if recipe.warm_up else "no warm-up",
+        "augment": _AUGMENTATIONS[recipe.augment],
+    }
+    return ", ".join(word for name, word in words.items() if name not in published or published[name] != values[name])
+
+
+_AUGMENTATIONS = {
+    "none": "no augmentation",
+    "crop": "random crops",
+    "crop-flip": "random crops and flips",
+    "crop-flip-autoaugment": "random crops, flips and AutoAugment",
+}
+
+
 class Experiment(ABC):
-    """A table or figure of the paper."""
+    """A table or figure of the paper.
+
+    Attributes:
+        published: values of the recipe, of seeds and of ρ that the paper's text gives; all others are ours.
+        models_of_paper, data_of_paper: what it is run on at the full scale.
+    """
 
     name: str
     title: str
     needs: str  # beyond what is embedded
     takes: dict[str, str]  # by scale, about how long
     notes: tuple[str, ...] = ()
+    published: Mapping[str, Any] = {"augment": "crop-flip-autoaugment"}
+    models_of_paper: tuple[str, ...] = SCALES["full"].models
+    data_of_paper: tuple[str, ...] = SCALES["full"].data
 
     def data(self, scale: str) -> tuple[str, ...]:
         """What it is run on at a scale; of an experiment without data, one empty name."""
-        return SCALES[scale].data
+        return self.data_of_paper if scale == "full" else SCALES[scale].data
+
+    def models(self, scale: str) -> tuple[str, ...]:
+        """What is trained at a scale."""
+        return self.models_of_paper if scale == "full" else SCALES[scale].models
+
+    def ours(self, scale: str) -> str:
+        """What this project chose, beside the values of the recipe."""
+        return SCALES[scale].ours
 
     def on_request(self, scale: str) -> tuple[str, ...]:
         """What it is run on if --data names it."""

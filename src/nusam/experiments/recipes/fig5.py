@@ -2,7 +2,7 @@
 
 from nusam.experiments.contest import Setting
 from nusam.experiments.experiment import Bench
-from nusam.experiments.fine_tuning import fine_tuning_data, fine_tuning_settings
+from nusam.experiments.fine_tuning import PUBLISHED, fine_tuning_data, fine_tuning_ours, fine_tuning_settings
 from nusam.experiments.recipes.fig2 import RadiusSweep
 
 
@@ -13,6 +13,10 @@ class FineTuningSweep(RadiusSweep):
         """What is fine-tuned on."""
         return fine_tuning_data(scale)
 
+    def ours(self, scale: str) -> str:
+        """Where the weights come from."""
+        return fine_tuning_ours(scale)
+
     def settings(self, bench: Bench) -> list[Setting]:
         """Pretrain what has not been."""
         return fine_tuning_settings(bench)
@@ -22,5 +26,7 @@ FIGURE = FineTuningSweep(
     "fig5",
     "Accuracy over ρ in fine-tuning",
     "a sweep over ρ for the results of Table 4; its plots are not in our text.",
+    notes=(),
+    published=PUBLISHED,
     needs="Fashion-MNIST at the cpu scale, pretrained weights at the full one",
 )

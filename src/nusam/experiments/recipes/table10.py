@@ -13,7 +13,7 @@ TABLE = MethodTable(
     ),
     baselines=("νSAM", "AdamW"),
     notes=(
-        "Our text of the paper has no figures of this table, nor its T; it says that more iterations do not "
-        "necessarily help. ρ is the one chosen for T = 1.",
+        "Our text of the paper has no figures of this table, nor its T, models and data; it says that more iterations "
+        "do not necessarily help. ρ is the one chosen for T = 1.",
     ),
 )

@@ -8,5 +8,8 @@ TABLE = MethodTable(
     title="SAM-ON with perturbation delay",
     contenders=(ADAMW, SAM_ON, Contender("SAM-ON, delay 10%", "sam-on", {"delay": 0.1})),
     baselines=("SAM-ON", "AdamW"),
-    notes=("Our text of the paper has no figures of this table; it says that the delay does not improve SAM-ON.",),
+    notes=(
+        "Our text of the paper has no figures of this table, nor its models and data; it says that the delay does not "
+        "improve SAM-ON.",
+    ),
 )

@@ -1,0 +1,167 @@
+"""What the recipes put beside our figures, and call ours: without training, from a store of made-up outcomes."""
+
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from nusam.experiments import data, experiment
+from nusam.experiments.experiment import Bench
+from nusam.experiments.reproduce import experiment as recipe_of
+from nusam.experiments.store import Store
+from nusam.experiments.training import Epoch, Outcome
+
+
+@pytest.fixture
+def result_of(tmp_path, monkeypatch):
+    """What a recipe comes to, and the cells that it asked for."""
+    asked = []
+
+    def made_up(store, cells, *_):
+        for cell in cells:
+            asked.append(cell)
+            if cell not in store:
+                accuracy = (7 * len(cell.run.method) + cell.run.seed) % 50 / 50
+                store.add(cell, Outcome(cell.run, [Epoch(1.0, accuracy)], accuracy, 0, 1, 0.1), torch.device("cpu"))
+
+    monkeypatch.setattr(experiment, "fill", made_up)
+    monkeypatch.setattr(experiment, "load", lambda *_: data.load("digits", tmp_path))  # for the title of CIFAR-10
+
+    def run(name, scale, of):
+        asked.clear()
+        bench = Bench(Store(tmp_path), scale, of, tmp_path, 1, torch.device("cpu"), Console())
+        return recipe_of(name).run(bench), list(asked)
+
+    return run
+
+
+def _paper(result):
+    (column,) = (column for column in result.columns if column.startswith("paper"))
+    return {(row["model"], row["method"]): row[column] for row in result.rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("table2", {("Mixer-B/4", "νSAM"): "70.09", ("ViT-S/4", "SAM-ON"): "72.70"}),
+        ("table3", {("Mixer-S/4", "AdamW"): "59.09", ("ViT-S/4", "SAM"): "65.11"}),
+        ("table4", {("Mixer-B/16", "νSAM"): "86.88 ± 0.25", ("ViT-S/16", "AdamW"): "91.10 ± 0.12"}),
+    ],
+)
+def test_beside_cifar100_stand_the_papers_cells_of_cifar100(result_of, name, cells):
+    result, _ = result_of(name, "full", "cifar100")
+    assert cells.items() <= _paper(result).items()
+    assert "not in our text" not in _paper(result).values()
+    assert "CIFAR-10)" not in result.findings
+    assert not any("has no cells" in note for note in result.notes)
+
+
+def test_the_papers_difference_is_that_of_its_data(result_of):
+    result, _ = result_of("table2", "full", "cifar100")
+    (line,) = (line for line in result.findings.splitlines() if line.startswith("- ViT-S/4: νSAM − SAM "))
+    assert "paper (ViT-S/4, CIFAR-100): -1.11" in line  # as Table 2 prints it
+
+
+def test_data_without_cells_get_those_of_cifar10_and_say_so(result_of):
+    result, _ = result_of("table3", "cpu", "digits")
+    assert _paper(result)["Mixer", "νSAM"] == "88.55"
+    assert any(
+        note.startswith(
+            "The paper has no cells for these data and models: beside Mixer stand those of Mixer-S/4 on CIFAR-10"
+        )
+        for note in result.notes
+    )
+    result, _ = result_of("table3", "cpu", "cifar10")
+    assert any(note.startswith("The paper has no cells for these models: beside Mixer stand") for note in result.notes)
+
+
+def test_the_papers_best_iterates_are_called_so(result_of):
+    result, _ = result_of("table2", "full", "cifar100")
+    assert "paper, best iterate" in result.columns
+    assert any("differences and verdicts here are of the last" in note for note in result.notes)
+
+
+def _ours(result):
+    (note,) = (note for note in result.notes if note.startswith("Ours: "))
+    return note
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "of", "ours", "not_ours"),
+    [
+        (
+            "table4",
+            "cpu",
+            "digits-28",
+            ["learning rate 0.001", "batch size 32"],
+            ["epochs,", "weight decay", "warm-up"],
+        ),
+        ("table4", "full", "cifar100", ["batch size 128"], ["learning rate", "10 epochs", "seeds,", "Gani"]),
+        ("fig5", "cpu", "digits-28", ["learning rate 0.001", "none is chosen"], ["0.004", "validation accuracy"]),
+        ("table3", "cpu", "digits", ["40 epochs", "learning rate 0.004", "over 2 of the 8 seeds"], []),
+        ("table2", "full", "cifar100", ["300 epochs", "weight decay 0.05", "Gani"], ["AutoAugment"]),
+        ("fig2", "cpu", "digits", ["none is chosen", "no augmentation"], ["validation accuracy"]),
+        ("fig3", "cpu", "digits", ["40 epochs", "over all 8 seeds"], []),
+        ("fig3", "full", "cifar10", ["over all 3 seeds"], ["epochs", "3 seeds,"]),
+        ("table5", "cpu", "movie-reviews", ["learning rate 0.0001", "3 epochs"], ["batch size", "candidates"]),
+        ("table13", "full", "cifar100", ["batch size 128"], ["candidates", "validation accuracy"]),
+    ],
+)
+def test_what_is_called_ours_is_what_was_run_and_the_paper_does_not_give(
+    result_of, pretrained, name, scale, of, ours, not_ours
+):
+    note = _ours(result_of(name, scale, of)[0])
+    for words in ours:
+        assert words in note
+    for words in not_ours:
+        assert words not in note
+
+
+@pytest.fixture
+def pretrained(monkeypatch):
+    """As if weights had been trained."""
+    monkeypatch.setattr("nusam.experiments.fine_tuning._pretrained", lambda *_: "")
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "of"),
+    [
+        ("table2", {"mixer-b/4", "mixer-s/4", "vit-b/4", "vit-s/4"}, ("cifar10", "cifar100")),
+        ("table3", {"mixer-s/4", "vit-s/4"}, ("cifar10", "cifar100")),
+        ("table4", {"mixer-b/16", "vit-b/16", "vit-s/16"}, ("cifar10", "cifar100")),
+        ("table8", {"mixer-s/4", "vit-s/4"}, ("cifar10", "cifar100")),
+        ("table13", {"mixer-b/16", "vit-b/16", "vit-s/16"}, ("cifar10", "cifar100")),
+        ("fig3", {"vit-s/4"}, ("cifar10",)),
+    ],
+)
+def test_at_full_scale_models_and_data_are_the_papers(result_of, name, models, of):
+    assert recipe_of(name).data("full") == of
+    _, asked = result_of(name, "full", of[-1])
+    assert {cell.run.model for cell in asked} == models
+
+
+def test_table_13_fine_tunes_at_the_papers_rate_and_radii(result_of):
+    _, asked = result_of("table13", "full", "cifar100")
+    runs = {
+        (c.run.method, c.run.rho, c.recipe.learning_rate * c.run.rate, c.recipe.epochs * c.run.stretch) for c in asked
+    }
+    assert runs == {
+        ("adamw", 0.0, 1e-4, 10.0),
+        ("adamw", 0.0, 5e-5, 10.0),
+        ("adamw", 0.0, 1e-4, 20.0),
+        ("sam", 0.05, 5e-5, 10.0),
+        ("nusam", 0.02, 5e-5, 10.0),
+    }
+
+
+def test_a_result_says_how_many_seeds_and_examples_it_is_of(result_of):
+    circumstances = result_of("table3", "cpu", "digits")[0].circumstances
+    assert (circumstances["seeds"], circumstances["trial_seeds"], circumstances["train_size"]) == (8, 2, 300)
+
+
+@pytest.mark.parametrize("name", ["fig2", "fig4"])
+def test_the_sweeps_say_that_their_images_are_not_cropped(result_of, name):
+    result, asked = result_of(name, "cpu", "digits")
+    assert {cell.recipe.augment for cell in asked} == {"none"}
+    assert any(re.search("without random crops.*Table 3", note) for note in result.notes)
