@@ -1,5 +1,7 @@
 """Figure 1: the direction of the perturbation is what makes it converge."""
 
+from dataclasses import replace
+
 from nusam.experiments.experiment import Bench, Experiment
 from nusam.experiments.result import Result
 from nusam.experiments.theory import fig1
@@ -19,7 +21,10 @@ class Figure1(Experiment):
 
     def run(self, bench: Bench) -> Result:
         """Simulate."""
-        return fig1(*((1_000, 2) if bench.scale_name == "smoke" else (100_000, 10)), scale=bench.scale_name)
+        steps, seeds = (1_000, 2) if bench.scale_name == "smoke" else (100_000, 10)
+        return replace(
+            fig1(steps, seeds, scale=bench.scale_name), circumstances={"steps": f"{steps:,}", "seeds": seeds}
+        )
 
 
 FIGURE = Figure1()
