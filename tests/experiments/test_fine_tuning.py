@@ -40,6 +40,14 @@ def test_runs_from_other_weights_are_other_runs(bench):
     assert bench.store.weights(other) == path
 
 
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut"])
+def test_weights_that_cant_be_read_are_refused(bench, content):
+    path = bench.store.weights(_pretrained(bench))
+    path.write_bytes(content)
+    with pytest.raises(Refused, match=r"holds no weights that can be read; remove it"):
+        _pretrained(bench)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_pretraining_takes_one_thread_whatever_the_machine_has(bench, monkeypatch, threads):
     seen = []
