@@ -1,17 +1,46 @@
 """Files that are whole whenever they are read, also if the program was stopped while it wrote them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["write_whole"]
+import torch
+
+__all__ = ["save_whole", "write_whole"]
 
 
 def write_whole(path: Path, text: str) -> None:
     """Replace the file at once; a disk that is full leaves the old one."""
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+def save_whole(path: Path, content: object) -> None:
+    """As :func:`write_whole`, by ``torch.save``.
+
+    Raises:
+        OSError: on a full disk too, where torch's writer ends with a RuntimeError about its own position.
+    """
+    try:
+        with _replacing(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` if the block ends well, and is gone if not."""
     unfinished = path.with_name(path.name + ".partial")
     try:
-        unfinished.write_text(text, "utf-8")
+        with unfinished.open("wb") as file:
+            yield file
         os.replace(unfinished, path)
-    except OSError:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

@@ -1,6 +1,10 @@
 """What happens in every step, for TensorBoard."""
 
+import os
+import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ __all__ = ["Scalars"]
 
 
 class Scalars:
-    """Writes an event file.
+    """Writes an event file, step by step and in this thread, so that a full disk is an OSError here.
 
     Args:
         folder: where to.
@@ -21,10 +25,17 @@ class Scalars:
     """
 
     def __init__(self, folder: Path, every: int = 10) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer: Any = SummaryWriter(str(folder))
+        self._event: Any = Event
+        self._summary: Any = Summary
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
+        self._records: Any = RecordWriter(self._file)
         self._every = every
+        self._write(file_version="brain.Event:2")
 
     def step(self, step: int, optimizer: Optimizer, losses: Sequence[Tensor]) -> None:
         """Losses of both passes and their gap, the learning rate, and what the optimizer has measured."""
@@ -36,9 +47,14 @@ class Scalars:
             numbers |= {"loss/perturbed": descent[0], "loss/sharpness_gap": descent[0] - ascent}
         if isinstance(optimizer, SharpnessAware):
             numbers |= optimizer.metrics()
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(step=step, summary=self._summary(value=values))
 
     def close(self) -> None:
-        """Write what is left."""
-        self._writer.close()
+        """Close the file; every step has been written, or has said why it could not."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
