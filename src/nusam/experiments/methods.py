@@ -14,7 +14,7 @@ import nusam
 if TYPE_CHECKING:
     from nusam.experiments.training import Run
 
-__all__ = ["BASES", "METHODS", "Method"]
+__all__ = ["ALONE", "BASES", "METHODS", "METHOD_NAMES", "Method", "kept_as", "title"]
 
 BASES: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {  # model, learning rate, weight decay
     "sgd": lambda model, rate, decay: torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay),
@@ -22,6 +22,7 @@ BASES: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {  # model, l
     "adamw": lambda model, rate, decay: torch.optim.AdamW(model.parameters(), rate, weight_decay=decay),
     "adafactor": lambda model, rate, decay: torch.optim.Adafactor(model.parameters(), rate, weight_decay=decay),
 }
+_BASE_TITLES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "adafactor": "Adafactor"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ _NUSAM_RADII = {"mixer": (0.05, 0.1, 0.2), "vit": (0.01, 0.03, 0.1)}
 _SAM_RADII = {"mixer": (0.1, 0.2, 0.4), "vit": (0.05, 0.1, 0.2)}
 _NORM_RADII = {"mixer": (0.1, 0.2, 0.4), "vit": (0.03, 0.1, 0.2)}
 
+ALONE = "adamw"  # under this name the base optimizer alone is kept, whichever it is
+
 METHODS = {
-    "adamw": Method("AdamW"),
+    ALONE: Method("AdamW"),
     "sam": Method("SAM", nusam.SAM, 0.1, _SAM_RADII),
     "sam-on": Method("SAM-ON", nusam.SAMON, 0.0, {"mixer": (0.5, 1.0, 2.0), "vit": (0.3, 1.0, 3.0)}),
     "nusam": Method("νSAM", nusam.NuSAM, 0.1, _NUSAM_RADII, low_rank=True),
@@ -66,3 +69,15 @@ METHODS = {
         for every in (2, 5, 10)
     },
 }
+
+METHOD_NAMES = ("none", *METHODS)  # as they can be given
+
+
+def kept_as(method: str) -> str:
+    """The name under which runs of a method are kept: ``none`` is the base optimizer alone."""
+    return ALONE if method == "none" else method
+
+
+def title(method: str, base: str = "adamw") -> str:
+    """A method's name for readers; of the base optimizer alone, that of the base."""
+    return _BASE_TITLES[base] if method == ALONE else METHODS[method].title

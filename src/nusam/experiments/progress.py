@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from nusam.experiments.methods import METHODS
+from nusam.experiments.methods import title
 from nusam.experiments.models import TITLES
 from nusam.experiments.training import Epoch, Run
 from nusam.experiments.workers import Report
@@ -14,7 +14,7 @@ __all__ = ["Bars", "describe"]
 class Bars(Progress):
     """Shows the reports of :class:`nusam.experiments.workers.Workers` with loss, accuracy and time left."""
 
-    def __init__(self, console: Console, runs: int, epochs: int) -> None:
+    def __init__(self, console: Console, runs: int, epochs: int, base: str = "adamw") -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -23,7 +23,7 @@ class Bars(Progress):
             TextColumn("left"),
         )
         super().__init__(*columns, console=console, speed_estimate_period=60)
-        self._runs, self._epochs, self._finished = runs, epochs, 0
+        self._runs, self._epochs, self._base, self._finished = runs, epochs, base, 0
         self._all = self.add_task("all runs", total=runs * epochs, news=f"0 of {runs} finished")
         self._bars: dict[int, TaskID] = {}
 
@@ -35,13 +35,14 @@ class Bars(Progress):
             self.remove_task(self._bars.pop(report.worker))
             return
         if report.worker not in self._bars:
-            self._bars[report.worker] = self.add_task(describe(report.run), total=self._epochs, news="")
+            name = describe(report.run, self._base)
+            self._bars[report.worker] = self.add_task(name, total=self._epochs, news="")
         news = f"loss {report.news.train_loss:.3f}, test accuracy {report.news.test_accuracy:.1%}"
         self.update(self._bars[report.worker], advance=1, news=news)
         self.advance(self._all)
 
 
-def describe(run: Run) -> str:
+def describe(run: Run, base: str = "adamw") -> str:
     """A run in a reader's words."""
     rho = f" ρ={run.rho:g}" if run.rho else ""
-    return f"{TITLES[run.model]} {METHODS[run.method].title}{rho}, seed {run.seed}"
+    return f"{TITLES[run.model]} {title(run.method, base)}{rho}, seed {run.seed}"
