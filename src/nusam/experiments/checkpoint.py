@@ -1,6 +1,5 @@
 """The state of a run on disk: whole or not at all, and the same for any number of processes."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nusam.experiments.errors import Refused
+from nusam.experiments.files import save_whole
 
 __all__ = ["Checkpoint"]
 
@@ -25,11 +25,11 @@ class Checkpoint:
 
     Args:
         path: the file.
-        identity: what the run is, so that no other run takes it up.
+        identity: what the run is, in parts (run, recipe, ...) of named options, so that no other run takes it up.
         resume: whether to go on from the file.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
+    def __init__(self, path: Path, identity: dict[str, dict[str, Any]], resume: bool) -> None:
         self.path, self.identity, self.resume = path, identity, resume
         self.stop_asked = False
 
@@ -58,36 +58,52 @@ class Checkpoint:
         return epoch_ended or self.stop_asked
 
     def save(
-        self, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, noise: torch.Generator, progress: Any
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        scaler: torch.amp.GradScaler,
+        noise: torch.Generator,
+        progress: Any,
     ) -> None:
-        """Replace the file."""
+        """Replace the file.
+
+        Raises:
+            Refused: if there is no room; the file is the old one then.
+        """
         weights, state = get_state_dict(model, optimizer, options=_WHOLE)
+        drawn = _by_process(_generators(model))
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self.path.with_suffix(".partial")
             content = {
                 "identity": self.identity,
                 "model": weights,
                 "optimizer": state,
                 "schedule": schedule.state_dict(),
+                "scaler": scaler.state_dict(),
                 "noise": noise.get_state(),
-                "random": torch.get_rng_state(),
-                "progress": progress,
+                "random": drawn,
+                "progress": vars(progress),
             }
             try:
-                torch.save(content, unfinished)
-                os.replace(unfinished, self.path)
-            except (OSError, RuntimeError) as error:
-                unfinished.unlink(missing_ok=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                save_whole(self.path, content)
+            except OSError as error:
+                kept = "what was saved before is still there" if self.path.exists() else "nothing was saved before"
                 raise Refused(
-                    f"The checkpoint {self.path} could not be written ({error}); make room there, or name another "
-                    "folder. What was saved before is still there."
+                    f"The checkpoint {self.path} could not be written ({error.strerror}); make room there, or name "
+                    f"another folder ({kept})."
                 ) from error
         if dist.is_initialized():
             dist.barrier()
 
     def load(
-        self, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, noise: torch.Generator, progress: Any
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        scaler: torch.amp.GradScaler,
+        noise: torch.Generator,
+        progress: Any,
     ) -> None:
         """Go on from the file, if there is one and that is wanted.
 
@@ -97,27 +113,68 @@ class Checkpoint:
         if not self.resume or not self.path.exists():
             return
         try:
-            saved = torch.load(self.path, weights_only=False)
-            identity = saved["identity"]
+            saved = torch.load(self.path, map_location="cpu", weights_only=False)
+            different = _differences(saved["identity"], self.identity)
         except Exception as error:  # whatever pickle finds wrong with it
-            raise Refused(f"{self.path} is no checkpoint ({error}); remove it, or leave out --resume.") from error
-        different = [name for name, value in self.identity.items() if identity.get(name) != value]
+            raise self._broken(error) from error
         if different:
-            raise Refused(
-                f"{self.path} is of a run with another {' and '.join(different)}; give the same options, or another "
-                "--out."
+            raise Refused(f"{self.path} is of a run with {different}; give the same options, or another --out.")
+        try:
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=saved["model"],
+                optim_state_dict=saved["optimizer"],
+                options=_WHOLE,
             )
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=saved["model"],
-            optim_state_dict=saved["optimizer"],
-            options=_WHOLE,
-        )
-        schedule.load_state_dict(saved["schedule"])
-        noise.set_state(saved["noise"])
-        torch.set_rng_state(saved["random"])
-        vars(progress).update(vars(saved["progress"]))
+            schedule.load_state_dict(saved["schedule"])
+            if scaler.is_enabled():
+                scaler.load_state_dict(saved["scaler"])
+            noise.set_state(saved["noise"])
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            _set_generators(model, saved["random"][rank % len(saved["random"])])
+            vars(progress).update({name: saved["progress"][name] for name in vars(progress)})
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise self._broken(error) from error
+
+    def _broken(self, error: Exception) -> Refused:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else (str(error) or repr(error)).splitlines()[0]
+        return Refused(f"{self.path} is no whole checkpoint ({why}); remove it, or leave out --resume.")
+
+
+def _differences(saved: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> str:
+    """The options that tell the runs apart, as they were saved and as they are given."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {saved[part].get(name, 'unknown')} and not {value}"
+        for part, options in given.items()
+        for name, value in options.items()
+        if saved[part].get(name, "unknown") != value
+    )
+
+
+def _generators(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The states of the global generators that the model can draw from."""
+    device = next(model.parameters()).device
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def _set_generators(model: nn.Module, states: dict[str, torch.Tensor]) -> None:
+    device = next(model.parameters()).device
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
+
+
+def _by_process(mine: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Those of every process: dropout draws for as many images as the process has."""
+    if not dist.is_initialized():
+        return [mine]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 _WHOLE = StateDictOptions(full_state_dict=True)

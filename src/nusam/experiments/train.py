@@ -3,11 +3,10 @@
 import json
 import sys
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import torch.distributed as dist
 import tyro
 from rich.console import Console
@@ -17,10 +16,12 @@ from nusam.experiments.checkpoint import Checkpoint
 from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import write_whole
+from nusam.experiments.limits import at_least
 from nusam.experiments.machine import PARALLEL, PRECISIONS, Machine, chosen_device, launched
-from nusam.experiments.methods import BASES, METHODS
+from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, kept_as
 from nusam.experiments.models import TITLES
 from nusam.experiments.progress import Bars
+from nusam.experiments.results import device_name
 from nusam.experiments.scalars import Scalars
 from nusam.experiments.training import Epoch, Outcome, Recipe, Run, Stopped, train
 from nusam.experiments.workers import Report
@@ -40,7 +41,7 @@ class Train:
     """mixer or vit (small), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained vit-s/16, vit-b/16, mixer-b/16.
     For sentences: bert-base, minilm, bert-tiny."""
     method: str = "nusam"
-    """adamw (the base optimizer alone), sam, sam-on, nusam, nusam-norm, gauss, or nusam-2, -5, -10 (ascent_every)."""
+    """none (the base optimizer alone), sam, sam-on, nusam, nusam-norm, gauss, or nusam-2, -5, -10 (ascent_every)."""
     rho: float = 0.05
     """The radius."""
     delay: float | None = None
@@ -85,42 +86,30 @@ class Train:
     out: Annotated[Path, tyro.conf.arg(name="out")] = Path("runs/train")
     """Folder of everything that is left."""
     resume: bool = False
-    """Go on from the checkpoint in --out, if there is one."""
+    """Go on from the checkpoint in --out, if there is one; the options must be the same."""
 
     def __call__(self) -> int:
         """Run it; the exit code: 0 done, 130 stopped and saved."""
         self._check()
+        run, recipe = self._wanted()
         chosen_device(self.device)
         with launched(self.device) as device:
-            return self._run(device)
+            return self._run(run, recipe, Machine(device, self.precision, self.compile, self.parallel))
 
-    def _run(self, device: torch.device) -> int:
+    def _run(self, run: Run, recipe: Recipe, machine: Machine) -> int:
         first = not dist.is_initialized() or dist.get_rank() == 0
         console = Console(markup=False, quiet=not first)
         source = load(self.data, self.data_root, self.train_size, self.download)
         if source.channels == 0 and self.augment != "none":
             raise Refused(f"--augment {self.augment} is for images, and {self.data} are sentences; leave it out.")
-        run = Run(self.model, self.method, self.rho, self.seed, self.delay, self.power_iterations)
-        if self.method == "adamw":
-            run = Run(self.model, self.method, 0.0, self.seed)
-        recipe = Recipe(
-            self.epochs,
-            self.batch_size,
-            self.learning_rate,
-            self.weight_decay,
-            self.warm_up,
-            self.base,
-            self.augment,
-            self.accumulate,
-        )
-        machine = Machine(device, self.precision, self.compile, self.parallel)
-        identity: dict[str, object] = {
+        identity: dict[str, dict[str, object]] = {
             "run": asdict(run),
             "recipe": asdict(recipe),
-            "data": [self.data, self.train_size],
+            "data": {"data": self.data, "title": source.title, "train_size": self.train_size},
+            "machine": {"precision": self.precision, "compile": self.compile, "parallel": self.parallel},
         }
         checkpoint = Checkpoint(self.out / "checkpoint.pt", identity, self.resume)
-        bars = Bars(console, 1, recipe.epochs)
+        bars = Bars(console, 1, recipe.epochs, recipe.base)
 
         def show(news: Epoch | Outcome) -> None:
             bars.show(Report(0, run, news))
@@ -130,28 +119,49 @@ class Train:
             self.out.mkdir(parents=True, exist_ok=True)
             scalars = Scalars(self.out) if first else None
             with bars, checkpoint.stopping_on_signals():
-                outcome = train(run, recipe, source, device, show, machine, checkpoint, scalars)
+                outcome = train(run, recipe, source, machine.device, show, machine, checkpoint, scalars)
                 show(outcome)
+            if first:
+                self._save(outcome, identity, machine)
         except Stopped:
             console.print(f"Stopped, and saved as {checkpoint.path}; the same command with --resume goes on.")
             return 130
         except OSError as error:
-            raise Refused(f"--out {self.out} can't be written to ({error.strerror}); name another folder.") from error
+            why = error.strerror or error
+            raise Refused(
+                f"--out {self.out} can't be written to ({why}); make room there, or name another folder."
+            ) from error
         finally:
             if scalars:
                 scalars.close()
-        if first:
-            self._save(outcome, identity)
-            console.print(
-                f"Test accuracy {outcome.test_accuracy:.2%} after the last epoch, validation accuracy "
-                f"{outcome.validation_accuracy:.2%}; {self.out / 'outcome.json'} has every epoch.",
-                highlight=False,
-            )
+        console.print(
+            f"Test accuracy {outcome.test_accuracy:.2%} after the last epoch, validation accuracy "
+            f"{outcome.validation_accuracy:.2%}; {self.out / 'outcome.json'} has every epoch.",
+            highlight=False,
+        )
         return 0
 
-    def _save(self, outcome: Outcome, identity: dict[str, object]) -> None:
+    def _wanted(self) -> tuple[Run, Recipe]:
+        """What to train, and how. The base optimizer alone has no other options."""
+        run = Run(self.model, kept_as(self.method), self.rho, self.seed, self.delay, self.power_iterations)
+        if run.method == ALONE:
+            run = replace(run, rho=0.0, delay=None, power_iterations=1)
+        return run, Recipe(
+            self.epochs,
+            self.batch_size,
+            self.learning_rate,
+            self.weight_decay,
+            self.warm_up,
+            self.base,
+            self.augment,
+            self.accumulate,
+        )
+
+    def _save(self, outcome: Outcome, identity: dict[str, dict[str, object]], machine: Machine) -> None:
+        where = {"device": device_name(machine.device), "processes": machine.processes}
         content = {
             **identity,
+            "machine": {**identity["machine"], **where},
             "command": " ".join(["nusam", *sys.argv[1:]]),
             "test_accuracy": outcome.test_accuracy,
             "validation_accuracy": outcome.validation_accuracy,
@@ -163,7 +173,7 @@ class Train:
     def _check(self) -> None:
         choices: dict[str, Collection[str]] = {
             "model": TITLES,
-            "method": METHODS,
+            "method": METHOD_NAMES,
             "base": BASES,
             "augment": AUGMENTATIONS,
             "precision": PRECISIONS,
@@ -172,8 +182,6 @@ class Train:
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise Refused(f"--{option} must be one of {', '.join(allowed)}, got {getattr(self, option)}.")
-        for option in ("epochs", "batch_size", "accumulate", "power_iterations"):
-            if getattr(self, option) < 1:
-                raise Refused(f"--{option.replace('_', '-')} must be at least 1, got {getattr(self, option)}.")
-        if not self.rho >= 0:
-            raise Refused(f"--rho must be at least 0, got {self.rho}.")
+        if self.method in BASES and self.method != self.base:
+            raise Refused(f"--method {self.method} and --base {self.base} are two base optimizers; give --method none.")
+        at_least(0, train_size=self.train_size)

@@ -20,6 +20,9 @@ from nusam import SharpnessAware
 from nusam.experiments.augmentation import augmented
 from nusam.experiments.checkpoint import Checkpoint
 from nusam.experiments.data import Images, Source, split
+from nusam.experiments.errors import Refused
+from nusam.experiments.files import save_whole
+from nusam.experiments.limits import at_least, not_negative, shares
 from nusam.experiments.machine import Machine
 from nusam.experiments.methods import BASES, METHODS
 from nusam.experiments.models import build
@@ -32,7 +35,7 @@ EVALUATION_BATCH = 128  # stays in a processor's cache
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all runs of a comparison have in common."""
+    """What all runs of a comparison have in common; numbers that can't be are Refused."""
 
     epochs: int
     batch_size: int = 32
@@ -43,10 +46,15 @@ class Recipe:
     augment: str = "none"
     accumulate: int = 1  # micro-batches of a step, each perturbed on its own
 
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
+        not_negative(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        shares(warm_up=self.warm_up)
+
 
 @dataclass(frozen=True)
 class Run:
-    """What tells one run from another. The base optimizer alone has ρ = 0."""
+    """What tells one run from another. The base optimizer alone has ρ = 0; numbers that can't be are Refused."""
 
     model: str
     method: str
@@ -56,6 +64,12 @@ class Run:
     power_iterations: int = 1
     stretch: float = 1.0  # of the epochs
     rate: float = 1.0  # of the learning rate
+
+    def __post_init__(self) -> None:
+        not_negative(rho=self.rho, stretch=self.stretch, rate=self.rate)
+        at_least(0, seed=self.seed)
+        at_least(1, power_iterations=self.power_iterations)
+        shares(delay=self.delay)
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ def train(
         recipe: what all runs of a comparison share.
         source: the images.
         device: where model and images live.
-        report: told of every epoch as it ends.
+        report: told of every epoch as it ends, and first of those that the checkpoint had.
         machine: precision, compilation and parallelism; a single process in float32 unless given.
         checkpoint: where the state is kept, and taken up from.
         scalars: gets what happens in every step.
@@ -125,6 +139,7 @@ def train(
 
     Raises:
         Stopped: if the checkpoint was asked to stop; its state is saved then.
+        Refused: if the model is not for such data, or a checkpoint or weights can't be read or written.
     """
     machine = machine or Machine(device)
     data = split(source, run.seed, device)
@@ -140,7 +155,9 @@ def train(
     noise = torch.Generator().manual_seed(run.seed)
     progress = Progress()
     if checkpoint:
-        checkpoint.load(model, optimizer, schedule, noise, progress)
+        checkpoint.load(model, optimizer, schedule, machine.scaler, noise, progress)
+    for epoch in progress.epochs:
+        report(epoch)
     for _ in range(progress.step // per_epoch):  # what finished epochs drew
         torch.randperm(len(data.train), generator=order)
 
@@ -166,14 +183,12 @@ def train(
             report(progress.epochs[-1])
         if checkpoint and checkpoint.is_due(progress.step % per_epoch == 0):
             progress.seconds = time.perf_counter() - began
-            checkpoint.save(model, optimizer, schedule, noise, progress)
+            checkpoint.save(model, optimizer, schedule, machine.scaler, noise, progress)
             if checkpoint.stop_asked:
                 raise Stopped
 
     if keep:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), keep.with_suffix(".partial"))
-        keep.with_suffix(".partial").replace(keep)
+        _keep(model, keep)
     return Outcome(
         run,
         progress.epochs,
@@ -229,6 +244,16 @@ def accuracy(model: nn.Module, images: Images) -> float:
             part = slice(start, start + EVALUATION_BATCH)
             correct += (model(images.pixels[part]).argmax(1) == images.labels[part]).sum()
     return int(correct) / len(images)
+
+
+def _keep(model: nn.Module, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(path, model.state_dict())
+    except OSError as error:
+        raise Refused(
+            f"The weights {path} could not be written ({error.strerror}); make room there, or name another folder."
+        ) from error
 
 
 def _load_what_fits(model: nn.Module, weights: dict[str, Tensor]) -> None:
