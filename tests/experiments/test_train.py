@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,8 +163,26 @@ def test_dropout_resumes_bit_equal(tmp_path):
     assert resumed.epochs == undisturbed.epochs
 
 
+@pytest.mark.slow
+def test_dropout_resumes_bit_equal_in_every_process(tmp_path):
+    pytest.importorskip("transformers")
+    said = torchrun(2, "tests.experiments.resuming", str(tmp_path), module=True)
+    assert said.count("bit-equal") == 2
+    assert said.count("refused") == 2
+
+
+def test_the_generator_of_the_models_own_device_is_kept(monkeypatch):
+    accelerator = SimpleNamespace(states={})
+    accelerator.get_rng_state = lambda device: torch.tensor([device.index])
+    accelerator.set_rng_state = lambda state, device: accelerator.states.update({device.index: state})
+    monkeypatch.setattr(torch, "get_device_module", lambda device: accelerator)
+    model = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 1))]))
+    _set_generators(model, _generators(model))
+    assert accelerator.states == {1: torch.tensor([1])}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_generator_of_the_device_is_resumed(tmp_path):
+def test_the_generator_of_the_device_is_resumed():
     model = torch.nn.Linear(2, 2).cuda()
     states = _generators(model)
     drawn = torch.rand(3, device="cuda")

@@ -69,10 +69,11 @@ class Checkpoint:
         """Replace the file.
 
         Raises:
-            Refused: if there is no room; the file is the old one then.
+            Refused: in every process, if there is no room; the file is the old one then.
         """
         weights, state = get_state_dict(model, optimizer, options=_WHOLE)
         drawn = _by_process(_generators(model))
+        refusal = [""]
         if not dist.is_initialized() or dist.get_rank() == 0:
             content = {
                 "identity": self.identity,
@@ -89,12 +90,14 @@ class Checkpoint:
                 save_whole(self.path, content)
             except OSError as error:
                 kept = "what was saved before is still there" if self.path.exists() else "nothing was saved before"
-                raise Refused(
+                refusal = [
                     f"The checkpoint {self.path} could not be written ({error.strerror}); make room there, or name "
                     f"another folder ({kept})."
-                ) from error
+                ]
         if dist.is_initialized():
-            dist.barrier()
+            dist.broadcast_object_list(refusal)
+        if refusal[0]:
+            raise Refused(refusal[0])
 
     def load(
         self,

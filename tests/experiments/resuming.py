@@ -1,0 +1,60 @@
+"""Two processes with shares of unequal size train with dropout, are stopped, and go on; and find no room.
+
+torchrun --nproc-per-node 2 -m tests.experiments.resuming FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nusam.experiments.checkpoint import Checkpoint
+from nusam.experiments.data import load
+from nusam.experiments.errors import Refused
+from nusam.experiments.machine import Machine, launched
+from nusam.experiments.training import Epoch, Recipe, Run, Stopped, train
+
+RUN, RECIPE = Run("bert-tiny", "nusam", 0.01, 0), Recipe(4)
+
+
+def main(folder: Path) -> None:
+    with launched("cpu") as device:
+        for parallel in ("ddp", "fsdp2"):
+            check(folder, device, parallel)
+        print("bit-equal")
+        (folder / "file").touch()
+        checkpoint = Checkpoint(folder / "file" / "checkpoint.pt", {}, resume=False)
+        try:
+            train(RUN, RECIPE, load("sentences", folder, 63), device, lambda epoch: None, checkpoint=checkpoint)
+        except Refused:
+            print("refused")
+
+
+def check(folder: Path, device: torch.device, parallel: str) -> None:
+    source = load("sentences", folder, 63)
+
+    def run(checkpoint: Checkpoint | None = None, stop_after: int = 0) -> list[Epoch]:
+        reported: list[Epoch] = []
+
+        def report(epoch: Epoch) -> None:
+            reported.append(epoch)
+            if checkpoint and len(reported) == stop_after:
+                checkpoint.stop_asked = True
+
+        train(RUN, RECIPE, source, device, report, Machine(device, parallel=parallel), checkpoint)
+        return reported
+
+    path, identity = folder / f"{parallel}.pt", {"run": {"seed": 0}}
+    undisturbed = run()
+    try:
+        run(Checkpoint(path, identity, resume=False), stop_after=2)
+    except Stopped:
+        torch.manual_seed(99 + dist.get_rank())  # as in other processes
+        assert run(Checkpoint(path, identity, resume=True)) == undisturbed
+    else:
+        raise AssertionError("it was not stopped")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
