@@ -29,27 +29,37 @@ def fill(
     device: torch.device,
     console: Console,
     engine: str = "local",
+    download: bool = False,
 ) -> None:
     """Run what is missing.
 
     A finished run is added when all before it are, so the store is the same wherever it was interrupted.
+
+    Raises:
+        Refused: if another process fills the store, or something that the runs need is not at hand.
     """
-    missing = [cell for cell in dict.fromkeys(cells) if cell not in store]
+    asked = list(dict.fromkeys(cells))
+    if all(cell in store for cell in asked):
+        return
 
     def alike(cell: Cell) -> tuple[Any, ...]:
         return cell.data, cell.train_size, cell.recipe, cell.pretrained
 
-    for (data, size, recipe, pretrained), group in groupby(missing, alike):
-        wanted = deque(group)
-        source = load(data, data_root, size)
-        initial = torch.load(store.weights(pretrained)) if pretrained else None
-        done: dict[Run, Outcome] = {}
-        runs = [cell.run for cell in wanted]
-        for outcome in ENGINES[engine](Job(recipe, source, device, initial), runs, jobs, console):
-            done[outcome.run] = outcome
-            while wanted and wanted[0].run in done:
-                cell = wanted.popleft()
-                store.add(cell, done.pop(cell.run), device)
+    with store.locked():
+        missing = [cell for cell in asked if cell not in store]
+        for (data, size, recipe, pretrained), group in groupby(missing, alike):
+            wanted = deque(group)
+            source = load(data, data_root, size, download)
+            if source.channels == 0 and recipe.augment != "none":
+                raise Refused(f"--augment {recipe.augment} is for images, and {data} are sentences; leave it out.")
+            initial = store.pretrained(pretrained) if pretrained else None
+            done: dict[Run, Outcome] = {}
+            runs = [cell.run for cell in wanted]
+            for outcome in ENGINES[engine](Job(recipe, source, device, initial), runs, jobs, console):
+                done[outcome.run] = outcome
+                while wanted and wanted[0].run in done:
+                    cell = wanted.popleft()
+                    store.add(cell, done.pop(cell.run), device)
 
 
 class Job(NamedTuple):
@@ -99,7 +109,12 @@ def _on_ray(job: Job, runs: list[Run], jobs: int, console: Console) -> Iterator[
     waiting = [remote.remote(run, shared) for run in runs]
     while waiting:
         (ready,), waiting = ray.wait(waiting, num_returns=1)
-        outcome: Outcome = ray.get(ready)
+        try:
+            outcome: Outcome = ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Refused):
+                raise error.cause from None
+            raise
         console.print(f"{describe(outcome.run)}: {outcome.test_accuracy:.2%}, {len(waiting)} left", highlight=False)
         yield outcome
 

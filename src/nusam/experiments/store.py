@@ -1,20 +1,29 @@
 """Finished runs, one line each, in a file that only grows: what is there is never run again."""
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nusam.experiments.errors import Refused
 from nusam.experiments.results import device_name
 from nusam.experiments.training import Epoch, Outcome, Recipe, Run
+
+try:
+    import fcntl
+except ImportError:  # Windows: the folder is then not guarded
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Cell", "Store"]
 
@@ -45,23 +54,15 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / "runs.jsonl"
+        self._outcomes: dict[str, Outcome] = {}
+        self._file: FileIO | None = None  # open while this process alone may write
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._path.touch()
+            content = self._path.read_bytes()
         except OSError as error:
-            raise Refused(
-                f"The results folder {folder} can't be written to ({error.strerror}); name another folder."
-            ) from error
-        self._outcomes: dict[str, Outcome] = {}
-        for row in self._rows():
-            self._outcomes[row["key"]] = Outcome(
-                run=Run(**row["cell"]["run"]),
-                epochs=[Epoch(loss, accuracy) for loss, accuracy in row["epochs"]],
-                validation_accuracy=row["validation_accuracy"],
-                delay_steps=row["delay_steps"],
-                perturbation_numel=row["perturbation_numel"],
-                seconds=row["seconds"],
-            )
+            raise self._unwritable(error) from error
+        self._take(content)
 
     def __contains__(self, cell: Cell) -> bool:
         return cell.key in self._outcomes
@@ -75,6 +76,51 @@ class Store:
 
     def __len__(self) -> int:
         return len(self._outcomes)
+
+    def pretrained(self, key: str) -> dict[str, Tensor]:
+        """The weights of a pretrained model.
+
+        Raises:
+            Refused: if they can't be read.
+        """
+        path = self.weights(key)
+        try:
+            weights = torch.load(path, map_location="cpu")
+            if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+                raise TypeError("no weights")
+        except Exception as error:  # whatever pickle finds wrong with it
+            raise Refused(
+                f"{path} has no pretrained weights that can be read ({type(error).__name__}); put a complete copy "
+                "there, or name another folder."
+            ) from error
+        return weights
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process writes to the folder; what others have added before is known.
+
+        The lock is the kernel's: it vanishes with the process, however that ends. It may be taken again inside.
+
+        Raises:
+            Refused: if another process has it.
+        """
+        if self._file is not None:
+            yield
+            return
+        try:
+            self._file = FileIO(self._path, "a+")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self._lock(self._file)
+            self._file.seek(0)
+            content = self._file.readall()
+            self._take(content)
+            self._file.truncate(content.rfind(b"\n") + 1)  # a line that a crash cut short goes
+            yield
+        finally:
+            self._file.close()
+            self._file = None
 
     def add(self, cell: Cell, outcome: Outcome, device: torch.device) -> None:
         """Append a finished run; a disk that is full leaves what was there."""
@@ -90,33 +136,71 @@ class Store:
             "date": date.today().isoformat(),
             "versions": {name: version(name) for name in ("nusam", "torch", "timm")},
         }
-        line = (json.dumps(row) + "\n").encode()
-        before = self._path.stat().st_size
-        try:
-            with self._path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            os.truncate(self._path, before)
-            raise Refused(
-                f"{self._path} could not be written ({error.strerror}); make room and run the command again: what was "
-                "finished is kept."
-            ) from error
+        with self.locked():
+            if cell in self:
+                return
+            try:
+                self._append((json.dumps(row) + "\n").encode())
+            except OSError as error:
+                raise Refused(
+                    f"{self._path} could not be written ({error.strerror}); put that right and run the command again: "
+                    "what was finished is kept."
+                ) from error
         self._outcomes[cell.key] = outcome
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """Every row; a line that a crash cut short is cut off."""
-        content = self._path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self._path, whole)
-        for number, line in enumerate(content[:whole].splitlines(), 1):
+    def _lock(self, file: FileIO) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused(
+                f"The results folder {self.folder} is being filled by another process; wait for it, or name another "
+                "folder."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def _append(self, line: bytes) -> None:
+        """The whole line or nothing of it, also where an interrupt comes in between."""
+        assert self._file is not None
+        opened = os.fstat(self._file.fileno())
+        if not os.path.samestat(opened, self._path.stat()):
+            raise OSError(errno.ESTALE, "another file is in its place")
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except BaseException:
+            self._file.truncate(opened.st_size)
+            raise
+
+    def _take(self, content: bytes) -> None:
+        """Learn every whole line; what follows the last is another process's, or what a crash left of one."""
+        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
             try:
                 row = json.loads(line)
-                row["key"], row["cell"], row["epochs"]
-            except (ValueError, KeyError, TypeError) as error:
+                self._outcomes[row["key"]] = _outcome(row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise Refused(
                     f"{self._path}, line {number}, is no finished run; remove it, or name another folder."
                 ) from error
-            yield row
+
+    def _unwritable(self, error: OSError) -> Refused:
+        return Refused(f"The results folder {self.folder} can't be written to ({error.strerror}); name another folder.")
+
+
+def _outcome(row: dict[str, Any]) -> Outcome:
+    """Of a row, whose numbers must be numbers."""
+    epochs = [Epoch(float(loss), float(accuracy)) for loss, accuracy in row["epochs"]]
+    if not epochs:
+        raise ValueError("no epochs")
+    return Outcome(
+        run=Run(**row["cell"]["run"]),
+        epochs=epochs,
+        validation_accuracy=float(row["validation_accuracy"]),
+        delay_steps=int(row["delay_steps"]),
+        perturbation_numel=int(row["perturbation_numel"]),
+        seconds=float(row["seconds"]),
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nusam.experiments.data import Source
+from nusam.experiments.errors import Refused
 from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
 
 __all__ = ["Report", "Workers"]
@@ -63,6 +64,7 @@ class Workers:
         """Train all runs of ``pending``, to which the caller may add more at every report.
 
         Raises:
+            Refused: if a worker refused its run.
             RuntimeError: if a worker died.
         """
         idle = list(range(self._count))
@@ -79,6 +81,8 @@ class Workers:
                     news = self._connections[worker].recv()
                 except EOFError:
                     raise RuntimeError(f"The worker that trained {run} died; it says why above.") from None
+                if isinstance(news, Refused):
+                    raise news
                 if isinstance(news, Outcome):
                     del busy[worker]
                     idle.append(worker)
@@ -101,5 +105,7 @@ def _work(
     try:
         while True:
             parent.send(train(parent.recv(), recipe, source, device, parent.send, initial=initial))
+    except Refused as refusal:
+        parent.send(refusal)
     except (EOFError, BrokenPipeError):  # the parent is gone
         pass
