@@ -1,16 +1,21 @@
 """Data sets, from the folders that people have."""
 
+import errno
 import gzip
+import os
 import pickle
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import cifar, mnist
 
 from nusam.experiments import data
 from nusam.experiments.errors import Refused
+from nusam.experiments.models import build
 
 CPU = torch.device("cpu")
 
@@ -36,14 +41,14 @@ def write_fashion_mnist(folder: Path, compress: bool) -> None:
                 (folder / name).write_bytes(idx(array))
 
 
-def write_image_folders(root: Path, classes=("cat", "dog", "eel"), test_classes=None) -> None:
+def write_image_folders(root: Path, classes=("cat", "dog", "eel"), test_classes=None, size=(32, 32), each=10) -> None:
     """Ten training and four test images of each class; red is twenty times the class."""
-    for part, names, count in (("train", classes, 10), ("test", test_classes or classes, 4)):
+    for part, names, count in (("train", classes, each), ("test", test_classes or classes, 4)):
         for label, name in enumerate(names):
             folder = root / part / name
             folder.mkdir(parents=True)
             for index in range(count):
-                Image.new("RGB", (32, 32), (20 * label, 128, 255)).save(folder / f"{index:04}.jpg", quality=95)
+                Image.new("RGB", size, (20 * label, 128, 255)).save(folder / f"{index:04}.jpg", quality=95)
 
 
 def assert_pixels_follow_labels(source: data.Source, factor: int) -> None:
@@ -132,3 +137,77 @@ def test_folders_with_other_classes_are_refused(tmp_path):
     write_image_folders(tmp_path, test_classes=("cat", "dog", "fox"))
     with pytest.raises(Refused, match="the same classes"):
         data.load("cifar10", tmp_path)
+
+
+def test_images_must_be_square_and_of_one_size(tmp_path):
+    write_image_folders(tmp_path / "wide", size=(40, 32))
+    with pytest.raises(Refused, match=r"needs square images, all of one size, and .*wide has some of 40 × 32 pixels"):
+        data.load("folder", tmp_path / "wide")
+    write_image_folders(tmp_path / "mixed")
+    Image.new("RGB", (16, 16)).save(tmp_path / "mixed" / "test" / "cat" / "small.png")
+    with pytest.raises(Refused, match=r"16 × 16 and 32 × 32 pixels; crop or scale them"):
+        data.load("folder", tmp_path / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"each": 1}, "needs at least two training examples of each class, .* and cat has one; add more"),
+        ({"classes": ("cat",)}, "needs at least two classes to train with, and has only cat; add another"),
+    ],
+)
+def test_a_class_needs_images_for_training_and_for_validation(given, sentence, tmp_path):
+    write_image_folders(tmp_path, **given)
+    with pytest.raises(Refused, match=sentence):
+        data.load("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "sentence"),
+    [
+        ("vit-s/4", 30, r"vit-s/4 cuts images into patches of 4 × 4 pixels, and these have 30 × 30 pixels"),
+        ("vit-s/4", 2, "scale them to a multiple of 4, or choose another model"),
+        ("mixer", 2, r"mixer cuts images into 4 × 4 patches, and these have 2 × 2 pixels"),
+        ("vit", 30, "scale them to a multiple of 4"),
+    ],
+)
+def test_images_that_a_model_cant_cut_are_refused(model, size, sentence):
+    with pytest.raises(Refused, match=sentence):
+        build(model, size, 3, 10)
+
+
+@pytest.mark.parametrize("error", [URLError("unreachable"), ConnectionResetError("reset"), TimeoutError("timed out")])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
+def test_a_download_without_a_network_has_its_own_sentence(name, error, tmp_path, monkeypatch, capsys, no_debian_files):
+    def unreachable(*_, **__):
+        print("Failed download. Trying https -> http instead.")
+        raise error
+
+    for module in (cifar, mnist):
+        monkeypatch.setattr(module, "download_and_extract_archive", unreachable)
+    with pytest.raises(Refused) as refusal:
+        data.load(name, tmp_path, download=True)
+    assert f"--data {name} could not be downloaded (" in str(refusal.value)
+    assert str(refusal.value).endswith(f"put its files into --data-root, which is {tmp_path}.")
+    assert "\n" not in str(refusal.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_download_that_does_not_fit_is_no_fault_of_the_files(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", full)
+    with pytest.raises(Refused, match=r"--data-root .* can't be written to \(No space left on device\)"):
+        data.load("cifar10", tmp_path, download=True)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist", "folder"])
+def test_download_is_offered_where_there_is_such_an_option_and_a_place_to_fetch_from(name, tmp_path, no_debian_files):
+    for option, offered in ((None, False), (False, name != "folder")):
+        with pytest.raises(Refused) as refusal:
+            data.load(name, tmp_path, download=option)
+        assert ("let --download fetch them" in str(refusal.value)) == offered
+    (tmp_path / "cifar-100-python").mkdir()
+    with pytest.raises(Refused, match="Dataset not found or corrupted; put complete files there, or let --download"):
+        data.load("cifar100", tmp_path, download=False)

@@ -211,12 +211,33 @@ def test_no_results_are_refused(tmp_path):
         json.dumps({**vars(RESULTS[0]), "rows": None}).encode(),
         json.dumps({**vars(RESULTS[0]), "rows": ["x"]}).encode(),
         json.dumps({**vars(RESULTS[0]), "curves": [vars(_curve("p", "l", error=[0.1]))]}).encode(),
+        json.dumps({**vars(RESULTS[0]), "curves": [vars(_curve("p", "l", x=None))]}).encode(),
+        json.dumps({**vars(RESULTS[0]), "curves": [vars(_curve("p", "l", x=3))]}).encode(),
+        json.dumps({**vars(RESULTS[0]), "curves": [vars(_curve("p", "l", y=["a"] * 5))]}).encode(),
+        json.dumps({**vars(RESULTS[0]), "curves": [vars(_curve("p", "l", error=0.5))]}).encode(),
+        json.dumps({**vars(RESULTS[0]), "curves": [vars(_curve("p", None))]}).encode(),
+        json.dumps({**vars(RESULTS[0]), "columns": [["method"]]}).encode(),
     ],
-    ids=["cut", "list", "empty", "not text", "fields missing", "no rows", "odd row", "lengths"],
+    ids=[
+        "cut",
+        "list",
+        "empty",
+        "not text",
+        "fields missing",
+        "no rows",
+        "odd row",
+        "lengths",
+        *("x is null", "x is a number", "y is text", "error", "label", "column"),
+    ],
 )
 def test_a_bad_file_is_refused(tmp_path, content):
     (tmp_path / "table10-smoke.json").write_bytes(content)
     assert str(tmp_path) in _refusal(tmp_path, tmp_path / "report.html")
+
+
+def test_a_folder_by_the_name_of_a_result_is_refused(tmp_path):
+    (tmp_path / "table10-smoke.json").mkdir()
+    assert "can't be read (Is a directory)" in _refusal(tmp_path, tmp_path / "report.html")
 
 
 def test_a_place_that_cant_be_written_is_refused(tmp_path):

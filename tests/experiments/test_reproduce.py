@@ -1,17 +1,28 @@
 """Every experiment of the paper runs at the smallest scale, from the command line."""
 
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from nusam.experiments.command import main
+from nusam.experiments.errors import Refused
 from nusam.experiments.reproduce import NAMES, experiment
 from nusam.experiments.result import read_all
 
+try:
+    import resource
+except ImportError:
+    resource = None
 
-def reproduce(*arguments, check=True):
+
+def reproduce(*arguments, check=True, largest=None):
+    """The command; with ``largest``, a longer file can't be written, as on a disk that is full."""
     command = [sys.executable, "-m", "nusam.experiments.command", "reproduce", "--jobs", "1", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+    limit = None if largest is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    return subprocess.run(command, capture_output=True, text=True, check=check, preexec_fn=limit)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +41,7 @@ def test_smoke(name, results):
     assert set(result.columns) <= set().union(*result.rows)
     assert result.findings
     assert {"device", "date", "torch", "command"} <= result.circumstances.keys()
-    assert any("ours" in note.lower() for note in result.notes)
+    assert any(re.search(r"\bours\b", note, re.IGNORECASE) for note in result.notes)
 
 
 def test_a_second_time_nothing_is_run_again(results):
@@ -58,7 +69,7 @@ def test_the_list_says_what_there_is_and_what_was_run(results):
         (["table2", "--scale", "huge"], "--scale must be one of smoke, cpu, full, got huge."),
         (["table2", "--scale", "smoke", "--data", "cifar10"], "--data must be one of digits here, got cifar10."),
         (["table2", "--scale", "full", "--data", "cifar10"], "--data cifar10 needs the folders train and test"),
-        (["table3", "--scale", "cpu", "--data", "cifar10"], "--data cifar10 needs the folders train and test"),
+        (["table3", "--scale", "cpu", "--data", "cifar10"], "point --data-root to them, or let --download fetch them."),
         (["table5", "--scale", "cpu"], "--data movie-reviews needs the file"),
         (["table2", "--results", "/proc/nowhere"], "can't be written to"),
     ],
@@ -69,6 +80,76 @@ def test_what_it_refuses(arguments, sentence, tmp_path):
     assert refused.returncode == 2
     assert sentence in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def assert_one_sentence(refused, *parts):
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert all(part in refused.stderr for part in parts), refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(resource is None, reason="no limits on a file's size")
+@pytest.mark.parametrize("name", ["fig1", "table3"])
+def test_a_full_disk_keeps_what_was_finished(name, tmp_path):
+    size = 3_000 if name == "table3" else 1_000  # some of the rows, or a part of the result
+    refused = reproduce(name, "--scale", "smoke", "--results", tmp_path, check=False, largest=size)
+    assert_one_sentence(refused, "could not be written", "run the command again: what was finished is kept.")
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs.jsonl", f"{name}-smoke-digits.md", f"{name}-smoke.md"}
+    kept = len((tmp_path / "runs.jsonl").read_bytes().splitlines())
+    said = reproduce(name, "--scale", "smoke", "--results", tmp_path)
+    assert "Saved as" in said.stdout
+    if name == "table3":
+        assert kept
+        (result,) = read_all(tmp_path)
+        assert result.circumstances["runs"] == f"{8 - kept} made here, {kept} found finished"
+
+
+@pytest.mark.skipif(resource is None, reason="no limits on a file's size")
+def test_a_full_disk_while_weights_are_written_leaves_none(tmp_path):
+    refused = reproduce("table4", "--scale", "smoke", "--results", tmp_path, check=False, largest=20_000)
+    assert_one_sentence(refused, "could not be written (File too large)")
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["no run", "weights", "folder"])
+def test_a_broken_store_is_refused(damage, tmp_path, results):
+    reproduce("table4", "--scale", "smoke", "--results", results)
+    (tmp_path / "weights").mkdir()
+    for path in (results / "weights").iterdir():
+        (tmp_path / "weights" / path.name).write_bytes(b"no weights" if damage == "weights" else path.read_bytes())
+    if damage == "no run":
+        row = json.loads((results / "runs.jsonl").read_bytes().splitlines()[0])
+        del row["validation_accuracy"]
+        (tmp_path / "runs.jsonl").write_text(json.dumps(row) + "\n")
+    elif damage == "folder":
+        (tmp_path / "runs.jsonl").mkdir()
+    refused = reproduce("table4", "--scale", "smoke", "--results", tmp_path, check=False)
+    said = {"no run": "line 1, is no finished run", "weights": "that can be read", "folder": "(Is a directory)"}
+    assert_one_sentence(refused, str(tmp_path), said[damage])
+
+
+@pytest.mark.parametrize("content", ["{", '{"name": "fig1", "curves": []}', "[]"])
+def test_a_broken_file_is_named_by_the_list(content, tmp_path):
+    (tmp_path / "fig1-smoke.json").write_text(content)
+    assert_one_sentence(reproduce("--list", "--results", tmp_path, check=False), "fig1-smoke.json is no saved result")
+
+
+def test_download_is_passed_on(tmp_path, monkeypatch, capsys):
+    from nusam.experiments import filling
+
+    asked = []
+
+    def load(name, root, train_size, download):
+        asked.append(download)
+        raise Refused("enough.")
+
+    monkeypatch.setattr(filling, "load", load)
+    command = ["nusam", "reproduce", "table3", "--scale", "smoke", "--results", str(tmp_path), "--jobs", "1"]
+    for options in ([], ["--download"]):
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        with pytest.raises(SystemExit):
+            main()
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,6 +16,7 @@ from nusam.experiments.models import build
 
 transformers = pytest.importorskip("transformers")
 
+FOUR = "yes\tfine\nno\tdull\nyes\tgood\nno\tthin\n"
 WORDS = ("a", "dull", "fine", "film", "good", "plot", "the", "thin")
 
 
@@ -49,10 +50,12 @@ def test_movie_reviews_are_those_with_a_decided_rating(tmp_path, vocabulary):
 
 
 def test_a_table_of_tabs(tmp_path, vocabulary):
-    (tmp_path / "train.tsv").write_text("no\tdull\tthe plot\nyes\tgood\ta film\nno\tthin\tplot\n")
+    (tmp_path / "train.tsv").write_text(
+        "\ufeffno\tdull\tthe plot\nyes\tgood\ta film\n\nno\tthin\tplot\nyes\tfine\tfilm\n", "utf-8"
+    )
     (tmp_path / "test.tsv").write_text("yes\tfine\tfilm\n")
     (tokens, labels), (test_tokens, test_labels) = text.tsv(tmp_path)
-    assert labels.tolist() == [0, 1, 0]
+    assert labels.tolist() == [0, 1, 0, 1]
     assert test_labels.tolist() == [1]
     assert tokens[0].tolist() == ids(vocabulary, "dull", "the plot")
     assert test_tokens[0].tolist() == ids(vocabulary, "fine", "film")
@@ -62,7 +65,13 @@ def test_a_table_of_tabs(tmp_path, vocabulary):
     ("train", "test", "sentence"),
     [
         ("a good film\n", "yes\tfine\n", "line 1, has 0 tabs"),
-        ("yes\tfine\n", "no\tdull\n", "has the class no, which train.tsv lacks"),
+        (FOUR, "maybe\tdull\n", "has the class maybe, which train.tsv lacks"),
+        ("", FOUR, r"train\.tsv is empty; a class, a tab and a sentence are needed on each line"),
+        (FOUR, "\n", r"test\.tsv is empty"),
+        ("yes\tfine\n", FOUR, "needs at least two classes to train with, and has only yes"),
+        ("yes\tfine\nno\tdull\nno\tthin\n", FOUR, "needs at least two training examples of each class, .* yes has one"),
+        (f"{FOUR}\nyes\tfine\tfilm\n", FOUR, r"line 6, has 2 of the sentences of which the first line .* has 1"),
+        (FOUR, "yes\tfine\tfilm\n", r"test\.tsv, line 1, has 2 of the sentences"),
         ("yes\tfine\n", None, "needs the files train.tsv and test.tsv"),
     ],
 )
@@ -72,6 +81,12 @@ def test_what_a_table_of_tabs_must_be(tmp_path, vocabulary, train, test, sentenc
         (tmp_path / "test.tsv").write_text(test)
     with pytest.raises(Refused, match=sentence):
         load("tsv", tmp_path)
+
+
+def test_too_few_movie_reviews_are_refused(tmp_path, vocabulary):
+    (tmp_path / text.MOVIE_REVIEWS).write_text("1\t2.5\tA good film\n2\t-3.1\tthe plot thin\n")
+    with pytest.raises(Refused, match="could not be read: 2 rated sentences are too few; put complete files there"):
+        load("movie-reviews", tmp_path)
 
 
 def test_glue_comes_from_the_hub(tmp_path, vocabulary, monkeypatch):

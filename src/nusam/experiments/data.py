@@ -1,11 +1,16 @@
 """What the experiments learn from: small subsets, and validation examples carved from those for training."""
 
+import errno
 import gzip
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from http.client import HTTPException
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -16,6 +21,7 @@ from torch.nn.functional import interpolate
 from torchvision import datasets
 
 from nusam.experiments import text
+from nusam.experiments.class_sizes import require_two_of_each
 from nusam.experiments.errors import Refused
 
 __all__ = ["DATASETS", "Dataset", "Images", "Source", "load", "split"]
@@ -25,6 +31,11 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 TRAIN = 400
 VALIDATION = 1_000
 TEST = 1_000
+
+_FETCHED = ("fashion-mnist", "cifar10", "cifar100")
+_UNREACHABLE = (URLError, ConnectionError, TimeoutError, HTTPException)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_TORCHVISION_ADVICE = " You can use download=True to download it"
 
 Pixels = NDArray[np.uint8]
 Tokens = NDArray[np.int64]
@@ -80,24 +91,42 @@ class Dataset:
     test: Images
 
 
-def load(name: str, root: Path, train_size: int | None = None, download: bool = False) -> Source:
+def load(name: str, root: Path, train_size: int | None = None, download: bool | None = None) -> Source:
     """Read a data set.
 
     Args:
         name: one of :data:`DATASETS`.
         root: the folder of its files; digits need none.
         train_size: training images; a few hundred unless given, and with 0 all but those for validation.
-        download: fetch what is missing, where the data set has a home.
+        download: fetch what is missing, where the data set has a home; None of a command without that option.
 
     Raises:
-        Refused: if the name is unknown, or its files are not there or can't be read.
+        Refused: if the name is unknown, or its files are not there, can't be fetched or can't be read.
     """
     if name not in DATASETS:
         raise Refused(f"--data must be one of {', '.join(DATASETS)}, got {name}.")
     try:
         return DATASETS[name](root, train_size, download)
+    except _UNREACHABLE as error:
+        raise Refused(
+            f"--data {name} could not be downloaded ({error}); connect to the network, or put its files into "
+            f"--data-root, which is {root}."
+        ) from error
     except (OSError, EOFError, ValueError, RuntimeError) as error:
-        raise Refused(f"--data {name} was found but could not be read: {error}; put complete files there.") from error
+        if download and isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise Refused(
+                f"--data-root {root} can't be written to ({error.strerror}); make room there, or name another folder."
+            ) from error
+        reason = str(error).removesuffix(_TORCHVISION_ADVICE).removesuffix(".")
+        raise Refused(
+            f"--data {name} was found but could not be read: {reason}; put complete files there"
+            f"{_or_fetch(name, download)}."
+        ) from error
+
+
+def _or_fetch(name: str, download: bool | None) -> str:
+    """The end of a sentence that says what is missing."""
+    return ", or let --download fetch them" if download is False and name in _FETCHED else ""
 
 
 def split(source: Source, seed: int, device: torch.device) -> Dataset:
@@ -116,7 +145,7 @@ def split(source: Source, seed: int, device: torch.device) -> Dataset:
     return Dataset(train, validation, images(source.test, source.test_labels))
 
 
-def _digits(root: Path, train_size: int | None, download: bool) -> Source:
+def _digits(root: Path, train_size: int | None, download: bool | None) -> Source:
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = digits.target.astype(np.int64)
@@ -126,7 +155,7 @@ def _digits(root: Path, train_size: int | None, download: bool) -> Source:
     return Source("digits", 10, size, pixels[pool], labels[pool], pixels[test], labels[test])
 
 
-def _digits_28(root: Path, train_size: int | None, download: bool) -> Source:
+def _digits_28(root: Path, train_size: int | None, download: bool | None) -> Source:
     """The digits, enlarged to the size of Fashion-MNIST's images."""
     small = _digits(root, train_size, download)
 
@@ -137,16 +166,17 @@ def _digits_28(root: Path, train_size: int | None, download: bool) -> Source:
     return replace(small, title="digits, enlarged", pool=enlarged(small.pool), test=enlarged(small.test))
 
 
-def _fashion_mnist(root: Path, train_size: int | None, download: bool) -> Source:
+def _fashion_mnist(root: Path, train_size: int | None, download: bool | None) -> Source:
     if (root / "FashionMNIST" / "raw").is_dir() or (download and not DEBIAN_FASHION_MNIST.is_dir()):
-        parts = [datasets.FashionMNIST(root, train, download=download) for train in (True, False)]
+        parts = _of_torchvision(datasets.FashionMNIST, root, download)
         train, test = ((part.data.numpy(), part.targets.numpy()) for part in parts)
     elif DEBIAN_FASHION_MNIST.is_dir():
         train, test = (_idx_files(DEBIAN_FASHION_MNIST, part) for part in ("train", "t10k"))
     else:
         raise Refused(
             f"--data fashion-mnist needs the folder FashionMNIST/raw in --data-root, which is {root}, or the Debian "
-            "package dataset-fashion-mnist, and found neither; provide one of them."
+            "package dataset-fashion-mnist, and found neither; provide one of them"
+            f"{_or_fetch('fashion-mnist', download)}."
         )
     return _subset("Fashion-MNIST", train_size, *((pixels[:, None], labels) for pixels, labels in (train, test)))
 
@@ -157,57 +187,79 @@ def _idx_files(folder: Path, part: str) -> tuple[Pixels, Labels]:
     return np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
-def _cifar10(root: Path, train_size: int | None, download: bool) -> Source:
+def _cifar10(root: Path, train_size: int | None, download: bool | None) -> Source:
     if (root / "cifar-10-batches-py").is_dir() or (download and not (root / "train").is_dir()):
         return _subset("CIFAR-10", train_size, *_cifar(datasets.CIFAR10, root, download))
-    return _folders("cifar10", root, "CIFAR-10 (JPEG re-encoded)", train_size)
+    return _folders("cifar10", root, "CIFAR-10 (JPEG re-encoded)", train_size, download)
 
 
-def _cifar100(root: Path, train_size: int | None, download: bool) -> Source:
+def _cifar100(root: Path, train_size: int | None, download: bool | None) -> Source:
     if not (root / "cifar-100-python").is_dir() and not download:
         raise Refused(
-            f"--data cifar100 needs the folder cifar-100-python in --data-root, which is {root}; point --data-root to "
-            "it, or let --download fetch it."
+            f"--data cifar100 needs the files of the folder cifar-100-python in --data-root, which is {root}; point "
+            f"--data-root to them{_or_fetch('cifar100', download)}."
         )
     return _subset("CIFAR-100", train_size, *_cifar(datasets.CIFAR100, root, download))
 
 
-def _cifar(kind: Any, root: Path, download: bool) -> list[tuple[Pixels, Labels]]:
-    parts = [kind(root, train, download=download) for train in (True, False)]
+def _cifar(kind: Any, root: Path, download: bool | None) -> list[tuple[Pixels, Labels]]:
+    parts = _of_torchvision(kind, root, download)
     return [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in parts]
 
 
-def _folder(root: Path, train_size: int | None, download: bool) -> Source:
+def _of_torchvision(kind: Any, root: Path, download: bool | None) -> list[Any]:
+    """The training and the test part; what torchvision prints of failed attempts is left to our sentence."""
+    with redirect_stdout(StringIO()):
+        try:
+            return [kind(root, train, download=bool(download)) for train in (True, False)]
+        except RuntimeError as error:
+            if "Error downloading" in str(error):  # from the last of several places
+                raise ConnectionError(str(error).splitlines()[0].rstrip(":")) from error
+            raise
+
+
+def _folder(root: Path, train_size: int | None, download: bool | None) -> Source:
     return _folders("folder", root, root.name, train_size)
 
 
-def _folders(name: str, root: Path, title: str, train_size: int | None) -> Source:
+def _folders(name: str, root: Path, title: str, train_size: int | None, download: bool | None = None) -> Source:
     if not ((root / "train").is_dir() and (root / "test").is_dir()):
         others = " or cifar-10-batches-py" if name == "cifar10" else ""
         raise Refused(
             f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
-            f"--data-root, which is {root}, and found neither; point --data-root to them."
+            f"--data-root, which is {root}, and found neither; point --data-root to them{_or_fetch(name, download)}."
         )
     folders = [datasets.ImageFolder(str(root / part)) for part in ("train", "test")]
     if folders[0].classes != folders[1].classes:
         raise Refused(f"--data {name} needs the same classes in {root}/train and {root}/test; complete them.")
+    require_two_of_each(name, [folders[0].classes[target] for target in folders[0].targets])
     every = train_size == 0
     train = _decoded(folders[0], None if every else (train_size or TRAIN) + VALIDATION)
-    return _subset(title, train_size, train, _decoded(folders[1], None if every else TEST))
+    test = _decoded(folders[1], None if every else TEST)
+    sizes = sorted({image.shape[1::-1] for image in train[0] + test[0]})
+    if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
+        shown = " and ".join(f"{width} × {height}" for width, height in sizes[:2])
+        raise Refused(
+            f"--data {name} needs square images, all of one size, and {root} has some of {shown} pixels; crop or scale "
+            "them."
+        )
+    stacked = ((np.stack(images).transpose(0, 3, 1, 2), labels) for images, labels in (train, test))
+    return _subset(title, train_size, *stacked)
 
 
-def _decoded(folder: datasets.ImageFolder, most: int | None) -> tuple[Pixels, Labels]:
+def _decoded(folder: datasets.ImageFolder, most: int | None) -> tuple[list[Pixels], Labels]:
     chosen = _shuffled(len(folder), seed=0)[:most]
-    pixels = np.stack([np.asarray(folder[index][0]) for index in chosen])
-    return pixels.transpose(0, 3, 1, 2), np.array(folder.targets)[chosen]
+    return [np.asarray(folder[index][0]) for index in chosen], np.array(folder.targets)[chosen]
 
 
-def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool) -> Source:
+def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool | None) -> Source:
     if name in ("tsv", *text.GLUE):
         return _subset(title, train_size, *(text.tsv(root) if name == "tsv" else text.glue(name)))
     tokens, labels = text.movie_reviews(root) if name == "movie-reviews" else text.tiny_sentences()
     order = _shuffled(len(labels), seed=0)
     held_out = min(TEST // 2, len(labels) // 5)
+    if not held_out:
+        raise ValueError(f"{len(labels)} rated sentences are too few")
     parts = [(tokens[chosen], labels[chosen]) for chosen in (order[held_out:], order[:held_out])]
     return _subset(title, train_size, *parts)
 
@@ -237,7 +289,7 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)
 
 
-DATASETS: dict[str, Callable[[Path, int | None, bool], Source]] = {
+DATASETS: dict[str, Callable[[Path, int | None, bool | None], Source]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,

@@ -91,6 +91,7 @@ class Bench:
     jobs: int
     device: torch.device
     console: Console
+    download: bool = False
     began: float = field(default_factory=time.perf_counter)
     made: set[Cell] = field(default_factory=set)  # runs made here
     found: set[Cell] = field(default_factory=set)  # runs that the store had
@@ -105,7 +106,7 @@ class Bench:
         cells = list(cells)
         self.found.update(cell for cell in cells if cell in self.store and cell not in self.made)
         self.made.update(cell for cell in cells if cell not in self.found)
-        fill(self.store, cells, self.data_root, self.jobs, self.device, self.console)
+        fill(self.store, cells, self.data_root, self.jobs, self.device, self.console, download=self.download)
 
     def settings(self, experiment: "Experiment", **changes: Any) -> list[Setting]:
         """One for each model of an experiment, with changes to the recipe."""

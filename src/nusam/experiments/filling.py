@@ -77,7 +77,7 @@ def _in_workers(job: Job, runs: list[Run], jobs: int, console: Console) -> Itera
         yield from _here(job, runs, console)
         return
     workers = Workers(min(jobs, len(runs)), *job)
-    with Bars(console, len(runs), job.recipe.epochs) as bars, workers:
+    with Bars(console, len(runs), job.recipe.epochs, job.recipe.base) as bars, workers:
         for report in workers.train(deque(runs)):
             bars.show(report)
             if isinstance(report.news, Outcome):
@@ -85,7 +85,7 @@ def _in_workers(job: Job, runs: list[Run], jobs: int, console: Console) -> Itera
 
 
 def _here(job: Job, runs: list[Run], console: Console) -> Iterator[Outcome]:
-    with Bars(console, len(runs), job.recipe.epochs) as bars:
+    with Bars(console, len(runs), job.recipe.epochs, job.recipe.base) as bars:
         for run in runs:
 
             def show(news: Epoch | Outcome, run: Run = run) -> None:
@@ -109,23 +109,27 @@ def _on_ray(job: Job, runs: list[Run], jobs: int, console: Console) -> Iterator[
     waiting = [remote.remote(run, shared) for run in runs]
     while waiting:
         (ready,), waiting = ray.wait(waiting, num_returns=1)
-        try:
-            outcome: Outcome = ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, Refused):
-                raise error.cause from None
-            raise
-        console.print(f"{describe(outcome.run)}: {outcome.test_accuracy:.2%}, {len(waiting)} left", highlight=False)
+        outcome: Outcome | Refused = ray.get(ready)
+        if isinstance(outcome, Refused):
+            raise outcome
+        console.print(
+            f"{describe(outcome.run, job.recipe.base)}: {outcome.test_accuracy:.2%}, {len(waiting)} left",
+            highlight=False,
+        )
         yield outcome
 
 
-def _alone(run: Run, job: Job) -> Outcome:
+def _alone(run: Run, job: Job) -> Outcome | Refused:
+    """A refusal is returned: what a task raises, Ray prints with a traceback."""
     torch.set_num_threads(1)
 
     def silent(epoch: Epoch) -> None:
         pass
 
-    return train(run, job.recipe, job.source, job.device, silent, initial=job.initial)
+    try:
+        return train(run, job.recipe, job.source, job.device, silent, initial=job.initial)
+    except Refused as refusal:
+        return refusal
 
 
 ENGINES = {"local": _in_workers, "ray": _on_ray}

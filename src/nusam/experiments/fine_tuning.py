@@ -5,14 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
 from nusam.experiments.contest import Setting
 from nusam.experiments.data import load
-from nusam.experiments.errors import Refused
 from nusam.experiments.experiment import Bench
 from nusam.experiments.store import Cell
 from nusam.experiments.training import Epoch, Recipe, Run, train
@@ -100,15 +98,11 @@ def _pretrained(bench: Bench, tuning: FineTuning, model: str) -> str:
     if not path.exists():
         bench.console.print(f"Pretraining {model} on {cell.data} …")
         _pretrain(bench, cell, path)
-    try:
-        weights = torch.load(path, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        raise Refused(f"{path} holds no weights that can be read; remove it, and they are trained anew.") from error
-    return f"{cell.key}-{_content(weights)}"
+    return f"{cell.key}-{_content(bench.store.pretrained(cell.key))}"
 
 
 def _pretrain(bench: Bench, cell: Cell, path: Path) -> None:
-    source = load(cell.data, bench.data_root, cell.train_size)
+    source = load(cell.data, bench.data_root, cell.train_size, bench.download)
 
     def tell(epoch: Epoch) -> None:
         bench.console.print(f"  loss {epoch.train_loss:.3f}, test accuracy {epoch.test_accuracy:.1%}")

@@ -68,6 +68,13 @@ def build(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
     if name in _PRETRAINED:
         return _pretrained(_PRETRAINED[name][1], channels, classes)
     shape = _SHAPES[name]
+    cut = shape.patch or shape.patches
+    if image_size < cut or image_size % cut:
+        patches = f"patches of {cut} × {cut} pixels" if shape.patch else f"{cut} × {cut} patches"
+        raise Refused(
+            f"{name} cuts images into {patches}, and these have {image_size} × {image_size} pixels; scale them to a "
+            f"multiple of {cut}, or choose another model."
+        )
     common: dict[str, int] = {
         "num_classes": classes,
         "img_size": image_size,

@@ -116,34 +116,10 @@ class Look:
 def _read(folder: Path) -> list[Result]:
     if not folder.is_dir():
         raise Refused(f"--results must be a folder of saved results, got {folder}; run an experiment or name another.")
-    try:
-        results = read_all(folder)
-    except UnicodeDecodeError as error:
-        raise Refused(f"A .json file in {folder} is not UTF-8 text ({error.reason}); remove it.") from error
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    except OSError as error:
-        raise Refused(f"{error.filename} can't be read ({error.strerror}); name another folder.") from error
+    results = read_all(folder)
     if not results:
         raise Refused(f"{folder} has no saved results (.json); run an experiment, or name another folder.")
-    for result in results:
-        _check(result, folder)
     return results
-
-
-def _check(result: Result, folder: Path) -> None:
-    """Files may be edited by hand; what the page would stumble over is said here."""
-    where = f"{folder / result.file_name} is no saved result"
-    kinds: dict[str, type] = dict.fromkeys(("name", "title", "scale", "data", "findings"), str)
-    kinds |= dict.fromkeys(("rows", "columns", "notes"), list) | {"circumstances": dict}
-    for name, kind in kinds.items():
-        if not isinstance(getattr(result, name), kind):
-            raise Refused(f"{where} ({name} is no {kind.__name__}); repair or remove it.")
-    if not all(isinstance(row, dict) for row in result.rows):
-        raise Refused(f"{where} (a row is no dict); repair or remove it.")
-    for curve in result.curves:
-        if len({len(values) for values in (curve.x, curve.y, curve.error) if values is not None}) > 1:
-            raise Refused(f"{where} (x, y and error of the curve {curve.label} differ in length); repair or remove it.")
 
 
 def _write(path: Path, text: str) -> None:

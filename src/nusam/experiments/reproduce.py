@@ -1,5 +1,6 @@
 """``nusam reproduce``: a table or figure of the paper at a scale that a machine allows."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -56,6 +57,8 @@ class Reproduce:
     """One of the scale's data sets instead of all; at the cpu scale also cifar10, which is not run unless named."""
     data_root: Path = Path("data")
     """Folder of data sets that are not embedded."""
+    download: bool = False
+    """Fetch what is missing."""
     results: Path = Path("runs/results")
     """Folder of finished runs (runs.jsonl) and of what experiments came to (*.json)."""
     jobs: int | None = None
@@ -84,12 +87,22 @@ class Reproduce:
             raise Refused(f"--data must be one of {', '.join(filter(None, known)) or 'none'} here, got {self.data}.")
         store = Store(self.results)
         for data in every if self.data is None else (self.data,):
-            bench = Bench(store, self.scale, data, self.data_root, jobs, device, console)
-            result = wanted.run(bench)
-            result = replace(result, circumstances={**bench.circumstances(), **result.circumstances})
-            _show(result, console)
-            console.print(f"Saved as {result.write(self.results)}.", highlight=False)
+            bench = Bench(store, self.scale, data, self.data_root, jobs, device, console, self.download)
+            with store.locked() if data else nullcontext():
+                result = wanted.run(bench)
+                result = replace(result, circumstances={**bench.circumstances(), **result.circumstances})
+                _show(result, console)
+                console.print(f"Saved as {self._saved(result)}.", highlight=False)
         return 0
+
+    def _saved(self, result: Result) -> Path:
+        try:
+            return result.write(self.results)
+        except OSError as error:
+            raise Refused(
+                f"{result.file_name} could not be written to the results folder {self.results} ({error.strerror}); put "
+                "that right and run the command again: what was finished is kept."
+            ) from error
 
 
 def _show(result: Result, console: Console) -> None:

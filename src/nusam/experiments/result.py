@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nusam.experiments.errors import Refused
 from nusam.experiments.files import write_whole
 
 __all__ = ["Curve", "Result", "read_all"]
@@ -88,14 +89,44 @@ def read_all(folder: Path) -> list[Result]:
     """Every saved result of a folder, by name.
 
     Raises:
-        ValueError: if a file is no result.
+        Refused: if a file is no result.
     """
     results = []
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text("utf-8"))
-            curves = [Curve(**curve) for curve in content.pop("curves")]
-            results.append(Result(**content, curves=curves))
+            result = Result(**{**content, "curves": [Curve(**curve) for curve in content["curves"]]})
+            _check(result)
+        except OSError as error:
+            raise Refused(f"{path} can't be read ({error.strerror}); name another folder.") from error
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is no saved result ({error}); remove it, or name another folder.") from error
+            raise Refused(
+                f"{path} is no saved result ({error}); repair or remove it, or name another folder."
+            ) from error
+        results.append(result)
     return results
+
+
+def _check(result: Result) -> None:
+    """Files may be edited by hand; what a reader would stumble over is said here.
+
+    Raises:
+        ValueError: if something is not of its kind.
+    """
+    kinds: dict[str, type] = dict.fromkeys(("name", "title", "scale", "data", "findings"), str)
+    kinds |= dict.fromkeys(("rows", "columns", "notes"), list) | {"circumstances": dict}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(result, name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not all(isinstance(row, dict) for row in result.rows):
+        raise ValueError("a row is no dict")
+    if not all(isinstance(text, str) for text in result.columns + result.notes):
+        raise ValueError("a column or a note is no str")
+    for curve in result.curves:
+        if not all(isinstance(text, str) for text in (curve.panel, curve.label, curve.x_title, curve.y_title)):
+            raise ValueError("a title of a curve is no str")
+        for name, values in (("x", curve.x), ("y", curve.y), ("error", [] if curve.error is None else curve.error)):
+            if not isinstance(values, list) or not all(isinstance(value, int | float | None) for value in values):
+                raise ValueError(f"{name} of the curve {curve.label} is no list of numbers")
+        if len({len(values) for values in (curve.x, curve.y, curve.error) if values is not None}) > 1:
+            raise ValueError(f"x, y and error of the curve {curve.label} differ in length")

@@ -182,7 +182,7 @@ class Store:
             try:
                 row = json.loads(line)
                 self._outcomes[row["key"]] = _outcome(row)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, Refused) as error:
                 raise Refused(
                     f"{self._path}, line {number}, is no finished run; remove it, or name another folder."
                 ) from error

@@ -1,6 +1,6 @@
 """``nusam sweep``: a grid of runs, each at most once, several at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,12 +12,14 @@ from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
+from nusam.experiments.augmentation import AUGMENTATIONS
 from nusam.experiments.contest import mean_and_error
 from nusam.experiments.data import DATASETS
 from nusam.experiments.errors import Refused
 from nusam.experiments.filling import ENGINES, fill
+from nusam.experiments.limits import at_least
 from nusam.experiments.machine import chosen_device
-from nusam.experiments.methods import METHODS
+from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, METHODS, kept_as, title
 from nusam.experiments.models import TITLES
 from nusam.experiments.store import Cell, Store
 from nusam.experiments.training import Recipe, Run
@@ -37,8 +39,8 @@ class Sweep:
 
     models: Values[str] = ("mixer",)
     """Separated by spaces."""
-    methods: Values[str] = ("adamw", "sam", "nusam")
-    """adamw is the base optimizer alone, once for all radii and delays."""
+    methods: Values[str] = ("none", "sam", "nusam")
+    """As of nusam train; none is the base optimizer alone, once for all radii and delays."""
     rhos: Values[float] = (0.05, 0.1, 0.2)
     """Radii."""
     delays: Values[float] = ()
@@ -49,12 +51,22 @@ class Sweep:
     """As of nusam train."""
     data_root: Path = Path("data")
     """Folder of the data's files."""
+    download: bool = False
+    """Fetch what is missing."""
     train_size: int | None = None
     """Training images; a few hundred unless given."""
+    base: str = "adamw"
+    """Base optimizer: sgd, adam, adamw or adafactor."""
     epochs: int = 40
     """Passes over the training images."""
+    batch_size: int = 32
+    """Images of a step."""
     learning_rate: float = 4e-3
-    """At its highest."""
+    """At its highest: linear warm-up, then cosine."""
+    weight_decay: float = 0.05
+    """Of the base optimizer."""
+    augment: str = "none"
+    """none, crop, crop-flip or crop-flip-autoaugment."""
     results: Path = Path("runs/results")
     """Folder of finished runs, in runs.jsonl."""
     jobs: int | None = None
@@ -66,38 +78,58 @@ class Sweep:
 
     def __call__(self) -> int:
         """Run it; the exit code."""
-        for option, given, allowed in (
-            ("models", self.models, TITLES),
-            ("methods", self.methods, METHODS),
-            ("data", (self.data,), DATASETS),
-            ("engine", (self.engine,), ENGINES),
-        ):
-            for value in given:
-                if value not in allowed:
-                    raise Refused(f"--{option} must name some of {', '.join(allowed)}, got {value}.")
+        self._check()
         device = chosen_device(self.device)
-        jobs = self.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
-        if jobs < 1 or self.seeds < 1 or self.epochs < 1:
-            raise Refused("--jobs, --seeds and --epochs must be at least 1.")
+        jobs = (torch.get_num_threads() if device.type == "cpu" else 1) if self.jobs is None else self.jobs
         console = Console(markup=False)
-        store = Store(self.results)
         cells = self.cells()
+        store = Store(self.results)
         console.print(f"{len(cells)} runs, {sum(cell in store for cell in cells)} of them finished.", highlight=False)
-        fill(store, cells, self.data_root, jobs, device, console, self.engine)
+        fill(store, cells, self.data_root, jobs, device, console, self.engine, self.download)
         console.print(_table(store, cells))
         return 0
 
     def cells(self) -> list[Cell]:
-        """The grid, in the order in which it is run and kept."""
-        recipe = Recipe(self.epochs, learning_rate=self.learning_rate)
+        """The grid, in the order in which it is run and kept.
+
+        Raises:
+            Refused: if a number is not one that a run or a recipe can have.
+        """
         delays: Sequence[float | None] = self.delays or (None,)
+        recipe = Recipe(
+            self.epochs, self.batch_size, self.learning_rate, self.weight_decay, base=self.base, augment=self.augment
+        )
         runs = [
-            Run(model, method, 0.0, seed) if method == "adamw" else Run(model, method, rho, seed, delay)
+            Run(model, method, 0.0, seed) if method == ALONE else Run(model, method, rho, seed, delay)
             for model, method, rho, delay, seed in product(
-                self.models, self.methods, self.rhos, delays, range(self.seeds)
+                self.models, map(kept_as, self.methods), self.rhos, delays, range(self.seeds)
             )
         ]
         return [Cell(self.data, recipe, run, self.train_size) for run in dict.fromkeys(runs)]
+
+    def _check(self) -> None:
+        choices: dict[str, tuple[Sequence[str], Collection[str]]] = {
+            "models": (self.models, TITLES),
+            "methods": (self.methods, METHOD_NAMES),
+            "data": ([self.data], DATASETS),
+            "base": ([self.base], BASES),
+            "augment": ([self.augment], AUGMENTATIONS),
+            "engine": ([self.engine], ENGINES),
+        }
+        for option, (given, allowed) in choices.items():
+            unknown = [value for value in given if value not in allowed] or ([] if given else ["nothing"])
+            if unknown:
+                must = "name some of" if option in ("models", "methods") else "be one of"
+                raise Refused(f"--{option} must {must} {', '.join(allowed)}, got {unknown[0]}.")
+        for method in self.methods:
+            if method in BASES and method != self.base:
+                raise Refused(
+                    f"--methods {method} and --base {self.base} are two base optimizers; give --methods none."
+                )
+        if not self.rhos:
+            raise Refused("--rhos must give at least one radius, got nothing.")
+        at_least(0, train_size=self.train_size)
+        at_least(1, jobs=self.jobs, seeds=self.seeds)
 
 
 def _table(store: Store, cells: list[Cell]) -> Table:
@@ -109,7 +141,8 @@ def _table(store: Store, cells: list[Cell]) -> Table:
         run = cell.run
         delay = METHODS[run.method].delay if run.delay is None else run.delay
         rho = f"{run.rho:g}" if run.rho else "–"
-        groups.setdefault((TITLES[run.model], METHODS[run.method].title, rho, f"{delay:.0%}"), []).append(cell)
+        method = title(run.method, cell.recipe.base)
+        groups.setdefault((TITLES[run.model], method, rho, f"{delay:.0%}"), []).append(cell)
     for group, members in groups.items():
         outcomes = [store[cell] for cell in members]
         accuracies = [

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nusam.experiments.class_sizes import require_two_of_each
 from nusam.experiments.errors import Refused
 
 __all__ = ["ENCODERS", "GLUE", "glue", "movie_reviews", "sentence_model", "tiny_sentences", "tsv"]
@@ -102,23 +103,35 @@ def tsv(root: Path) -> tuple[Labelled, Labelled]:
     """train.tsv and test.tsv: on each line a class, a tab and a sentence, or two sentences with another tab."""
     parts = []
     classes: dict[str, int] = {}
+    columns = 0  # of every line, as the first has them
     for name in ("train.tsv", "test.tsv"):
         path = root / name
         if not path.is_file():
             raise Refused(f"--data tsv needs the files train.tsv and test.tsv in --data-root, which is {root}.")
-        rows = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
-        for number, row in enumerate(rows, 1):
+        lines = path.read_text("utf-8-sig").split("\n")
+        rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
+            raise Refused(f"{path} is empty; a class, a tab and a sentence are needed on each line.")
+        for number, row in rows:
             if len(row) not in (2, 3):
                 raise Refused(
                     f"{path}, line {number}, has {len(row) - 1} tabs; a class, a tab and a sentence are needed, or "
                     "two sentences with a tab between."
                 )
+            columns = columns or len(row)
+            if len(row) != columns:
+                raise Refused(
+                    f"{path}, line {number}, has {len(row) - 1} of the sentences of which the first line of train.tsv "
+                    f"has {columns - 1}; every line needs as many."
+                )
+        labels = [row[0] for _, row in rows]
         if name == "train.tsv":
-            classes = {label: index for index, label in enumerate(sorted({row[0] for row in rows}))}
-        elif unknown := {row[0] for row in rows} - classes.keys():
+            classes = {label: index for index, label in enumerate(sorted(set(labels)))}
+            require_two_of_each("tsv", labels)
+        elif unknown := set(labels) - classes.keys():
             raise Refused(f"{path} has the class {min(unknown)}, which train.tsv lacks; complete one of them.")
-        labels = np.array([classes[row[0]] for row in rows], np.int64)
-        parts.append((_tokenized([tuple(row[1:]) for row in rows]), labels))
+        numbers = np.array([classes[label] for label in labels], np.int64)
+        parts.append((_tokenized([tuple(row[1:]) for _, row in rows]), numbers))
     return parts[0], parts[1]
 
 

@@ -28,7 +28,7 @@ class Table14(Experiment):
 
     def run(self, bench: Bench) -> Result:
         """Measure."""
-        source = load(bench.data, bench.data_root, bench.scale.train_size[bench.data])
+        source = load(bench.data, bench.data_root, bench.scale.train_size[bench.data], bench.download)
         train = split(source, 0, bench.device).train
         size = bench.scale.recipes[bench.data].batch_size
         batch = Images(train.pixels[:size], train.labels[:size])
