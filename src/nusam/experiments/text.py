@@ -104,10 +104,11 @@ def tsv(root: Path) -> tuple[Labelled, Labelled]:
     parts = []
     classes: dict[str, int] = {}
     columns = 0  # of every line, as the first has them
-    for name in ("train.tsv", "test.tsv"):
+    names = ("train.tsv", "test.tsv")
+    if not all((root / name).is_file() for name in names):
+        raise Refused(f"--data tsv needs the files train.tsv and test.tsv in --data-root, which is {root}.")
+    for name in names:
         path = root / name
-        if not path.is_file():
-            raise Refused(f"--data tsv needs the files train.tsv and test.tsv in --data-root, which is {root}.")
         lines = path.read_text("utf-8-sig").split("\n")
         rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
         if not rows:
