@@ -152,7 +152,7 @@ def test_broken_weights_are_refused(content, tmp_path):
     store = Store(tmp_path)
     store.weights("key").parent.mkdir()
     store.weights("key").write_bytes(content)
-    with pytest.raises(Refused, match=r"weights/key\.pt has no pretrained weights that can be read"):
+    with pytest.raises(Refused, match=r"weights/key\.pt holds no weights that can be read"):
         store.pretrained("key")
 
 

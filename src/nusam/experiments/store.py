@@ -89,10 +89,7 @@ class Store:
             if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
                 raise TypeError("no weights")
         except Exception as error:  # whatever pickle finds wrong with it
-            raise Refused(
-                f"{path} has no pretrained weights that can be read ({type(error).__name__}); put a complete copy "
-                "there, or name another folder."
-            ) from error
+            raise Refused(f"{path} holds no weights that can be read; remove it, and they are trained anew.") from error
         return weights
 
     @contextmanager
