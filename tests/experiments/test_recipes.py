@@ -18,7 +18,7 @@ def result_of(tmp_path, monkeypatch):
     """What a recipe comes to, and the cells that it asked for."""
     asked = []
 
-    def made_up(store, cells, *_):
+    def made_up(store, cells, *_, **__):
         for cell in cells:
             asked.append(cell)
             if cell not in store:

@@ -240,7 +240,7 @@ def test_outcome_says_on_what_it_was_trained(undisturbed):
         (["--epochs", "0"], "epochs must be at least 1, got 0."),
         (["--method", "lion"], "--method must be one of none, adamw, sam, sam-on, nusam,"),
         (["--method", "adamw", "--base", "sgd"], "--method adamw and --base sgd are two base optimizers"),
-        (["--data", "cifar100"], "--data cifar100 needs the folder cifar-100-python"),
+        (["--data", "cifar100"], "--data cifar100 needs the files of the folder cifar-100-python"),
         (["--model", "vit-s/16"], "could not be loaded"),
         (["--out", "/proc/nowhere"], "can't be written to"),
     ],
