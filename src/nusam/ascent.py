@@ -1,12 +1,13 @@
 """The ascent: from one pass over a sample to ε of every target, and what is remembered from step to step."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from nusam.interrupts import entered
 from nusam.layers import find_uses
 from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import MatrixFreeAscent, why_not_served
@@ -220,14 +221,10 @@ class Ascent:
         return served, averaged(here, workers.summands(parameter) if in_summands else ())
 
 
-@contextmanager
-def _full_precision(targets: Sequence[Target]) -> Iterator[None]:
+def _full_precision(targets: Sequence[Target]) -> AbstractContextManager[None]:
     """Whatever autocast surrounds the passes."""
     kinds = {d.type for t in targets for d in (t.parameter.device, compute_device(t.parameter))}
-    with ExitStack() as stack:
-        for kind in kinds - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    return entered(*(torch.autocast(kind, enabled=False) for kind in kinds - {"meta"}))
 
 
 class Nothing:

@@ -1,9 +1,10 @@
 """Undoing what was begun, even when a signal lands in the middle of the undoing."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
-__all__ = ["always"]
+__all__ = ["always", "entered"]
 
 
 @contextmanager
@@ -16,3 +17,16 @@ def always(undo: Callable[[], None]) -> Iterator[None]:
             undo()
     finally:
         undo()
+
+
+@contextmanager
+def entered(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """Run the body inside contexts that are left in any case; after a plain ``with`` an interrupt can come before that.
+
+    Autocast left so would go on using the half-precision copies of weights that it has.
+    """
+    stack = ExitStack()
+    with always(stack.close):
+        for context in contexts:
+            stack.enter_context(context)
+        yield
