@@ -6,10 +6,23 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-__all__ = ["AUGMENTATIONS", "augmented"]
+from nusam.experiments.errors import Refused
+
+__all__ = ["AUGMENTATIONS", "augmented", "require_images"]
 
 # Crops are padded by an eighth of the image: 4 pixels of CIFAR's 32, 1 of the digits' 8. Digits are not flipped.
-AUGMENTATIONS = ("none", "crop", "crop-flip", "crop-flip-autoaugment")
+AUGMENTATIONS = {
+    "none": "no augmentation",
+    "crop": "random crops",
+    "crop-flip": "random crops and flips",
+    "crop-flip-autoaugment": "random crops, flips and AutoAugment",
+}
+
+
+def require_images(name: str, data: str, channels: int) -> None:
+    """Refuse to augment what has no channels."""
+    if channels == 0 and name != "none":
+        raise Refused(f"--augment {name} is for images, and {data} are sentences; leave it out.")
 
 
 def augmented(pixels: Tensor, name: str, noise: torch.Generator) -> Tensor:

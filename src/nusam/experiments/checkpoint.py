@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import save_whole
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "State"]
+
+
+class State(NamedTuple):
+    """What a run goes on from: all of it changes as it trains."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    noise: torch.Generator
+    progress: Any
 
 
 class Checkpoint:
@@ -57,33 +68,25 @@ class Checkpoint:
             self.stop_asked = bool(asked)
         return epoch_ended or self.stop_asked
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        scaler: torch.amp.GradScaler,
-        noise: torch.Generator,
-        progress: Any,
-    ) -> None:
+    def save(self, state: State) -> None:
         """Replace the file.
 
         Raises:
             Refused: in every process, if there is no room; the file is the old one then.
         """
-        weights, state = get_state_dict(model, optimizer, options=_WHOLE)
-        drawn = _by_process(_generators(model))
+        weights, optimizer = get_state_dict(state.model, state.optimizer, options=_WHOLE)
+        drawn = _by_process(_generators(state.model))
         refusal = [""]
         if not dist.is_initialized() or dist.get_rank() == 0:
             content = {
                 "identity": self.identity,
                 "model": weights,
-                "optimizer": state,
-                "schedule": schedule.state_dict(),
-                "scaler": scaler.state_dict(),
-                "noise": noise.get_state(),
+                "optimizer": optimizer,
+                "schedule": state.schedule.state_dict(),
+                "scaler": state.scaler.state_dict(),
+                "noise": state.noise.get_state(),
                 "random": drawn,
-                "progress": vars(progress),
+                "progress": vars(state.progress),
             }
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,15 +102,7 @@ class Checkpoint:
         if refusal[0]:
             raise Refused(refusal[0])
 
-    def load(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        scaler: torch.amp.GradScaler,
-        noise: torch.Generator,
-        progress: Any,
-    ) -> None:
+    def load(self, state: State) -> None:
         """Go on from the file, if there is one and that is wanted.
 
         Raises:
@@ -124,19 +119,20 @@ class Checkpoint:
             raise Refused(f"{self.path} is of a run with {different}; give the same options, or another --out.")
         try:
             set_state_dict(
-                model,
-                optimizer,
+                state.model,
+                state.optimizer,
                 model_state_dict=saved["model"],
                 optim_state_dict=saved["optimizer"],
                 options=_WHOLE,
             )
-            schedule.load_state_dict(saved["schedule"])
-            if scaler.is_enabled():
-                scaler.load_state_dict(saved["scaler"])
-            noise.set_state(saved["noise"])
+            state.schedule.load_state_dict(saved["schedule"])
+            if state.scaler.is_enabled():
+                state.scaler.load_state_dict(saved["scaler"])
+            state.noise.set_state(saved["noise"])
             rank = dist.get_rank() if dist.is_initialized() else 0
-            _set_generators(model, saved["random"][rank % len(saved["random"])])
-            vars(progress).update({name: saved["progress"][name] for name in vars(progress)})
+            _set_generators(state.model, saved["random"][rank % len(saved["random"])])
+            progress = vars(state.progress)
+            progress.update({name: saved["progress"][name] for name in progress})
         except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise self._broken(error) from error
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from nusam.experiments.augmentation import AUGMENTATIONS
 from nusam.experiments.contest import Contest, Setting
 from nusam.experiments.data import load
 from nusam.experiments.filling import fill
@@ -208,17 +209,9 @@ def _values_that_are_ours(setting: Setting, published: Mapping[str, Any]) -> str
         "learning_rate": f"learning rate {recipe.learning_rate:g}",
         "weight_decay": f"weight decay {recipe.weight_decay:g}",
         "warm_up": f"warm-up over {100 * recipe.warm_up:.2g}% of the steps" if recipe.warm_up else "no warm-up",
-        "augment": _AUGMENTATIONS[recipe.augment],
+        "augment": AUGMENTATIONS[recipe.augment],
     }
     return ", ".join(word for name, word in words.items() if name not in published or published[name] != values[name])
-
-
-_AUGMENTATIONS = {
-    "none": "no augmentation",
-    "crop": "random crops",
-    "crop-flip": "random crops and flips",
-    "crop-flip-autoaugment": "random crops, flips and AutoAugment",
-}
 
 
 class Experiment(ABC):

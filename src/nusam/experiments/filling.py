@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from nusam.experiments.augmentation import require_images
 from nusam.experiments.data import Source, load
 from nusam.experiments.errors import Refused
 from nusam.experiments.progress import Bars, describe
@@ -50,8 +51,7 @@ def fill(
         for (data, size, recipe, pretrained), group in groupby(missing, alike):
             wanted = deque(group)
             source = load(data, data_root, size, download)
-            if source.channels == 0 and recipe.augment != "none":
-                raise Refused(f"--augment {recipe.augment} is for images, and {data} are sentences; leave it out.")
+            require_images(recipe.augment, data, source.channels)
             initial = store.pretrained(pretrained) if pretrained else None
             done: dict[Run, Outcome] = {}
             runs = [cell.run for cell in wanted]

@@ -1,17 +1,16 @@
 """Fine-tuning: what is pretrained on, and where the pretrained weights come from."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nusam.experiments.contest import Setting
 from nusam.experiments.data import load
-from nusam.experiments.experiment import Bench
+from nusam.experiments.experiment import SCALES, Bench
+from nusam.experiments.machine import one_thread
 from nusam.experiments.store import Cell
 from nusam.experiments.training import Epoch, Recipe, Run, train
 
@@ -40,7 +39,7 @@ _SCALES = {
         ("mixer",),
         replace(_SMALL, epochs=2),
         64,
-        "data and models, for a run of seconds that tests the pipeline and nothing else",
+        SCALES["smoke"].ours,
         Cell("digits-28", Recipe(1), Run("", "adamw", 0.0, seed=1000), 64),
     ),
     "cpu": FineTuning(
@@ -107,19 +106,8 @@ def _pretrain(bench: Bench, cell: Cell, path: Path) -> None:
     def tell(epoch: Epoch) -> None:
         bench.console.print(f"  loss {epoch.train_loss:.3f}, test accuracy {epoch.test_accuracy:.1%}")
 
-    with _one_thread():
+    with one_thread():
         train(cell.run, cell.recipe, source, bench.device, tell, keep=path)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """However many a machine has: sums in another order are other weights."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _content(weights: Mapping[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nusam.experiments.errors import Refused
 
-__all__ = ["PARALLEL", "PRECISIONS", "Machine", "chosen_device", "launched"]
+__all__ = ["PARALLEL", "PRECISIONS", "Machine", "chosen_device", "launched", "one_thread"]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARALLEL = ("ddp", "fsdp2")
@@ -89,3 +89,14 @@ def chosen_device(name: str) -> torch.device:
     if name not in allowed:
         raise Refused(f"--device must be {' or '.join(allowed)} on this machine, got {name}.")
     return torch.device(name)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a worker, however many a machine has: sums in another order are other weights."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -10,11 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 import nusam
+from nusam.experiments.errors import Refused
 
 if TYPE_CHECKING:
     from nusam.experiments.training import Run
 
-__all__ = ["ALONE", "BASES", "METHODS", "METHOD_NAMES", "Method", "kept_as", "title"]
+__all__ = ["ALONE", "BASES", "METHODS", "METHOD_NAMES", "Method", "kept_as", "require_one_base", "title"]
 
 BASES: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {  # model, learning rate, weight decay
     "sgd": lambda model, rate, decay: torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay),
@@ -76,6 +77,12 @@ METHOD_NAMES = ("none", *METHODS)  # as they can be given
 def kept_as(method: str) -> str:
     """The name under which runs of a method are kept: ``none`` is the base optimizer alone."""
     return ALONE if method == "none" else method
+
+
+def require_one_base(option: str, method: str, base: str) -> None:
+    """Refuse a method that is a base optimizer other than the one named."""
+    if method in BASES and method != base:
+        raise Refused(f"--{option} {method} and --base {base} are two base optimizers; give --{option} none.")
 
 
 def title(method: str, base: str = "adamw") -> str:

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
 from nusam.experiments.data import Images
+from nusam.experiments.machine import one_thread
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import build
 from nusam.experiments.training import Run
@@ -25,14 +26,10 @@ def step_seconds(model_name: str, radii: Mapping[str, float], batch: Images, cla
     """Median seconds of a step for each method, the methods taking turns so that all see the same machine."""
     steps = {method: _stepper(model_name, method, rho, batch, classes) for method, rho in radii.items()}
     seconds: dict[str, list[float]] = {method: [] for method in steps}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in training
-    try:
+    with one_thread():
         for _ in range(1 + ROUNDS):
             for method, step in steps.items():
                 seconds[method].append(_seconds(step, batch.pixels.device))
-    finally:
-        torch.set_num_threads(threads)
     return {method: median(rounds[1:]) for method, rounds in seconds.items()}  # the first round warms up
 
 

@@ -19,7 +19,7 @@ from nusam.experiments.errors import Refused
 from nusam.experiments.filling import ENGINES, fill
 from nusam.experiments.limits import at_least
 from nusam.experiments.machine import chosen_device
-from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, METHODS, kept_as, title
+from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, METHODS, kept_as, require_one_base, title
 from nusam.experiments.models import TITLES
 from nusam.experiments.store import Cell, Store
 from nusam.experiments.training import Recipe, Run
@@ -122,10 +122,7 @@ class Sweep:
                 must = "name some of" if option in ("models", "methods") else "be one of"
                 raise Refused(f"--{option} must {must} {', '.join(allowed)}, got {unknown[0]}.")
         for method in self.methods:
-            if method in BASES and method != self.base:
-                raise Refused(
-                    f"--methods {method} and --base {self.base} are two base optimizers; give --methods none."
-                )
+            require_one_base("methods", method, self.base)
         if not self.rhos:
             raise Refused("--rhos must give at least one radius, got nothing.")
         at_least(0, train_size=self.train_size)

@@ -11,14 +11,14 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 
-from nusam.experiments.augmentation import AUGMENTATIONS
+from nusam.experiments.augmentation import AUGMENTATIONS, require_images
 from nusam.experiments.checkpoint import Checkpoint
 from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import write_whole
 from nusam.experiments.limits import at_least
 from nusam.experiments.machine import PARALLEL, PRECISIONS, Machine, chosen_device, launched
-from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, kept_as
+from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, kept_as, require_one_base
 from nusam.experiments.models import TITLES
 from nusam.experiments.progress import Bars
 from nusam.experiments.results import device_name
@@ -100,8 +100,7 @@ class Train:
         first = not dist.is_initialized() or dist.get_rank() == 0
         console = Console(markup=False, quiet=not first)
         source = load(self.data, self.data_root, self.train_size, self.download)
-        if source.channels == 0 and self.augment != "none":
-            raise Refused(f"--augment {self.augment} is for images, and {self.data} are sentences; leave it out.")
+        require_images(self.augment, self.data, source.channels)
         identity: dict[str, dict[str, object]] = {
             "run": asdict(run),
             "recipe": asdict(recipe),
@@ -182,6 +181,5 @@ class Train:
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise Refused(f"--{option} must be one of {', '.join(allowed)}, got {getattr(self, option)}.")
-        if self.method in BASES and self.method != self.base:
-            raise Refused(f"--method {self.method} and --base {self.base} are two base optimizers; give --method none.")
+        require_one_base("method", self.method, self.base)
         at_least(0, train_size=self.train_size)

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from nusam import SharpnessAware
 from nusam.experiments.augmentation import augmented
-from nusam.experiments.checkpoint import Checkpoint
+from nusam.experiments.checkpoint import Checkpoint, State
 from nusam.experiments.data import Images, Source, split
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import save_whole
@@ -154,8 +154,9 @@ def train(
     order = torch.Generator().manual_seed(run.seed)
     noise = torch.Generator().manual_seed(run.seed)
     progress = Progress()
+    state = State(model, optimizer, schedule, machine.scaler, noise, progress)
     if checkpoint:
-        checkpoint.load(model, optimizer, schedule, machine.scaler, noise, progress)
+        checkpoint.load(state)
     for epoch in progress.epochs:
         report(epoch)
     for _ in range(progress.step // per_epoch):  # what finished epochs drew
@@ -183,7 +184,7 @@ def train(
             report(progress.epochs[-1])
         if checkpoint and checkpoint.is_due(progress.step % per_epoch == 0):
             progress.seconds = time.perf_counter() - began
-            checkpoint.save(model, optimizer, schedule, machine.scaler, noise, progress)
+            checkpoint.save(state)
             if checkpoint.stop_asked:
                 raise Stopped
 
