@@ -77,7 +77,8 @@ class Ascent:
         worth = [t for t in targets if matrix_shape(t.parameter).numel() >= least or not t.parameter.requires_grad]
         reasons = why_not_served(uses, [target.parameter for target in worth])
         if workers.must_reduce:
-            reasons = {target.parameter: "DDP with static_graph=True reduces every gradient" for target in worth}
+            workers.refuse_frozen([target.parameter for target in targets])
+            reasons = {target.parameter: workers.why_it_must_reduce for target in worth}
         possible = any(target.parameter not in reasons for target in worth)
         reasons |= self._needs_gradient
         self._fell_back = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
@@ -108,6 +109,9 @@ class Ascent:
         whole_pairs = pass_ is not None and not pass_.keeps
         sharded = any(is_sharded(target.parameter) for target in targets)
         with _full_precision(targets):
+            if in_summands and not isinstance(self.lmo, Nuclear):
+                workers.average([target.parameter for target in targets])
+                in_summands = False
             if in_summands or (sharded and not whole_pairs):
                 found = self._from_parts(targets, pass_, workers, in_summands)
             else:
@@ -187,9 +191,10 @@ class Ascent:
     def _from_parts(
         self, targets: Sequence[Target], pass_: MatrixFreeAscent | None, workers: DataParallel, in_summands: bool
     ) -> dict[Tensor, Perturbation]:
-        """Processes hold blocks or summands, and all of them go through the same list of targets."""
-        if not isinstance(self.lmo, Nuclear):
-            targets = [target for target in targets if target.parameter.grad is not None]
+        """Processes hold blocks or summands, and all of them go through the same list of targets.
+
+        A gradient that is missing here may be there elsewhere, so it counts as zeros.
+        """
         states = [self.state_of(target) for target in targets]
         radii = [target.radius for target in targets]
         gradients: list[Tensor | Matrix]
@@ -198,7 +203,7 @@ class Ascent:
             gradients = [BlockOf(matrix, block_) for matrix, block_ in parts]
             routes = [block_.route for _, block_ in parts]
         else:
-            shards = [complete(cast(Tensor, target.parameter.grad), target.parameter) for target in targets]
+            shards = [complete(target.parameter.grad, target.parameter) for target in targets]
             gradients, routes = [local(gradient) for gradient in shards], [route(gradient) for gradient in shards]
         lmo = cast(L2 | Nuclear, self.lmo)  # those that see shards
         perturbations = lmo(gradients, radii, states, 0, Ranks(routes))  # type: ignore[arg-type]
@@ -208,16 +213,19 @@ class Ascent:
         self, parameter: Tensor, pass_: MatrixFreeAscent | None, workers: DataParallel, in_summands: bool
     ) -> tuple[Matrix, Block]:
         """What is here of the parameter's gradient."""
-        served, here = pass_.part(parameter) if pass_ else (None, whole(matrix_shape(parameter)))
+        served, here = pass_.part(parameter) if pass_ else (None, None)
+        if served is None or here is None:  # as the other processes see it, which may have reached its layer
+            here = workers.block(parameter, in_layer=in_summands)
         gradient = parameter.grad
         if gradient is not None and is_sharded(gradient):
             G = local(gradient).to(self.states[parameter]["u"].dtype)
-            return (Nothing(*G.shape) if served else Explicit(G)), block(gradient)
+            here = block(gradient)
+            return (Nothing(here) if served else Explicit(G)), here
         if served is None and gradient is not None:
             served, here = Explicit(gradient.to(self.states[parameter]["u"].dtype)), whole(matrix_shape(parameter))
         elif served is None or gradient is not None:
             # with a gradient beside the products, a matrix was also used outside its layer: neither is all of it
-            served = Nothing(here.rows.stop - here.rows.start, here.columns.stop - here.columns.start)
+            served = Nothing(here)
         return served, averaged(here, workers.summands(parameter) if in_summands else ())
 
 
@@ -228,10 +236,10 @@ def _full_precision(targets: Sequence[Target]) -> AbstractContextManager[None]:
 
 
 class Nothing:
-    """A zero matrix (n×m), where a process has nothing to add."""
+    """A block of zeros, where a process has nothing to add."""
 
-    def __init__(self, n: int, m: int) -> None:
-        self.n, self.m = n, m
+    def __init__(self, block: Block) -> None:
+        self.n, self.m = (len(range(*cut.indices(size))) for cut, size in zip(block[1:3], block.shape, strict=True))
 
     def matvec(self, v: Tensor) -> Tensor:
         return v.new_zeros(self.n)

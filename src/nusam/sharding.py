@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nusam.interrupts import always
+from nusam.lmo import matrix_shape
 from nusam.power_iteration import Matrix
 
 __all__ = [
@@ -150,7 +151,7 @@ def compute_device(parameter: Any) -> torch.device:
 def whole(shape: torch.Size) -> Block:
     """A matrix that is here as a whole."""
     n, m = shape
-    return Block(shape, slice(n), slice(m), Route())
+    return Block(shape, slice(0, n), slice(0, m), Route())
 
 
 def averaged(part: Block, groups: tuple[Group, ...]) -> Block:
@@ -226,7 +227,12 @@ def route(tensor: Any) -> Route:
 
 
 def complete(gradient: Any, parameter: Any) -> Tensor:
-    """The gradient, laid out as its parameter: tensor parallelism may leave summands of replicated ones."""
+    """The gradient, laid out as its parameter: tensor parallelism may leave summands of replicated ones.
+
+    Zeros if there is none.
+    """
+    if gradient is None:
+        return torch.zeros_like(parameter, requires_grad=False)
     if is_sharded(gradient) and any(placement.is_partial() for placement in gradient.placements):
         gradient = gradient.redistribute(placements=parameter.placements)
     return cast(Tensor, gradient)
@@ -305,8 +311,24 @@ class DataParallel:
 
     @property
     def must_reduce(self) -> bool:
-        """Whether DDP has been told to reduce every gradient in every pass."""
-        return self._ddp is not None and self._ddp.static_graph
+        """Whether every gradient is reduced in every pass, so that the ascent works by gradients."""
+        return self.why_it_must_reduce != ""
+
+    @property
+    def why_it_must_reduce(self) -> str:
+        """What makes :attr:`must_reduce` true; empty if nothing does."""
+        if self._ddp is not None and self._ddp.static_graph:
+            return "DDP with static_graph=True reduces every gradient"
+        return ""
+
+    def refuse_frozen(self, parameters: Iterable[Tensor]) -> None:
+        """Refuse parameters without a gradient, where only gradients can serve."""
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                raise RuntimeError(
+                    f"A perturbed parameter of shape {tuple(parameter.shape)} is frozen and needs a matrix-free "
+                    f"ascent, but {self.why_it_must_reduce}; leave that out, or exclude the parameter with targets=."
+                )
 
     def is_tensor_parallel(self, parameter: Tensor) -> bool:
         """Whether the parameter's layer computes with a block of it."""
@@ -321,6 +343,21 @@ class DataParallel:
         if parameter in self._mesh:
             return _groups(self._mesh[parameter])
         return (self._ddp.process_group,) if self._ddp is not None else ()
+
+    def block(self, parameter: Any, in_layer: bool) -> Block:
+        """Which block of a 2-D parameter is here: of what its layer computes with, or as the optimizer holds it."""
+        if in_layer and not self.is_tensor_parallel(parameter):
+            return whole(matrix_shape(parameter))
+        return block(parameter) if is_sharded(parameter) else whole(matrix_shape(parameter))
+
+    @torch.no_grad()
+    def average(self, parameters: Sequence[Tensor]) -> None:
+        """Replace gradients that nobody has reduced by their means over processes; a missing one counts as zeros."""
+        gradients = [complete(parameter.grad, parameter) for parameter in parameters]
+        routes = [averaged(Block(p.shape, slice(0), slice(0), Route()), self.summands(p)) for p in parameters]
+        Ranks([part.route for part in routes]).sum_(gradients)
+        for parameter, gradient, part in zip(parameters, gradients, routes, strict=True):
+            parameter.grad = gradient.mul_(part.share)
 
     def reduces_gradients(self, matrix_free: bool) -> bool:
         """Whether the ascent's gradients come averaged over the processes that split the batch."""
