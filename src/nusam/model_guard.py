@@ -5,7 +5,7 @@ evaluated.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +14,50 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nusam.interrupts import always
+from nusam.module_tree import ModuleTree
 from nusam.sharding import compute_device
 
-__all__ = ["frozen_statistics", "normalization_parameters", "refuse_use", "RandomState"]
+__all__ = ["ModelGuard", "RandomState", "frozen_statistics", "normalization_parameters", "refuse_use"]
+
+
+class ModelGuard:
+    """What is undone or refused in the two passes of every step of one model; without a model nothing is."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.tree = None if model is None else ModuleTree(model)
+        self._random_state: RandomState | None = None
+        self._ascended = False
+
+    def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
+        return ModelGuard, (self.model,)  # what is remembered belongs to one step, and steps are not copied
+
+    def before_ascent(self, everything: bool = False) -> None:
+        """Remember generators and buffers as they are; ``everything``: large ones too, which waits for the device."""
+        self._ascended = False
+        if self.model is not None:
+            self._random_state = RandomState(self.model)
+
+    def after_ascent(self) -> None:
+        """The ascent is complete: the next descent is its second pass."""
+        self._ascended = True
+
+    @contextmanager
+    def descent(self, perturbed: bool) -> Iterator[None]:
+        """The second pass over a sample, if an ascent came before: from the same buffers and generators.
+
+        ``perturbed``: whether any weight is, so that saving, copying and evaluating the model must be refused.
+        """
+        second, self._ascended = self._ascended, False
+        random_state, self._random_state = self._random_state, None
+        with ExitStack() as contexts:
+            if self.model is not None and perturbed:
+                contexts.enter_context(refuse_use(self.model))
+            if self.model is not None and second:
+                contexts.enter_context(frozen_statistics(self.model))
+                if random_state is not None:
+                    random_state.replay()
+            yield
 
 
 class RandomState:

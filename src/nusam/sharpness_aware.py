@@ -28,11 +28,11 @@ from nusam.interrupts import always
 from nusam.layers import Handler, InForward, find_uses, rerouted
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import MatrixFreeAscent
-from nusam.model_guard import RandomState, frozen_statistics, refuse_use
-from nusam.placement import in_weights
+from nusam.model_guard import ModelGuard
 from nusam.saving import merge, split
 from nusam.sharding import DataParallel, is_sharded, unwrapped
 from nusam.step_in_backward import StepInBackward
+from nusam.written_weights import WrittenWeights
 
 __all__ = ["Options", "SharpnessAware", "step_in_backward"]
 
@@ -177,7 +177,8 @@ class SharpnessAware(Optimizer):
         self._ascent = Ascent(lmo, (0 if everything else WORTH_SERVING) if serves else None)
         self._pending: dict[Tensor, Perturbation] | None = None
         self._in_backward: StepInBackward | None = None
-        self._random_state: RandomState | None = None
+        self._guard = ModelGuard(model)
+        self._written = WrittenWeights()
         self._progress = _Progress()
         self._check_targets()
         for group in base_optimizer.param_groups:
@@ -222,6 +223,7 @@ class SharpnessAware(Optimizer):
         pass_ = None if self.model is None else self._ascent.matrix_free(self.model, targets, parameters, workers)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
+        check = self._progress.ascents & (self._progress.ascents - 1) == 0  # the first, and 1, 2, 4, 8, … after it
 
         def undo() -> None:
             for parameter, gradient in zip(parameters, kept, strict=True):
@@ -235,9 +237,11 @@ class SharpnessAware(Optimizer):
             self._pass = "ascent"
             self._in_scaler = False  # a step that the scaler skipped is over
             _clear_gradients(parameters)
-            if self.model is not None:
-                self._random_state = RandomState(self.model)
+            self._guard.before_ascent(check)
+            self._written.before_ascent({*parameters, *(t.parameter for t in targets)}, check, self._guard.tree)
             yield
+            self._guard.after_ascent()
+            self._written.after_ascent()
             if not (pass_ and pass_.saw_gradients()):
                 self._require_gradients("ascent")
             self._pending = self._perturb(targets, pass_, workers)
@@ -264,7 +268,9 @@ class SharpnessAware(Optimizer):
         }
         in_place = [p for p in perturbations if p not in forward]
         # processes with perturbations of their own would drift apart by the rounding of a subtraction
-        perturbed = in_weights(in_place, [perturbations[p] for p in in_place], bit_exact=self.m_sam is not False)
+        bit_exact = self.m_sam is not False
+        others = [] if self._in_backward else self._parameters()  # those are written by the base optimizer
+        perturbed = self._written.in_weights(in_place, [perturbations[p] for p in in_place], bit_exact, others=others)
         workers = self._workers()
         workers.refuse_unreduced()
         workers.reshard()
@@ -280,23 +286,19 @@ class SharpnessAware(Optimizer):
             self._in_scaler = False
             if not accumulate:
                 _clear_gradients(self._parameters())
-            if perturbations and self.model is not None:
-                guards.enter_context(refuse_use(self.model))
-                if forward:
-                    guards.enter_context(rerouted(list(find_uses(self.model)), forward))
-                if self._random_state is not None:  # an ascent came before
-                    guards.enter_context(frozen_statistics(self.model))
-                    self._random_state.replay()
+            guards.enter_context(self._guard.descent(bool(perturbations)))
+            if forward and self.model is not None:
+                guards.enter_context(rerouted(list(find_uses(self.model)), forward))
             if self._in_backward:
                 guards.enter_context(self._in_backward.running())
             self._pending = None
-            self._random_state = None
             self._had_pass = True
             del perturbations
+            perturbed.add()
             if in_place:
-                perturbed.add()
                 workers.reshard()
             yield
+            self._written.after_descent(self._names)
             if not accumulate and not self._in_backward:
                 self._require_gradients("descent")
 
@@ -395,6 +397,7 @@ class SharpnessAware(Optimizer):
         if self._in_backward is not None:
             self._in_backward.remove()
         self._in_backward = self.model = self._ascent.serve_from = None
+        self._guard = ModelGuard(None)
 
     # ---------------------------------------------------------------- what makes it an optimizer
 
@@ -486,7 +489,7 @@ class SharpnessAware(Optimizer):
         left_out = ("step", "_hook_for_profile")
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
         kept = {name: value for name, value in state.items() if name not in left_out}
-        return {**kept, "_pending": None, "_random_state": None}
+        return {**kept, "_pending": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
