@@ -1,6 +1,6 @@
 """The ascent: from one pass over a sample to ε of every target, and what is remembered from step to step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, cast
 
@@ -8,24 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nusam.interrupts import entered
-from nusam.layers import find_uses
 from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
-from nusam.matrix_free import MatrixFreeAscent, why_not_served
-from nusam.power_iteration import Explicit, Matrix, power_iteration
-from nusam.sharding import (
-    Block,
-    BlockOf,
-    DataParallel,
-    Ranks,
-    averaged,
-    block,
-    complete,
-    compute_device,
-    is_sharded,
-    local,
-    route,
-    whole,
-)
+from nusam.matrix_free import Job, LayerPass, Record
+from nusam.parts import part_of, shared_part
+from nusam.power_iteration import Matrix, TopPair, power_iteration, starts_of
+from nusam.sharding import DataParallel, Ranks, complete, compute_device, is_sharded, local, route
+from nusam.structure import Structure
+from nusam.verification import ONE_USE, SEVERAL_USES, Verification, compared
 
 __all__ = ["Ascent", "Target"]
 
@@ -51,9 +40,8 @@ class Ascent:
         self.serve_from = serve_from
         self.states: dict[Tensor, State] = {}
         self.measured: dict[Tensor, dict[str, Tensor]] = {}
-        self._needs_gradient: dict[Tensor, str] = {}  # for good, and why
+        self.verification = Verification()
         self._fell_back: dict[Tensor, str] = {}  # in the last pass
-        self._counted: set[Tensor] = set()  # whose uses in a compiled graph were read once
 
     def state_of(self, target: Target) -> State:
         """What is remembered of the target, its warm start above all."""
@@ -64,38 +52,107 @@ class Ascent:
     @property
     def fallbacks(self) -> dict[Tensor, str]:
         """Matrices that their layer could not serve, and why."""
-        return {**self._needs_gradient, **self._fell_back} if self.serve_from is not None else {}
+        return dict(self._fell_back) if self.serve_from is not None else {}
 
-    def matrix_free(
-        self, model: nn.Module, targets: Sequence[Target], parameters: Sequence[Tensor], workers: DataParallel
-    ) -> MatrixFreeAscent | None:
-        """The pass that serves the targets from their layers, if there is anything to serve."""
-        if self.serve_from is None or not targets:
+    # ------------------------------------------------------------ before the pass
+
+    def prepare(
+        self,
+        structure: Structure | None,
+        targets: Sequence[Target],
+        in_forward: set[Tensor],
+        workers: DataParallel,
+        frees: bool,
+    ) -> LayerPass | None:
+        """The pass that takes the layers' products, if there is any to take.
+
+        Args:
+            structure: where the model uses the matrices.
+            targets: what is perturbed in this step.
+            in_forward: those whose ε is to live in the forward.
+            workers: the processes that share the pass.
+            frees: whether a gradient that is formed to be compared goes as soon as it has been.
+        """
+        if structure is None or not isinstance(self.lmo, Nuclear) or not targets:
             return None
-        uses = list(find_uses(model))
-        least = self.serve_from
-        worth = [t for t in targets if matrix_shape(t.parameter).numel() >= least or not t.parameter.requires_grad]
-        reasons = why_not_served(uses, [target.parameter for target in worth])
+        if self.serve_from is None and not in_forward:
+            return None
+        self.verification.watch(structure.modes())
+        worth = [t for t in targets if self._is_worth(t.parameter)] if self.serve_from is not None else []
+        concerned = worth + [t for t in targets if t.parameter in in_forward and not self._is_worth(t.parameter)]
+        reasons = structure.why_not_served([target.parameter for target in concerned])
         if workers.must_reduce:
             workers.refuse_frozen([target.parameter for target in targets])
-            reasons = {target.parameter: workers.why_it_must_reduce for target in worth}
-        possible = any(target.parameter not in reasons for target in worth)
-        reasons |= self._needs_gradient
+            reasons = {target.parameter: workers.why_it_must_reduce for target in concerned}
         self._fell_back = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
-        served = {t.parameter: self.state_of(t)["u"] for t in worth if t.parameter not in reasons}
-        # What a process learned by itself must not decide whether it takes part in what all do together.
-        if not (served or (possible and workers.splits_the_batch)):
+        self._fell_back |= {t.parameter: r for t in worth if (r := self.verification.reasons.get(t.parameter))}
+        if workers.must_reduce:
             return None
-        needed = served.keys() | {target.parameter for target in targets}
-        idle = [parameter for parameter in parameters if parameter not in needed]
-        iterations = cast(Nuclear, self.lmo).power_iterations
-        in_blocks = any(workers.is_tensor_parallel(target.parameter) for target in targets)
-        keeps = workers.splits_the_batch or in_blocks
-        return MatrixFreeAscent(uses, served, iterations, idle, keeps)
+        keeps = workers.splits_the_batch or any(workers.is_tensor_parallel(t.parameter) for t in targets)
+        serves = {target.parameter for target in worth if target.parameter not in reasons}
+        jobs = {}
+        for target in concerned:
+            if target.parameter in serves or (target.parameter in in_forward and structure.uses_of(target.parameter)):
+                job = self._job(target, target.parameter in serves, keeps, frees)
+                if job is not None:
+                    jobs[target.parameter] = job
+        # What a process learned by itself must not decide whether it takes part in what all do together.
+        if not (jobs or (serves and workers.splits_the_batch)):
+            return None
+        return LayerPass(structure.uses, jobs, self.lmo.power_iterations)
+
+    def _is_worth(self, parameter: Tensor) -> bool:
+        least = self.serve_from
+        return least is not None and (matrix_shape(parameter).numel() >= least or not parameter.requires_grad)
+
+    def _job(self, target: Target, serves: bool, keeps: bool, frees: bool) -> Job | None:
+        parameter = target.parameter
+        found = self.verification.of(parameter)
+        frozen = not parameter.requires_grad
+        comparable = not frozen or (not keeps and type(parameter) is nn.Parameter and parameter.is_floating_point())
+        checks = comparable and (found is None or (self.verification.is_due() and found in (ONE_USE, SEVERAL_USES)))
+        several = frozen and found == SEVERAL_USES
+        is_served = serves and (found == ONE_USE or several or not comparable or (keeps and found == SEVERAL_USES))
+        if not (checks or is_served):
+            return None
+        known = found in (ONE_USE, SEVERAL_USES)
+        return Job(self.state_of(target), known, checks, keeps or several, (frees or frozen) and not keeps)
+
+    # ------------------------------------------------------------ after the pass
+
+    @torch.no_grad()
+    def compare(self, pass_: LayerPass, workers: DataParallel, everyone: DataParallel) -> None:
+        """Learn from what a pass has checked; waits for the device if anything was."""
+        checked = [record for record in pass_.records.values() if record.job.checks]
+        if checked:
+            with _full_precision(record.parameter for record in checked):
+                self.verification.learn(compared(checked, workers, everyone))
+            served = [r.parameter for r in pass_.records.values() if self._is_worth(r.parameter)]
+            self._fell_back |= {p: r for p in served if (r := self.verification.reasons.get(p))}
+
+    def surprises(self, pass_: LayerPass) -> dict[Tensor, str]:
+        """Matrices that were served though this step used them otherwise than the steps that were compared."""
+        reasons = {}
+        for parameter, record in pass_.records.items():
+            if record.job.checks or record.job.keeps or record.formed is not None or not record.reached_layers:
+                continue
+            if not record.once:
+                reasons[parameter] = f"used {max(record.takes, record.calls)} times"
+            elif parameter.grad is not None:
+                reasons[parameter] = "also used outside its layer"
+        return reasons
+
+    def mistrust(self, reasons: dict[Tensor, str]) -> None:
+        """Serve these by their gradients from now on; those that have none by the sum over their uses."""
+        self.verification.refuse({p: reason for p, reason in reasons.items() if p.requires_grad})
+        for parameter, reason in reasons.items():
+            if not parameter.requires_grad:
+                self.verification.serve_by_sum(parameter, reason)
+        self._fell_back |= reasons
 
     @torch.no_grad()
     def perturbations(
-        self, targets: Sequence[Target], pass_: MatrixFreeAscent | None, seed: int, workers: DataParallel
+        self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, workers: DataParallel
     ) -> dict[Tensor, Perturbation]:
         """ε of every target that the pass reached.
 
@@ -108,14 +165,14 @@ class Ascent:
         in_summands = workers.splits_the_batch and not workers.reduces_gradients(pass_ is not None)
         whole_pairs = pass_ is not None and not pass_.keeps
         sharded = any(is_sharded(target.parameter) for target in targets)
-        with _full_precision(targets):
+        with _full_precision(target.parameter for target in targets):
             if in_summands and not isinstance(self.lmo, Nuclear):
                 workers.average([target.parameter for target in targets])
                 in_summands = False
             if in_summands or (sharded and not whole_pairs):
                 found = self._from_parts(targets, pass_, workers, in_summands)
             else:
-                found = self._from_here(targets, pass_, seed)
+                found = self._from_here(targets, pass_, seed, sharded)
         self.measured = {
             parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
             if isinstance(perturbation, RankOne)
@@ -124,72 +181,55 @@ class Ascent:
         }
         return found
 
-    def learn(self, pass_: MatrixFreeAscent) -> dict[Tensor, str]:
-        """Note which matrices their layers could not serve in a finished pass; those that never can, and why."""
-        reasons = pass_.not_served()
-        self._fell_back |= reasons
-        never = {parameter: reason for parameter, reason in reasons.items() if "its layer" in reason}
-        compiled, repeated = pass_.used_repeatedly_in_a_graph(self._counted)
-        self._counted.update(compiled)
-        again = {p: "used repeatedly in a graph" for p, is_so in zip(compiled, repeated, strict=True) if is_so}
-        self._needs_gradient |= never | again
-        return never
-
-    def keep(self, found: dict[Tensor, Perturbation], targets: Sequence[Target]) -> None:
-        """Remember ε as v per unit of radius, beside u, so that it is saved and follows ρ."""
-        radii = {target.parameter: target.radius for target in targets}
-        for state in self.states.values():
-            state.pop("v", None)
-        for parameter, perturbation in found.items():
-            if isinstance(perturbation, RankOne):
-                self.states[parameter]["v"] = perturbation.v / radii[parameter]
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether any ε was kept."""
-        return any("v" in state for state in self.states.values())
-
-    @torch.no_grad()
-    def kept(self, targets: Sequence[Target]) -> dict[Tensor, Perturbation]:
-        """ε of the last ascent, at the radii of this step."""
-        kept: dict[Tensor, Perturbation] = {}
-        for target in targets:
-            state = self.states.get(target.parameter, {})
-            if "v" in state:
-                v = state["v"] * target.radius
-                kept[target.parameter] = RankOne(state["u"], v, v.new_zeros(()), v.new_zeros(()))
-        return kept
+    def _trusts(self, record: Record | None) -> bool:
+        """Whether what its layers found counts: always where served, where compared if it was known before too."""
+        if record is None or not record.job.checks:
+            return True
+        return record.job.known and self.verification.of(record.parameter) in (ONE_USE, SEVERAL_USES)
 
     def _from_here(
-        self, targets: Sequence[Target], pass_: MatrixFreeAscent | None, seed: int
+        self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, sharded: bool
     ) -> dict[Tensor, Perturbation]:
         """All that is needed is in this process."""
-        pairs = pass_.top_pairs() if pass_ else {}
-        reached = [t for t in targets if t.parameter in pairs or t.parameter.grad is not None]
+        lmo = self.lmo
+        records = pass_.records if pass_ else {}
+        found: dict[Tensor, TopPair] = {}
+        trusted = [p for p, r in records.items() if not r.job.keeps and r.formed is None and r.once and self._trusts(r)]
+        if sharded and pass_:  # m-SAM: gradients are averaged over processes, the layers' pairs are this one's
+            trusted = [p for p, record in records.items() if record.once]
+        found |= pass_.top_pairs(trusted) if pass_ else {}
+        found |= {p: r.gradient_pair for p, r in records.items() if p not in found and r.gradient_pair is not None}
+        gradients: dict[Tensor, Tensor | Matrix] = {}
+        for target in targets:
+            parameter = target.parameter
+            record = records.get(parameter)
+            gradient = part_of(parameter, record, self._trusts(record))
+            if parameter not in found and gradient is not None:
+                gradients[parameter] = gradient
+        reached = [t for t in targets if t.parameter in found or t.parameter in gradients]
         if not reached:
             return {}
+        if sharded and pass_ and gradients:
+            raise RuntimeError(
+                "m_sam=True under FSDP2 needs every perturbed matrix to be served by its layer, and the gradient "
+                f"of one of shape {tuple(next(iter(gradients)).shape)} was formed, which FSDP2 averages; exclude it "
+                "with targets=, or use m_sam=False."
+            )
         states = [self.state_of(target) for target in reached]
         radii = [target.radius for target in reached]
-        if pass_:
-            lmo = cast(Nuclear, self.lmo)
-            rest = [t.parameter for t in reached if t.parameter not in pairs]
-            if any(is_sharded(parameter) for parameter in rest):
-                raise RuntimeError(
-                    "m_sam=True under FSDP2 needs every perturbed matrix to be served by its layer, and the gradient "
-                    f"of one of shape {tuple(rest[0].shape)} was formed, which FSDP2 averages; exclude it with "
-                    "targets=, or use m_sam=False."
-                )
-            gradients = [cast(Tensor, parameter.grad) for parameter in rest]
-            us = [self.states[parameter]["u"] for parameter in rest]
-            pairs |= dict(zip(rest, power_iteration(gradients, us, lmo.power_iterations), strict=True))
-            perturbations = lmo.from_pairs([pairs[target.parameter] for target in reached], radii, states)
+        if not isinstance(lmo, Nuclear):
+            dense = [cast(Tensor, gradients[target.parameter]) for target in reached]
+            perturbations = lmo(dense, radii, states, seed)
         else:
-            gradients = [cast(Tensor, target.parameter.grad) for target in reached]
-            perturbations = self.lmo(gradients, radii, states, seed)
+            us = [self.states[p]["u"] for p in gradients]
+            starts = starts_of([self.states[p]["v"] for p in gradients])
+            iterated = power_iteration(list(gradients.values()), us, lmo.power_iterations, starts=starts)
+            found |= dict(zip(gradients, iterated, strict=True))
+            perturbations = lmo.from_pairs([found[target.parameter] for target in reached], radii, states)
         return {target.parameter: epsilon for target, epsilon in zip(reached, perturbations, strict=True)}
 
     def _from_parts(
-        self, targets: Sequence[Target], pass_: MatrixFreeAscent | None, workers: DataParallel, in_summands: bool
+        self, targets: Sequence[Target], pass_: LayerPass | None, workers: DataParallel, in_summands: bool
     ) -> dict[Tensor, Perturbation]:
         """Processes hold blocks or summands, and all of them go through the same list of targets.
 
@@ -199,9 +239,12 @@ class Ascent:
         radii = [target.radius for target in targets]
         gradients: list[Tensor | Matrix]
         if isinstance(self.lmo, Nuclear):
-            parts = [self._part(target.parameter, pass_, workers, in_summands) for target in targets]
-            gradients = [BlockOf(matrix, block_) for matrix, block_ in parts]
-            routes = [block_.route for _, block_ in parts]
+            records = pass_.records if pass_ else {}
+            parts = []
+            for parameter in (target.parameter for target in targets):
+                record = records.get(parameter)
+                parts.append(shared_part(parameter, record, self._trusts(record), workers, in_summands))
+            gradients, routes = [matrix for matrix, _ in parts], [route_ for _, route_ in parts]
         else:
             shards = [complete(target.parameter.grad, target.parameter) for target in targets]
             gradients, routes = [local(gradient) for gradient in shards], [route(gradient) for gradient in shards]
@@ -209,40 +252,8 @@ class Ascent:
         perturbations = lmo(gradients, radii, states, 0, Ranks(routes))  # type: ignore[arg-type]
         return {target.parameter: epsilon for target, epsilon in zip(targets, perturbations, strict=True)}
 
-    def _part(
-        self, parameter: Tensor, pass_: MatrixFreeAscent | None, workers: DataParallel, in_summands: bool
-    ) -> tuple[Matrix, Block]:
-        """What is here of the parameter's gradient."""
-        served, here = pass_.part(parameter) if pass_ else (None, None)
-        if served is None or here is None:  # as the other processes see it, which may have reached its layer
-            here = workers.block(parameter, in_layer=in_summands)
-        gradient = parameter.grad
-        if gradient is not None and is_sharded(gradient):
-            G = local(gradient).to(self.states[parameter]["u"].dtype)
-            here = block(gradient)
-            return (Nothing(here) if served else Explicit(G)), here
-        if served is None and gradient is not None:
-            served, here = Explicit(gradient.to(self.states[parameter]["u"].dtype)), whole(matrix_shape(parameter))
-        elif served is None or gradient is not None:
-            # with a gradient beside the products, a matrix was also used outside its layer: neither is all of it
-            served = Nothing(here)
-        return served, averaged(here, workers.summands(parameter) if in_summands else ())
 
-
-def _full_precision(targets: Sequence[Target]) -> AbstractContextManager[None]:
+def _full_precision(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
     """Whatever autocast surrounds the passes."""
-    kinds = {d.type for t in targets for d in (t.parameter.device, compute_device(t.parameter))}
+    kinds = {d.type for p in parameters for d in (p.device, compute_device(p))}
     return entered(*(torch.autocast(kind, enabled=False) for kind in kinds - {"meta"}))
-
-
-class Nothing:
-    """A block of zeros, where a process has nothing to add."""
-
-    def __init__(self, block: Block) -> None:
-        self.n, self.m = (len(range(*cut.indices(size))) for cut, size in zip(block[1:3], block.shape, strict=True))
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return v.new_zeros(self.n)
-
-    def rmatvec(self, u: Tensor) -> Tensor:
-        return u.new_zeros(self.m)

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
 from nusam.sharding import Block, is_sharded, output_of_blocks
 
-__all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Own", "Use", "find_uses", "rerouted"]
+__all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Own", "Use", "find_uses", "is_plain", "rerouted"]
 
 
 class Kind:
@@ -139,7 +141,20 @@ def dense(W: Tensor) -> Tensor:
     return W if type(W) in (Tensor, nn.Parameter) or is_sharded(W) else W.dequantize()
 
 
-Handler = Callable[[type[Kind], Tensor, Tensor, Any], Tensor]  # (kind, x, W, extra) → y
+def is_plain(x: Tensor) -> bool:
+    """Whether the input is rows of numbers: not nested, not sparse, and not inside vmap, jvp or the like."""
+    ordinary = type(x) is Tensor or isinstance(x, nn.Parameter) or is_sharded(x)
+    return ordinary and x.layout == torch.strided and not x.is_nested and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+class Handler(Protocol):
+    """What a layer calls in the place of its own function; ``rows`` if W is a piece of the matrix."""
+
+    def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor: ...
 
 
 class InForward:
@@ -147,8 +162,13 @@ class InForward:
 
     def __init__(self, u: Tensor, v: Tensor) -> None:
         self.u, self.v = u, v
+        self.calls = 0  # that added it, outside of compiled graphs
 
-    def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
+    def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            if not is_plain(x) and not is_sharded(W):
+                return kind.apply(x, W + self._outer(kind, W, rows), extra)
         y = kind.apply(x, W, extra)
         if is_sharded(W):
             if kind is not Linear:
@@ -161,7 +181,10 @@ class InForward:
                 return self._delta(kind, x, here.rows, here.columns).to(y.dtype)
 
             return y + output_of_blocks(x, W, y, of_block)
-        return y + self._delta(kind, x).to(y.dtype)
+        return y + self._delta(kind, x, rows or slice(None)).to(y.dtype)
+
+    def _outer(self, kind: type[Kind], W: Tensor, rows: slice | None) -> Tensor:
+        return torch.outer(self.u[rows or slice(None)], self.v).to(W.device, W.dtype)
 
     def _delta(self, kind: type[Kind], x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         return kind.delta(x, self.u[rows].to(x.device), self.v[columns].to(x.device))
@@ -171,8 +194,13 @@ class Use(NamedTuple):
     """One parameter as one module uses it."""
 
     module: nn.Module
+    name: str
     parameter: nn.Parameter
     kind: type[Kind]
+
+    def is_current(self) -> bool:
+        """Whether the module still uses the parameter so."""
+        return self.module._parameters.get(self.name) is self.parameter and "forward" not in vars(self.module)
 
 
 def find_uses(model: nn.Module) -> Iterator[Use]:
@@ -198,7 +226,7 @@ def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterat
     for name in names:
         parameter = module._parameters.get(name)
         if isinstance(parameter, nn.Parameter) and len(matrix_shape(parameter)) == 2:
-            yield Use(module, parameter, kind)
+            yield Use(module, name, parameter, kind)
 
 
 @contextmanager
@@ -232,11 +260,16 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
         if is_sharded(use.parameter):
             return partial(_sharded_attention, module, _places(module, handlers))
         return partial(_multihead_attention, module)
-    kind, handler, own = use.kind, handlers[use.parameter], module.forward
+    kind, handler, own, parameter = use.kind, handlers[use.parameter], module.forward, use.parameter
+    sharded = is_sharded(parameter)  # then FSDP2 puts what it gathered in its place
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        W = module.weight
+        if len(args) + len(kwargs) != 1 or not (W is parameter or (sharded and isinstance(W, nn.Parameter))):
+            return own(*args, **kwargs)  # torch.func.functional_call has put something else in the weight's place
+        (x,) = (*args, *kwargs.values())
         extra = module.padding_idx if kind is Embedding else own if kind is Own else module.bias
-        return handler(kind, x, module.weight, extra)
+        return handler(kind, x, W, extra)
 
     return forward
 
@@ -250,15 +283,18 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, W: Tensor, bias: Tensor | None = None) -> Any:
-    """Where query, key and value differ, pieces of one matrix are multiplied: none is served, but ε's are added."""
+    """Where query, key and value differ, pieces of one matrix are multiplied."""
     if q is k and k is v:
         return _packed_self(q, k, v, W, bias)
-    outputs = _F._in_projection_packed(q, k, v, W, bias)
     handler = getattr(W, _HANDLER, None)
-    if isinstance(handler, InForward):
-        pieces = zip(outputs, (q, k, v), handler.u.chunk(3), strict=True)
-        outputs = [y + Linear.delta(x, u, handler.v).to(y.dtype) for y, x, u in pieces]
-    return outputs
+    if handler is None:
+        return _F._in_projection_packed(q, k, v, W, bias)
+    n = W.shape[0] // 3
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return [
+        handler(Linear, x, W[i * n : (i + 1) * n], b, slice(i * n, (i + 1) * n))
+        for i, (x, b) in enumerate(zip((q, k, v), biases, strict=True))
+    ]
 
 
 def _places(module: nn.MultiheadAttention, handlers: dict[Tensor, Handler]) -> list[tuple[nn.Module, str, Handler]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration, working_dtype
+from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration, starts_of, working_dtype
 
 __all__ = [
     "Dense",
@@ -53,7 +53,8 @@ class LMO(ABC):
     """A norm ball's linear maximization oracle.
 
     ``__call__`` gets the ascent gradients of the chosen parameters, a radius and a persistent state for
-    each, and a seed that is new in every step. It may overwrite the gradients. What it returns must not
+    each, and a seed that is new in every step. A radius is negative where the base optimizer maximizes, and ε is then
+    that of the negative gradient. It may overwrite the gradients. What it returns must not
     depend on their common scale (a loss scaler multiplies them), and must be 0 where a gradient is zero,
     infinite or NaN. It should not wait for the device.
 
@@ -62,6 +63,7 @@ class LMO(ABC):
     """
 
     sees_shards = False
+    joint = True  # whether the parameters share one radius, so that all of them must be seen together
     target = "parameter"  # what it perturbs, in the words of an error message
 
     def selects(self, parameter: Tensor) -> bool:
@@ -86,13 +88,15 @@ class Nuclear(LMO):
     """νSAM (Lemma 3.1): ε = ρ·u·vᵀ with the top singular pair of each matrix's gradient, independently.
 
     The ball is ``max_i ‖M_i‖_* ≤ ρ``. Only 2-D parameters are perturbed. ε costs n+m floats for an n×m
-    matrix: the persistent warm start u (n), drawn from the seed, and v (m).
+    matrix, which persist: the warm start u (n), drawn from the seed, and v (m), from which an iteration starts
+    whose gradient u does not meet.
 
     Args:
         power_iterations: T of Algorithm 2, at least 1.
     """
 
     sees_shards = True
+    joint = False
     target = "2-D parameter"
 
     def __init__(self, power_iterations: int = 1) -> None:
@@ -112,7 +116,8 @@ class Nuclear(LMO):
         generator = torch.Generator().manual_seed(seed)
         u = torch.randn(matrix_shape(parameter)[0], generator=generator, dtype=torch.float64)
         u /= torch.linalg.vector_norm(u)
-        return {"u": u.to(parameter.device, working_dtype(parameter))}
+        u = u.to(parameter.device, working_dtype(parameter))
+        return {"u": u, "v": u.new_zeros(matrix_shape(parameter)[1])}
 
     def __call__(
         self,
@@ -122,7 +127,8 @@ class Nuclear(LMO):
         seed: int,
         together: Together = ALONE,
     ) -> list[Perturbation]:
-        pairs = power_iteration(gradients, [state["u"] for state in states], self.power_iterations, together)
+        us, starts = [state["u"] for state in states], starts_of([state["v"] for state in states])
+        pairs = power_iteration(gradients, us, self.power_iterations, together, starts)
         return self.from_pairs(pairs, radii, states)
 
     def from_pairs(
@@ -130,10 +136,10 @@ class Nuclear(LMO):
     ) -> list[Perturbation]:
         """ε from top pairs that are known already, however they were found."""
         for state, pair in zip(states, pairs, strict=True):
-            state["u"] = pair.u
+            state["u"], state["v"] = pair.u, pair.v
         scales = self._scales([pair.sigma for pair in pairs])
         return [
-            RankOne(pair.u, pair.v.mul_(radius * scale), pair.sigma, radius * scale * pair.alive)
+            RankOne(pair.u, pair.v * (radius * scale), pair.sigma, abs(radius) * scale * pair.alive)
             for pair, radius, scale in zip(pairs, radii, scales, strict=True)
         ]
 
@@ -146,6 +152,8 @@ class NuclearNormalized(Nuclear):
 
     The ball is ``√Σ‖M_i‖_*² ≤ ρ``: the layers share one radius.
     """
+
+    joint = True
 
     def _scales(self, sigmas: list[Tensor]) -> list[Tensor]:
         together = torch.stack([sigma.to(sigmas[0]) for sigma in sigmas])
@@ -168,7 +176,7 @@ class L2(LMO):
     ) -> list[Perturbation]:
         directions, norms = _unit(gradients, together)
         return [
-            Dense(direction.mul_(radius), norm * radius)
+            Dense(direction.mul_(radius), norm * abs(radius))
             for direction, norm, radius in zip(directions, norms, radii, strict=True)
         ]
 
@@ -184,11 +192,13 @@ class Gaussian(LMO):
     ) -> list[Perturbation]:
         for index, gradient in enumerate(gradients):
             gradient.normal_(generator=torch.Generator(gradient.device).manual_seed(seed + index))
-        return L2()(gradients, radii, states, seed)
+        return L2()(gradients, [abs(radius) for radius in radii], states, seed)
 
 
 class Linf(LMO):
     """Entry-wise maximum norm: ε = ρ·sign(∇f). Shows how a ball is added."""
+
+    joint = False
 
     def __call__(
         self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
@@ -205,6 +215,7 @@ class Spectral(LMO):
     Shows how a ball is added; a full SVD per matrix makes it slow, and it waits for the device.
     """
 
+    joint = False
     target = "2-D parameter"
 
     def selects(self, parameter: Tensor) -> bool:

@@ -1,26 +1,26 @@
 """Ascent without weight gradients: Algorithm 2's products from each layer's input and output gradient.
 
 A whole sequential iteration, v from u and then u from the new v, fits inside the layer's backward (see
-:mod:`nusam.layers` for the products), and the gradient is never formed.
+:mod:`nusam.layers` for the products), and the gradient is never formed. A use of a matrix is either *served*: the
+matrix is no input of the layer's function then, so that nobody's hook sees a gradient that is not there; or *checked*:
+the gradient is formed as ever, and the products beside it.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nusam.interrupts import always
-from nusam.layers import Handler, Kind, Linear, Own, Use, rerouted
-from nusam.lmo import matrix_shape
-from nusam.power_iteration import Matrix, TopPair, normalized, products
+from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted
+from nusam.lmo import State, matrix_shape
+from nusam.power_iteration import Explicit, Matrix, TopPair, normalized, products, starts_of
 from nusam.sharding import Block, block, compute_device, is_sharded, layout, local, whole
 
-__all__ = ["LayerGradient", "MatrixFreeAscent", "why_not_served"]
+__all__ = ["Job", "LayerGradient", "LayerPass", "Sum"]
 
 
 class LayerGradient:
@@ -42,10 +42,25 @@ class LayerGradient:
         return X, self.D.to(like.dtype)
 
 
-class Sum:
-    """The gradient of a matrix that was used several times."""
+class Rows:
+    """Rows of a matrix (n×m) whose other rows are zero: a piece of a packed projection."""
 
-    def __init__(self, parts: list[LayerGradient]) -> None:
+    def __init__(self, matrix: Matrix, rows: slice, n: int) -> None:
+        self.matrix, self.rows, self.n = matrix, rows, n
+
+    def matvec(self, v: Tensor) -> Tensor:
+        u = v.new_zeros(self.n)
+        u[self.rows] = self.matrix.matvec(v)
+        return u
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        return self.matrix.rmatvec(u[self.rows])
+
+
+class Sum:
+    """A sum of matrices of one shape, such as the gradient of a matrix that was used several times."""
+
+    def __init__(self, parts: list[Matrix]) -> None:
         self.parts = parts
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -55,233 +70,374 @@ class Sum:
         return reduce(torch.add, [part.rmatvec(u) for part in self.parts])
 
 
-def why_not_served(uses: list[Use], parameters: Iterable[Tensor]) -> dict[Tensor, str]:
-    """The parameters that no layer can serve on its own, as far as the model's structure tells."""
-    count: Counter[Tensor] = Counter(use.parameter for use in uses)
-    reasons = {p: f"tied: used by {count[p]} layers" for p in parameters if count[p] > 1}
-    return reasons | {p: "no known layer holds it" for p in parameters if count[p] == 0}
+class Job(NamedTuple):
+    """What a pass is to do for one matrix."""
+
+    state: State  # its warm start
+    known: bool  # its products have agreed with its gradient before
+    checks: bool  # form the gradient too, and compare
+    keeps: bool  # keep each use's input and output gradient, to be multiplied after the pass
+    frees: bool  # compare and free the gradient as soon as it is complete
 
 
-class MatrixFreeAscent:
-    """One ascent pass in which the given uses of matrices hand out top pairs instead of gradients.
+class LayerPass:
+    """One ascent pass in which the given uses of matrices hand out top pairs, instead of gradients or beside them.
 
     Args:
-        uses: where the model uses the matrices; those of one parameter must be one.
-        warm_starts: u (n) of every parameter to be served.
+        uses: where the model uses the matrices.
+        jobs: what to do for every matrix.
         iterations: T of Algorithm 2.
-        idle: parameters whose gradient nobody needs in this pass (biases, norms).
-        keeps: whether layers hand out their input and output gradient for :meth:`part`, to be multiplied after
-            the pass, instead of a top pair: products of summands that several processes hold must be added up
-            before the next product. Costs both until then.
     """
 
-    def __init__(
-        self,
-        uses: list[Use],
-        warm_starts: dict[Tensor, Tensor],
-        iterations: int,
-        idle: Iterable[Tensor],
-        keeps: bool = False,
-    ) -> None:
-        self.keeps = keeps
+    def __init__(self, uses: list[Use], jobs: dict[Tensor, Job], iterations: int) -> None:
         self._uses = uses
-        self._records = {p: _Record(p, u, iterations, keeps) for p, u in warm_starts.items()}
-        self._idle = [parameter for parameter in idle if parameter.requires_grad]
+        self._tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
+        self._tap_node = torch.autograd.graph.get_gradient_edge(self._tap).node
+        starts = starts_of([job.state["v"] for job in jobs.values()])
+        self.records = {
+            parameter: Record(parameter, job, start, iterations, self._tap, self._tap_node)
+            for (parameter, job), start in zip(jobs.items(), starts, strict=True)
+        }
+
+    @property
+    def keeps(self) -> bool:
+        """Whether products are multiplied after the pass, as processes that share it must."""
+        return any(record.job.keeps for record in self.records.values())
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run the pass inside; the model is as found afterwards."""
-        handlers: dict[Tensor, Handler] = {p: record.use for p, record in self._records.items()}
+        handlers: dict[Tensor, Handler] = {p: record.use for p, record in self.records.items()}
+        thawed = [p for p, record in self.records.items() if record.job.checks and not p.requires_grad]
+        hooks: list[Any] = []
 
         def undo() -> None:
-            for parameter in self._idle:
-                parameter.requires_grad_(True)
+            for parameter in thawed:
+                parameter.requires_grad_(False)
+            for hook in hooks:
+                hook.remove()
 
         with always(undo), rerouted(self._uses, handlers):
-            for parameter in self._idle:
-                parameter.requires_grad_(False)
+            for parameter in thawed:
+                parameter.requires_grad_(True)
+            for parameter, record in self.records.items():
+                if record.job.checks and parameter.is_leaf:
+                    hooks.append(parameter.register_post_accumulate_grad_hook(record.complete))
             yield
 
     def saw_gradients(self) -> bool:
-        """Whether any backward has passed through a served layer."""
-        return any(record.probe.grad is not None or record.kept for record in self._records.values())
+        """Whether any backward has passed through one of the layers."""
+        return any(record.reached for record in self.records.values())
 
-    def top_pairs(self) -> dict[Tensor, TopPair]:
-        """The pair of every parameter that was used once. Others have an ordinary gradient, if any.
-
-        A matrix that was also used elsewhere has both; its pair is then dead: half of its gradient is not the
-        gradient.
-        """
-        reached = {p: record for p, record in self._records.items() if record.probe.grad is not None}
-        if not reached:
+    def top_pairs(self, parameters: Iterable[Tensor]) -> dict[Tensor, TopPair]:
+        """The pairs that the layers found for these, each used once."""
+        records = {p: self.records[p] for p in parameters}
+        if not records:
             return {}
-        us, vs = zip(*(record.vectors() for record in reached.values()), strict=True)
-        warm_starts = [record.warm_start for record in reached.values()]
-        return dict(zip(reached, normalized(list(us), list(vs), warm_starts), strict=True))
-
-    def part(self, parameter: Tensor) -> tuple[Matrix | None, Block]:
-        """What the pass kept of the gradient (or of this process's summand), and of which block of it."""
-        record = self._records.get(parameter)
-        if record is None or not record.kept:
-            return None, whole(matrix_shape(parameter)) if record is None else record.block
-        return Sum(record.kept), record.block
+        us, vs = zip(*(record.vectors() for record in records.values()), strict=True)
+        warm_starts = [record.job.state["u"] for record in records.values()]
+        return dict(zip(records, normalized(list(us), list(vs), warm_starts), strict=True))
 
     def release(self) -> None:
         """Let go of what was kept, which a loss that lives on would keep alive."""
-        for record in self._records.values():
-            record.kept = []
-
-    def not_served(self) -> dict[Tensor, str]:
-        """Why a matrix could not be served in this pass, as far as that is known on the host."""
-        reasons: dict[Tensor, str] = {}
-        for parameter, record in self._records.items():
-            if record.calls > 1 and not self.keeps:
-                reasons[parameter] = f"used {record.calls} times"
-            elif record.probe.grad is not None and parameter.grad is not None:
-                reasons[parameter] = "also used outside its layer"
-            elif parameter.grad is not None and parameter.requires_grad:
-                reasons[parameter] = "reached in pieces or by another way"
-        return reasons
-
-    def used_repeatedly_in_a_graph(self, counted: set[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Compiled passes count on the device alone: which of the others were counted there, and more than once.
-
-        Waits for the device, so it is asked once for every parameter.
-        """
-        compiled = [
-            (parameter, record.probe.grad[-1])
-            for parameter, record in self._records.items()
-            if parameter not in counted and record.calls == 0 and record.probe.grad is not None
-        ]
-        counts = torch.stack([count.float().to(compiled[0][1].device) for _, count in compiled]) if compiled else None
-        return [parameter for parameter, _ in compiled], [] if counts is None else [c != 1 for c in counts.tolist()]
+        for record in self.records.values():
+            record.kept, record.formed = [], None
 
 
-class _Record:
+class Record:
     """What a pass learns about one matrix.
 
-    The gradient of ``probe`` = [u, 0 (m), 0] is [Gv, v, 1] of the use, summed over uses: a pure function of the
-    layer, so it works inside a compiled graph. In eager mode uses are counted as they happen.
+    In eager mode every use reports here as its backward runs. A compiled graph must be a pure function, so there the
+    gradient of ``probe`` = [u, 0 (m), 0, 0 (m)] is [Gv, v, 1, Gᵀr] of the use, summed over uses.
     """
 
-    def __init__(self, parameter: Tensor, u: Tensor, iterations: int, keeps: bool) -> None:
+    def __init__(self, parameter: Tensor, job: Job, start: Tensor, iterations: int, tap: Tensor, tap_node: Any) -> None:
         shape = matrix_shape(parameter)
+        device = compute_device(parameter)
         self.parameter = parameter
-        self.warm_start = u
+        self.job = job
         self.iterations = iterations
-        self.keeps = keeps
-        self.kept: list[LayerGradient] = []
+        self.start = start.to(device)
+        self.u = job.state["u"].to(device)
+        self.kept: list[Matrix] = []  # of every use that is multiplied after the pass
+        self.formed: Tensor | None = None  # the gradient, of several uses
+        self.pair: tuple[Tensor, Tensor] | None = None  # Gv and v of the one use
+        self.checked: Tensor | None = None  # Gᵀr by the layers, summed over uses
+        self.gradient_checked: Tensor | None = None  # Gᵀr by the gradient, where that was freed
+        self.gradient_pair: TopPair | None = None  # and what it gave
         self.block = whole(shape)  # of the matrix, what the layer multiplies with here
-        u = u.to(compute_device(parameter))
-        self.probe = torch.cat([u, u.new_zeros(shape[1] + 1)]).requires_grad_()
-        self.calls = 0
-        self.done = False
+        self.calls = 0  # uses in forwards
+        self.takes = 0  # and in backwards that accumulate
+        self.completed = 0  # how often autograd has put a gradient into the parameter
+        self.wanted_elsewhere = False  # whether the loss itself asks for the gradient
+        self.dtypes: set[torch.dtype] = set()
+        self.in_pieces = False
+        self._tap, self._tap_node = tap, tap_node
+        self._probe: Tensor | None = None
+        self.r = probe_vector(shape[0], self.u) if job.checks else None
 
-    def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
-        record = None
+    # ------------------------------------------------------------ what happened
+
+    @property
+    def probed(self) -> Tensor | None:
+        """What compiled uses have left."""
+        return None if self._probe is None else self._probe.grad
+
+    @property
+    def reached(self) -> bool:
+        """Whether a backward that accumulates has passed."""
+        return self.reached_layers or self.completed > 0
+
+    @property
+    def reached_layers(self) -> bool:
+        """Whether products were taken."""
+        return self.takes > 0 or self.probed is not None
+
+    @property
+    def coarsest(self) -> float:
+        """The rounding unit of what the products were made of, as far as the host knows."""
+        dtypes = {*self.dtypes, self.parameter.dtype} if self.parameter.is_floating_point() else {*self.dtypes}
+        if self.probed is not None and self.parameter.dtype != torch.float64:
+            dtypes.add(torch.bfloat16)  # an autocast inside a compiled graph is not seen
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+    @property
+    def once(self) -> bool:
+        """Whether the pair is that of all of the layers' uses, as far as the host knows."""
+        if self.probed is not None:
+            return self.takes == 0
+        return self.takes == 1 and self.calls <= 1 and self.pair is not None
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Gv and v of the one use, or zeros where a compiled graph counted another number of them."""
+        device = self.job.state["u"].device
+        if self.probed is None:
+            assert self.pair is not None
+            return self.pair[0].to(device), self.pair[1].to(device)
+        n, m = self.block.shape
+        Gv, v, count, _ = torch.split(self.probed, [n, m, 1, m])
+        once = count == 1
+        return torch.where(once, Gv, 0).to(device), torch.where(once, v, 0).to(device)
+
+    def count(self) -> Tensor:
+        """Uses in the pass, on the device where a compiled graph counted them."""
+        n, m = self.block.shape
+        return self.u.new_tensor(float(self.takes)) if self.probed is None else self.probed[n + m] + self.takes
+
+    def products_of_uses(self) -> Tensor | None:
+        """Gᵀr by the layers, over all uses."""
+        m = self.block.shape[1]
+        if self.kept and self.r is not None:
+            return Sum(self.kept).rmatvec(self.r)
+        compiled = None if self.probed is None else self.probed[-m:]
+        parts = [part for part in (self.checked, compiled) if part is not None]
+        return reduce(torch.add, parts) if parts else None
+
+    # ------------------------------------------------------------ while it happens
+
+    def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
+        """The layer's output, in whose backward the products are taken."""
         compiling = torch.compiler.is_compiling()
-        if compiling and self.keeps and not W.requires_grad:
+        if compiling:
+            return self._compiled_use(kind, x, W, extra) if rows is None else kind.apply(x, W, extra)
+        if not torch.is_grad_enabled() or not is_plain(x):
+            return kind.apply(x, W, extra)
+        # recomputation by activation checkpointing is no new use
+        self.calls += torch._C._current_graph_task_id() == -1
+        self.in_pieces |= rows is not None
+        if is_sharded(W) or kind is Own:
+            return self._watch(kind, x, W, extra)
+        if rows is not None and not self.job.checks and not self.job.keeps:
+            return kind.apply(x, W, extra)
+        x = _as_multiplied(kind, x)
+        return _layer(kind, x, W, extra, self.job.checks, self._tap, None, None, None, self.iterations, (self, rows, W))
+
+    def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        if self.job.keeps and not W.requires_grad:
             raise RuntimeError(
                 "A compiled model can't hand out what frozen weights need for an ε that processes share; leave out "
                 "torch.compile, or use m_sam=True."
             )
-        if compiling and (self.keeps or is_sharded(W)):
+        if self.job.keeps or is_sharded(W) or kind is Own:
             return kind.apply(x, W, extra)  # its gradient will be formed
-        if not compiling:
-            record = self
-            # recomputation by activation checkpointing is no new use
-            self.calls += torch._C._current_graph_task_id() == -1
-            if is_sharded(W) or kind is Own:
-                return self._watch(kind, x, W, extra)
-        output: Tensor = _Products.apply(x, W, extra, self.probe, kind, self.iterations, record)
-        return output
+        return _layer(
+            kind, _as_multiplied(kind, x), W, extra, self.job.checks, self.probe, self.u, self.start, self.r,
+            self.iterations, None,
+        )  # fmt: skip
+
+    @property
+    def probe(self) -> Tensor:
+        """The leaf whose gradient a compiled graph hands the products out by."""
+        if self._probe is None:
+            n, m = self.block.shape
+            self._probe = self.u.new_zeros(n + m + 1 + m).requires_grad_()
+        return self._probe
+
+    def take(self, kind: type[Kind], X: Tensor, D: Tensor, n: int, rows: slice | None) -> None:
+        """Take the products of one use, if autograd accumulates in this backward."""
+        if not torch._C._will_engine_execute_node(self._tap_node):
+            self.wanted_elsewhere |= self.job.checks and _is_wanted(self.parameter)
+            return
+        self.takes += 1
+        self.dtypes |= {D.dtype}
+        G: Matrix = LayerGradient(kind, X, D, n)
+        if rows is not None:
+            G = Rows(G, rows, self.block.shape[0])
+        self._multiply(G, (kind, X, D, n))
+
+    def _multiply(self, G: Matrix, use: tuple[type[Kind], Tensor, Tensor, int] | None) -> None:
+        if self.r is not None and not self.job.keeps:
+            product = G.rmatvec(self.r)
+            self.checked = product if self.checked is None else self.checked + product
+        if self.job.keeps:
+            self.kept.append(G)
+        elif self.calls <= 1 and self.takes == 1:
+            (Gv,), (v,) = products([G], [self.u], self.iterations, starts=[self.start])
+            self.pair = Gv, v
+        elif not self.job.checks and use is not None:
+            kind, X, D, n = use
+            formed = kind.gradient(X, D, n)
+            self.formed = formed if self.formed is None else self.formed + formed
+
+    def complete(self, parameter: Tensor) -> None:
+        """Autograd has put a gradient into a checked parameter; compare and free it if told so."""
+        self.completed += 1
+        gradient = parameter.grad
+        if not self.job.frees or gradient is None:
+            return
+        G = Explicit(gradient.detach().to(self.u.dtype))
+        assert self.r is not None
+        product = G.rmatvec(self.r)
+        self.gradient_checked = product if self.gradient_checked is None else self.gradient_checked + product
+        us, vs = products([G], [self.u], self.iterations, starts=[self.start])
+        (self.gradient_pair,) = normalized(us, vs, [self.u])
+        parameter.grad = None
 
     def _watch(self, kind: type[Kind], x: Any, W: Any, extra: Any) -> Tensor:
         """A layer whose backward is left alone: its output's gradient is taken as it passes by."""
         split = layout(x, W) if is_sharded(W) else None
-        if (self.calls > 1 and not self.keeps) or (is_sharded(W) and (split is None or kind is not Linear)):
+        if is_sharded(W) and (split is None or kind is not Linear):
             return kind.apply(x, W, extra)
-        y = kind.apply(x, W.detach() if split else W, extra)
-        y = y if y.requires_grad else y.detach().requires_grad_()
+        serves = not self.job.checks
+        y = kind.apply(x, W.detach() if split and serves else W, extra)
         if split:
             self.block = block(W)
-        inputs = [local(x).detach()]
+        X = local(x).detach()
 
         def take(D: Tensor) -> None:
-            self.done |= not inputs
-            if self.done or not self.keeps:
-                self.refuse_second_backward()
-            rows = kind.rows(inputs.pop(), split.gather_gradient(D) if split else D, None)
-            G = LayerGradient(kind, *rows, self.block.shape[0])
-            if self.keeps:
-                self.kept.append(G)
-            else:
-                with torch.no_grad():
-                    (Gv,), (v,) = products([G], [self.probe.detach()[: G.n]], self.iterations)
-                self.probe.grad = torch.cat([Gv, v, v.new_ones(1)])
+            inputs = kind.rows(X, split.gather_gradient(D) if split else D, None)
+            with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
+                self.take(kind, *inputs, self.block.shape[0], None)
 
-        y.register_hook(take)  # type: ignore[no-untyped-call]
+        # the tap is an input of what follows, so that it is reached where autograd accumulates
+        y = _Tapped.apply(y, self._tap)
+        y.register_hook(take)
         return y
 
-    def refuse_second_backward(self) -> None:
-        if self.done:
-            raise RuntimeError(
-                f"A matrix of shape {tuple(self.parameter.shape)} saw two backward calls in one matrix-free ascent, "
-                "whose products don't add up; call backward once a pass, loop over opt.passes(accumulate=True) for "
-                "micro-batches, or use ascent='gradient'."
-            )
-        self.done = True
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """Gv and v, or zeros where they are not those of the whole gradient."""
-        n, m = self.block.shape
-        gradient = self.probe.grad
-        assert gradient is not None
-        if self.parameter.grad is not None:
-            gradient = torch.zeros_like(gradient)
-        Gv, v, count = torch.split(gradient, [n, m, 1])
-        once = count == 1
-        device = self.warm_start.device
-        return torch.where(once, Gv, 0).to(device), torch.where(once, v, 0).to(device)
+def _is_wanted(parameter: Tensor) -> bool:
+    """Whether the running backward was asked for the parameter's gradient, as autograd.grad(loss, weight) asks."""
+    if not (parameter.is_leaf and parameter.requires_grad) or is_sharded(parameter):
+        return False
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # torch's answer for a leaf whose gradient is returned
+        return True
 
 
-class _Products(torch.autograd.Function):
-    """A layer whose backward gives the input's gradient and, for the weight, a power iteration."""
+def probe_vector(n: int, like: Tensor) -> Tensor:
+    """Signs that no structure of a gradient is orthogonal to, the same in every process."""
+    generator = torch.Generator("cpu").manual_seed(n)
+    signs = torch.randint(0, 2, (n,), generator=generator, device="cpu", dtype=torch.int8)
+    return signs.to(like.device, like.dtype).mul_(2).sub_(1)
+
+
+def _as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
+    """Under autocast, what a plain layer would save: the input as it is multiplied."""
+    device = x.device.type
+    if kind is Embedding or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _layer(
+    kind: type[Kind],
+    x: Tensor,
+    W: Tensor,
+    extra: Any,
+    checks: bool,
+    probe: Tensor,
+    u: Tensor | None,
+    start: Tensor | None,
+    r: Tensor | None,
+    iterations: int,
+    reports: Any,
+) -> Tensor:
+    """A layer whose backward hands out products. A served weight and its bias are no inputs of it."""
+    bias = extra if isinstance(extra, Tensor) else None
+    if not checks:
+        bias = None if bias is None else bias.detach()
+    extra = None if isinstance(extra, Tensor) else extra
+    W = W if checks else W.detach()
+    output: Tensor = _Products.apply(x, W, bias, probe, u, start, r, kind, extra, iterations, reports)
+    return output
+
+
+class _Tapped(torch.autograd.Function):
+    """The identity, with the tap as a second input that gets no gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, extra: Any, probe: Tensor, kind: type[Kind], iterations: int, record: Any
-    ) -> Tensor:
-        y = kind.apply(x, W, extra)
-        output: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # no view, so that an activation may overwrite it
-        # under autocast, what a plain layer would save: the input as it was multiplied
-        ctx.save_for_backward(x.to(y.dtype) if x.is_floating_point() else x, W, probe)
-        ctx.kind, ctx.iterations, ctx.record = kind, iterations, record
-        ctx.extra = None if isinstance(extra, Tensor) else extra
+    def forward(ctx: Any, y: Tensor, tap: Tensor) -> Tensor:
+        # no view where it can be had, so that an activation may overwrite it
+        output: Tensor = y.view_as(y) if is_sharded(y) else torch.ops.aten._unsafe_view(y, y.shape)
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, D: Tensor) -> Any:
-        x, W, probe = ctx.saved_tensors
+        return D, None
+
+
+class _Products(torch.autograd.Function):
+    """A layer whose backward gives the input's gradient, those of weight and bias if asked, and a power iteration.
+
+    It can be differentiated again: a gradient inside the loss passes through the weight itself then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, probe: Tensor, u: Tensor | None, start: Tensor | None,
+        r: Tensor | None, kind: type[Kind], extra: Any, iterations: int, reports: Any,
+    ) -> Tensor:  # fmt: skip
+        y = kind.apply(x, W, extra if bias is None else bias)
+        output: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # no view, so that an activation may overwrite it
+        ctx.save_for_backward(x, W, u, start, r)
+        ctx.kind, ctx.iterations, ctx.reports, ctx.extra = kind, iterations, reports, extra
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, D: Tensor) -> Any:
+        x, W, u, start, r = ctx.saved_tensors
         kind: type[Kind] = ctx.kind
         n = W.shape[0]
-        input_gradient = weight_gradient = probe_gradient = None
+        input_gradient = weight_gradient = bias_gradient = probe_gradient = None
+        if torch.is_grad_enabled() and ctx.reports is not None:
+            W = ctx.reports[2]  # the weight itself: a gradient inside the loss depends on it
         with torch.autocast(D.device.type, enabled=False):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
             if ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W).view(x.shape)
-            record: _Record | None = ctx.record
-            if record is not None and record.keeps:
-                record.kept.append(LayerGradient(kind, X, D, n))  # of every use; their products are summed
-                probe_gradient = torch.zeros_like(probe)
-            elif record is not None and record.calls > 1:
+            if ctx.needs_input_grad[1]:
                 weight_gradient = kind.gradient(X, D, n)
-            else:
-                if record is not None:
-                    record.refuse_second_backward()
-                X = X.to(probe.dtype) if X.is_floating_point() else X
-                G = LayerGradient(kind, X, D.to(probe.dtype), n)
-                (Gv,), (v,) = products([G], [probe[:n]], ctx.iterations)
-                probe_gradient = torch.cat([Gv, v, v.new_ones(1)])
-        return input_gradient, weight_gradient, None, probe_gradient, None, None, None
+            if ctx.needs_input_grad[2]:
+                bias_gradient = D.sum(0)
+            with torch.no_grad():
+                if ctx.reports is not None:
+                    record, rows, _ = ctx.reports
+                    record.take(kind, X.detach(), D.detach(), n, rows)
+                else:
+                    X = X.to(u.dtype) if X.is_floating_point() else X
+                    G = LayerGradient(kind, X, D.to(u.dtype), n)
+                    (Gv,), (v,) = products([G], [u], ctx.iterations, starts=[start])
+                    checked = v.new_zeros(v.shape) if r is None else G.rmatvec(r)
+                    probe_gradient = torch.cat([Gv, v, v.new_ones(1), checked])
+        return input_gradient, weight_gradient, bias_gradient, probe_gradient, *[None] * 7

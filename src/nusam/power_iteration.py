@@ -16,10 +16,12 @@ __all__ = [
     "normalized",
     "power_iteration",
     "products",
+    "starts_of",
     "working_dtype",
 ]
 
 TAU = 1e-12  # τ of Algorithm 2, here relative to the largest entry of the vector it regularises
+FLOOR = 2.0**-125  # of a start in Aᵀu: nothing beside any product, everything where that is zero
 
 
 class Matrix(Protocol):
@@ -84,20 +86,35 @@ ALONE: Together = Alone()
 
 
 def power_iteration(
-    matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int = 1, together: Together = ALONE
+    matrices: Sequence[Matrix | Tensor],
+    us: Sequence[Tensor],
+    iterations: int = 1,
+    together: Together = ALONE,
+    starts: Sequence[Tensor] | None = None,
 ) -> list[TopPair]:
     """``iterations`` rounds of v = Aᵀu/‖Aᵀu‖, u = Av/‖Av‖ for each A (n×m) and its warm start u (n).
 
-    Two deviations from Algorithm 2 as printed, so that a warm start never dies and the result does not
+    Three deviations from Algorithm 2 as printed, so that a warm start never dies and the result does not
     depend on the scale of A: vectors are normalised relative to their own largest entry before τ is
-    added, and a zero, infinite or NaN matrix returns its warm start unchanged with ``alive = False``.
+    added; a zero, infinite or NaN matrix returns its warm start unchanged with ``alive = False``; and where
+    Aᵀu is zero though A is not (the rows of A that u lives on are not the rows that this sample reaches), v
+    starts from ``starts``, by :func:`starts_of` the v of the step before.
     Tensors are multiplied in their warm start's dtype. Nothing here waits for the device.
     """
-    return normalized(*products(matrices, us, iterations, together), us) if matrices else []
+    return normalized(*products(matrices, us, iterations, together, starts), us) if matrices else []
+
+
+def starts_of(vs: Sequence[Tensor]) -> list[Tensor]:
+    """Where v (m) may start anew: at the last one, with a share of every entry in case A does not meet that either."""
+    return list(torch._foreach_add(list(vs), [1e-3 * v.numel() ** -0.5 for v in vs])) if vs else []
 
 
 def products(
-    matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int, together: Together = ALONE
+    matrices: Sequence[Matrix | Tensor],
+    us: Sequence[Tensor],
+    iterations: int,
+    together: Together = ALONE,
+    starts: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The last Av and v of every A, v with a largest entry of one: all of the iteration but its norms.
 
@@ -108,6 +125,8 @@ def products(
     for left in reversed(range(iterations)):
         vs = [A.rmatvec(u) for A, u in zip(operators, current, strict=True)]
         together.sum_(vs)
+        if starts is not None and left == iterations - 1:
+            torch._foreach_add_(vs, list(starts), alpha=FLOOR)
         largest = torch._foreach_norm(vs, float("inf"))
         torch._foreach_div_(vs, largest)
         current = [A.matvec(v) for A, v in zip(operators, vs, strict=True)]

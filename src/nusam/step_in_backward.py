@@ -22,7 +22,7 @@ class StepInBackward:
     def __init__(self, base_optimizer: Optimizer) -> None:
         self._base_optimizer = base_optimizer
         self._groups: dict[Tensor, dict[str, Any]] = {}  # of every parameter, while running
-        self._stepped = 0
+        self.stepped: set[Tensor] = set()  # in the last descent
         trainable = [p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._hooked = set(trainable)
         self._handles = [parameter.register_post_accumulate_grad_hook(self._step) for parameter in trainable]
@@ -35,7 +35,7 @@ class StepInBackward:
             self._groups = {}
 
         with always(undo):
-            self._stepped = 0
+            self.stepped = set()
             self._groups = {p: group for group in self._base_optimizer.param_groups for p in group["params"]}
             if any(p.requires_grad and p not in self._hooked for p in self._groups):
                 raise RuntimeError(
@@ -43,7 +43,7 @@ class StepInBackward:
                     "stepped; call detach() and step_in_backward() anew, or do it before."
                 )
             yield
-            if not self._stepped:
+            if not self.stepped:
                 raise RuntimeError(
                     "The descent pass ended without any gradient; compute the loss and call loss.backward() "
                     "in every pass."
@@ -71,4 +71,4 @@ class StepInBackward:
                 "at a time would lose; use a base optimizer that keeps its state per parameter."
             )
         parameter.grad = None
-        self._stepped += 1
+        self.stepped.add(parameter)

@@ -1,0 +1,93 @@
+"""What a step's passes owe each other: gradients in both, and an ε for whatever got a gradient in the descent."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from nusam.layers import InForward
+
+__all__ = ["Ledger", "not_added"]
+
+
+class Ledger:
+    """Compares what got a gradient in a descent with what had an ε there, and tells each parameter's name once."""
+
+    def __init__(self) -> None:
+        self._had_gradients = False  # in any pass of the run
+        self._in_ascent = False  # of this step
+        self._backwards = 0
+        self._told: set[Tensor] = set()
+        self._without: list[tuple[Tensor, Tensor | None, int]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_without": []}
+
+    # ------------------------------------------------------------ gradients at all
+
+    def begin_pass(self) -> None:
+        """A pass begins."""
+        if not self._had_gradients:
+            self._backwards = _count_backwards()
+
+    def end_pass(self, name: str, found: bool) -> None:
+        """A pass is over, in which some parameter got a gradient or none did.
+
+        Raises:
+            RuntimeError: if ``backward`` was never called. A sample that does not reach these parameters, which may be
+                those of one optimizer among several, is none of our business.
+        """
+        forgotten = not self._had_gradients and _count_backwards() == self._backwards + 1
+        if not found and (forgotten or (name == "descent" and self._in_ascent)):
+            raise RuntimeError(
+                f"The {name} pass ended without any gradient; compute the loss and call loss.backward() in every pass."
+            )
+        self._had_gradients |= found
+        self._in_ascent = found and name == "ascent"
+
+    # ------------------------------------------------------------ an ε for every gradient
+
+    def open(self, targets: Iterable[Tensor], perturbed: Iterable[Tensor]) -> None:
+        """The descent begins with an ε for ``perturbed``, out of ``targets``."""
+        without = set(targets) - set(perturbed)
+        self._without = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in without]
+
+    def close(self, stepped: set[Tensor], names: Callable[[], dict[Tensor, str]]) -> None:
+        """The descent is over; ``stepped`` are parameters whose gradients are spent already."""
+        missed = [
+            p
+            for p, gradient, version in self._without
+            if p in stepped or (p.grad is not None and (p.grad is not gradient or p.grad._version != version))
+        ]
+        self._without = []
+        self.tell(missed, names, "got a gradient in the descent and none in the ascent, and was not perturbed in this "
+                  "step; run the same computation in both passes")  # fmt: skip
+
+    def tell(self, parameters: Sequence[Tensor], names: Callable[[], dict[Tensor, str]], what: str) -> None:
+        """Warn of the parameters that have not been warned of before."""
+        new = [parameter for parameter in parameters if parameter not in self._told]
+        if new:
+            self._told.update(new)
+            known = names()
+            warnings.warn(f"{', '.join(known[parameter] for parameter in new)} {what}.", stacklevel=2)
+
+
+def not_added(forward: dict[Tensor, InForward]) -> list[Tensor]:
+    """Those whose ε no layer has added in a descent, though their gradients say that they were used.
+
+    A compiled graph adds without counting, so that nothing is known where nothing was counted.
+    """
+    if not any(handler.calls for handler in forward.values()):
+        return []
+    return [p for p, handler in forward.items() if not handler.calls]
+
+
+def _count_backwards() -> int:
+    """How many backwards this process has begun, this one included."""
+    seen: list[int] = []
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        root = torch.zeros((), requires_grad=True, device="cpu")
+        root.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+        root.backward()
+    return seen[0]

@@ -1,0 +1,59 @@
+"""Where a model uses its matrices, found in one walk over its modules and kept until they change."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from nusam.layers import Use, find_uses
+from nusam.sharding import has_replicas
+
+__all__ = ["Structure"]
+
+
+class Structure:
+    """The uses of a model's matrices by layers that are known.
+
+    Args:
+        model: the module being trained.
+        own_hooks: the hooks on gradients that are ours.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.uses = [] if has_replicas(model) else list(find_uses(model))
+        self._by_parameter: dict[Tensor, list[Use]] = defaultdict(list)
+        for use in self.uses:
+            self._by_parameter[use.parameter].append(use)
+
+    def is_current(self) -> bool:
+        """Whether the modules still use what they used; cheap enough for every step."""
+        return all(use.is_current() for use in self.uses)
+
+    def modes(self) -> tuple[bool, ...]:
+        """Which modules are in training mode."""
+        return (self.model.training, *(use.module.training for use in self.uses))
+
+    def uses_of(self, parameter: Tensor) -> list[Use]:
+        """The layers that hold the parameter."""
+        return self._by_parameter.get(parameter, [])
+
+    def why_not_served(self, parameters: Iterable[Tensor]) -> dict[Tensor, str]:
+        """The parameters that no layer can serve on its own, as far as the structure tells."""
+        reasons = {}
+        for parameter in parameters:
+            count = len(self.uses_of(parameter))
+            if count == 0:
+                reasons[parameter] = "no known layer holds it"
+            elif count > 1:
+                reasons[parameter] = f"tied: used by {count} layers"
+            elif has_hooks(parameter):
+                reasons[parameter] = "its gradient has a hook"
+        return reasons
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether somebody's hook changes or reads the parameter's gradient, which is then another thing than the layer's."""
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    foreign = [h for h in hooks.values() if not getattr(h, "__module__", "").startswith("nusam.")]  # type: ignore[attr-defined]
+    return bool(parameter._backward_hooks or foreign)

@@ -1,0 +1,188 @@
+"""Which matrices may be served without their gradient: those whose layers' products were seen to agree with it.
+
+Loops change, so the comparison is made again 2, 4, 8, … perturbed steps after the first, and when it is asked for.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nusam.matrix_free import Record
+from nusam.parts import by_gradient, by_layers, norm_of
+from nusam.power_iteration import Explicit
+from nusam.sharding import DataParallel, Ranks, Route, averaged, is_sharded
+
+__all__ = ["ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
+
+ONE_USE = "one use"  # the products of a single use of its layer are those of its gradient
+SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
+OTHERWISE = "otherwise"  # it has uses that no layer sees, for good
+
+
+class Verdict(NamedTuple):
+    """What a comparison found of one matrix, and why it is not served if it is not."""
+
+    found: str
+    reason: str
+
+
+class Verification:
+    """What the comparisons of a run have found, and when the next one is due."""
+
+    def __init__(self) -> None:
+        self.found: dict[Tensor, Verdict] = {}
+        self._age: int | None = None  # perturbed steps since the first comparison that saw a gradient
+        self._asked = False
+        self._modes: tuple[bool, ...] | None = None
+
+    def of(self, parameter: Tensor) -> str | None:
+        """What is known of the matrix, if anything is."""
+        verdict = self.found.get(parameter)
+        return verdict and verdict.found
+
+    @property
+    def reasons(self) -> dict[Tensor, str]:
+        """Why matrices are not served by their layers."""
+        return {p: verdict.reason for p, verdict in self.found.items() if verdict.reason}
+
+    def ask(self) -> None:
+        """Compare everything anew in the next step: something has changed."""
+        self._asked = True
+
+    def watch(self, modes: tuple[bool, ...]) -> None:
+        """Compare anew if the modules' modes (training or not) are others than before."""
+        if self._modes is not None and modes != self._modes:
+            self.ask()
+        self._modes = modes
+
+    def is_due(self) -> bool:
+        """Whether what is known is compared again in this step."""
+        age = self._age
+        return self._asked or age is None or (age > 1 and age & (age - 1) == 0)
+
+    def advance(self) -> None:
+        """A perturbed step was taken."""
+        self._asked = False
+        if self._age is not None:
+            self._age += 1
+        elif self.found:
+            self._age = 1
+
+    def learn(self, verdicts: dict[Tensor, Verdict]) -> None:
+        """What was seen once to go otherwise stays so."""
+        for parameter, verdict in verdicts.items():
+            if self.of(parameter) != OTHERWISE:
+                self.found[parameter] = verdict
+
+    def refuse(self, reasons: dict[Tensor, str]) -> None:
+        """Never serve these again."""
+        self.learn({parameter: Verdict(OTHERWISE, reason) for parameter, reason in reasons.items()})
+
+    def serve_by_sum(self, parameter: Tensor, reason: str) -> None:
+        """Serve a matrix that has no gradient by the sum over its uses."""
+        self.found[parameter] = Verdict(SEVERAL_USES, reason)
+
+    def codes(self, parameters: Iterable[Tensor]) -> list[str]:
+        """What to save of the parameters, in their order."""
+        return [f"{v.found}: {v.reason}" if (v := self.found.get(p)) else "" for p in parameters]
+
+    def load(self, parameters: Iterable[Tensor], codes: Iterable[str]) -> None:
+        """Take over what was saved; all of it is compared again in the next step."""
+        pieces = ((p, *code.split(": ", 1)) for p, code in zip(parameters, codes, strict=False) if code)
+        self.found |= {p: Verdict(found, reason) for p, found, reason in pieces}
+        self._age = 1 if self.found else None
+        self.ask()
+
+
+def compared(records: Sequence[Record], workers: DataParallel, everyone: DataParallel) -> dict[Tensor, Verdict]:
+    """What a pass has found of the matrices that it checked, where it saw a gradient; waits for the device.
+
+    Compared are Gᵀr by the layers and by the gradient, for a random r: two matrices that differ anywhere differ there.
+
+    Args:
+        records: what the pass has of each.
+        workers: the processes that share the pass.
+        everyone: all processes that split the batch, over which gradients may be averaged already.
+    """
+    reached = [record for record in records if record.parameter.grad is not None or record.gradient_checked is not None]
+    if workers.splits_the_batch or any(is_sharded(record.parameter) for record in records):
+        by_uses, by_gradients = _joint(records, workers, everyone)
+        reached = list(records)  # the others may have reached what this process did not
+    else:
+        by_uses = [_or_zeros(record.products_of_uses(), record) for record in reached]
+        by_gradients = [_gradient_times_r(record) for record in reached]
+    if not reached:
+        return {}
+    rows = [
+        torch.stack([norm_of(a - b).float(), norm_of(b).float(), record.count().float()]).to(by_uses[0].device)
+        for a, b, record in zip(by_uses, by_gradients, reached, strict=True)
+    ]
+    verdicts = {}
+    for record, (difference, size, count) in zip(reached, torch.stack(rows).tolist(), strict=True):
+        if math.isfinite(size) and size > 0:
+            verdicts[record.parameter] = _verdict(record, difference <= _tolerance(record) * size, round(count))
+    return verdicts
+
+
+def _verdict(record: Record, agrees: bool, count: int) -> Verdict:
+    if record.wanted_elsewhere:
+        return Verdict(OTHERWISE, "its gradient is taken inside the loss")
+    if record.in_pieces:
+        return Verdict(SEVERAL_USES if agrees else OTHERWISE, "reached in pieces or by another way")
+    if not agrees:
+        return Verdict(OTHERWISE, "also used outside its layer" if count else "reached in pieces or by another way")
+    if not is_sharded(record.parameter) and record.parameter.is_leaf and not record.completed:
+        return Verdict(OTHERWISE, "its gradient does not come from a backward")
+    if record.job.keeps or (count == 1 and record.completed <= 1):
+        return Verdict(ONE_USE, "")
+    return Verdict(SEVERAL_USES, "used repeatedly in a graph" if record.probed is not None else f"used {count} times")
+
+
+def _joint(
+    records: Sequence[Record], workers: DataParallel, everyone: DataParallel
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both products over all processes, in one collective: gradients may be summed or averaged already."""
+    products, routes = [], []
+    for record in records:
+        in_summands = workers.splits_the_batch
+        if record.kept:
+            matrix, route = by_layers(record.parameter, record, workers, in_summands)
+            products.append(matrix.rmatvec(_r(record)))
+        else:
+            here = averaged(record.block, everyone.summands(record.parameter))
+            products.append(_or_zeros(record.products_of_uses(), record) * here.share)
+            route = here.route
+        routes.append(route)
+    for record in records:
+        found = by_gradient(record.parameter, everyone, in_summands=True)
+        here = averaged(everyone.block(record.parameter, in_layer=True), everyone.summands(record.parameter))
+        matrix, route = found or (None, here.route)
+        products.append(_or_zeros(matrix and matrix.rmatvec(_r(record)), record))
+        routes.append(route)
+    Ranks(routes).sum_(products)
+    return products[: len(records)], products[len(records) :]
+
+
+def _gradient_times_r(record: Record) -> Tensor:
+    if record.gradient_checked is not None:
+        return record.gradient_checked
+    gradient = record.parameter.grad
+    assert gradient is not None
+    return Explicit(gradient.to(record.u.dtype)).rmatvec(_r(record))
+
+
+def _or_zeros(product: Tensor | None, record: Record) -> Tensor:
+    return record.u.new_zeros(record.block.shape[1]) if product is None else product.to(record.u.device)
+
+
+def _r(record: Record) -> Tensor:
+    assert record.r is not None
+    return record.r
+
+
+def _tolerance(record: Record) -> float:
+    """By how much Gᵀr may differ between two ways that round differently, relative to its norm."""
+    return 1e3 * record.coarsest if record.coarsest < 1e-4 else 0.1
