@@ -8,6 +8,8 @@ the two vectors of Algorithm 2 are sums over processes, and sums of all matrices
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
 from nusam.power_iteration import Matrix
+from nusam.surroundings import has_replicas
 
 __all__ = [
     "Block",
     "BlockOf",
     "DataParallel",
+    "Forced",
     "Layout",
     "Ranks",
     "Route",
@@ -30,7 +34,10 @@ __all__ = [
     "block",
     "complete",
     "compute_device",
+    "has_replicas",
+    "is_running",
     "is_sharded",
+    "is_stateless",
     "layout",
     "local",
     "output_of_blocks",
@@ -262,8 +269,17 @@ def _groups(mesh: Any) -> tuple[Group, ...]:
     return tuple(mesh.get_group(i) for i in range(mesh.ndim))
 
 
+class Forced(NamedTuple):
+    """What makes every pass reduce every gradient, and what to do where that can't be borne."""
+
+    why: str
+    instead: str
+
+
 class DataParallel:
     """How the model's processes share the batch, as far as its wrappers tell.
+
+    Made anew whenever it is asked, since models are wrapped late and change on the way, so making one costs little.
 
     Args:
         model: the module being trained, or None.
@@ -273,31 +289,15 @@ class DataParallel:
     def __init__(self, model: nn.Module | None, m_sam: Any = False) -> None:
         self._model = model
         self._m_sam = m_sam
-        self._ddp: Any = None
+        self._ddps: list[Any] = []
         self._fsdp: list[Any] = []
-        self._mesh: dict[Tensor, Any] = {}  # over which FSDP2 splits the batch, for its parameters
-        self._stored: dict[Tensor, Tensor] = {}  # what is sharded, of what FSDP2 gathered
-        self._tensor_parallel: set[Tensor] = set()
-        if model is None or not _running():
-            return
-        for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                self._ddp = module
-            elif hasattr(module, "_get_fsdp_state") and hasattr(module, "reshard"):
-                self._fsdp.append(module)
-        self._tensor_parallel = {parameter for parameter in model.parameters() if is_sharded(parameter)}
-        for group in self._fsdp_groups():
-            for fsdp_parameter in group.fsdp_params:
-                self._mesh[fsdp_parameter.sharded_param] = group.mesh_info.mesh
-                if hasattr(fsdp_parameter, "_unsharded_param"):
-                    self._stored[fsdp_parameter._unsharded_param] = fsdp_parameter.sharded_param
-                if not fsdp_parameter.is_dtensor:
-                    self._tensor_parallel.discard(fsdp_parameter.sharded_param)
+        if model is not None and is_running():
+            self._ddps, self._fsdp = _wrappers(model)
 
     @property
     def splits_the_batch(self) -> bool:
         """Whether ε is shared by processes that see different samples."""
-        return (self._ddp is not None or bool(self._fsdp)) and self._m_sam is not True
+        return (self.replicates or self.shards) and self._m_sam is not True
 
     @property
     def shards(self) -> bool:
@@ -307,32 +307,70 @@ class DataParallel:
     @property
     def replicates(self) -> bool:
         """Whether DistributedDataParallel is at work."""
-        return self._ddp is not None
+        return bool(self._ddps)
 
     @property
     def must_reduce(self) -> bool:
         """Whether every gradient is reduced in every pass, so that the ascent works by gradients."""
-        return self.why_it_must_reduce != ""
+        return self.forced is not None
 
     @property
     def why_it_must_reduce(self) -> str:
         """What makes :attr:`must_reduce` true; empty if nothing does."""
-        if self._ddp is not None and self._ddp.static_graph:
-            return "DDP with static_graph=True reduces every gradient"
-        return ""
+        return "" if self.forced is None else self.forced.why
+
+    @property
+    def forced(self) -> Forced | None:
+        """What makes :attr:`must_reduce` true, if anything does."""
+        if any(ddp.static_graph for ddp in self._ddps):
+            return Forced("DDP with static_graph=True reduces every gradient", "static_graph=False")
+        if any(ddp.mixed_precision is not None for ddp in self._ddps):
+            return Forced(
+                "DDP with mixed_precision= has its weights back only where it reduces gradients", "torch.autocast"
+            )
+        if self.joins and self._m_sam is not True:
+            return Forced(
+                "in DDP.join() the processes that are through answer DDP's own communication alone", "even inputs"
+            )
+        if any(getattr(group, "reduce_scatter_unused_params", False) for group in self._fsdp_groups()):
+            return Forced(
+                "fully_shard with set_reduce_scatter_unused_params(True) reduces every gradient", "its default, False"
+            )
+        return None
+
+    @property
+    def joins(self) -> bool:
+        """Whether a process may run out of batches before others: from DDP.join() on, also after it."""
+        return any(ddp._join_config.enable for ddp in self._ddps)
+
+    @property
+    def join(self) -> tuple[object, ...]:
+        """What changes whenever DDP.join() is entered, and when it is first left."""
+        return tuple((id(ddp._join_config), vars(ddp).get("_authoritative_rank")) for ddp in self._ddps if self.joins)
 
     def refuse_frozen(self, parameters: Iterable[Tensor]) -> None:
         """Refuse parameters without a gradient, where only gradients can serve."""
         for parameter in parameters:
-            if not parameter.requires_grad:
+            if self.forced is not None and not parameter.requires_grad:
                 raise RuntimeError(
                     f"A perturbed parameter of shape {tuple(parameter.shape)} is frozen and needs a matrix-free "
-                    f"ascent, but {self.why_it_must_reduce}; leave that out, or exclude the parameter with targets=."
+                    f"ascent, but {self.forced.why}; use {self.forced.instead}, or exclude it with targets=."
                 )
 
     def is_tensor_parallel(self, parameter: Tensor) -> bool:
         """Whether the parameter's layer computes with a block of it."""
-        return parameter in self._tensor_parallel
+        managed = self._managed.get(parameter)
+        return is_sharded(parameter) and (managed is None or managed[1].is_dtensor)
+
+    def block(self, parameter: Any, in_layer: bool) -> Block:
+        """Which block of a 2-D parameter is here: of what its layer computes with, or as the optimizer holds it."""
+        if not is_sharded(parameter) or (in_layer and not self.is_tensor_parallel(parameter)):
+            return whole(matrix_shape(parameter))
+        if in_layer and parameter in self._managed:
+            managed = self._managed[parameter][1]
+            spec = getattr(managed, "_unsharded_dtensor_spec", None) or managed._tp_spec  # the latter before torch 2.10
+            return block(SimpleNamespace(device_mesh=spec.mesh, placements=spec.placements, shape=spec.shape))
+        return block(parameter)
 
     def summands(self, parameter: Tensor) -> tuple[Group, ...]:
         """The groups whose processes each hold a summand of the parameter's gradient if nobody reduces it."""
@@ -340,46 +378,58 @@ class DataParallel:
             return ()
         if self._m_sam is not False:
             return (self._m_sam,)
-        if parameter in self._mesh:
-            return _groups(self._mesh[parameter])
-        return (self._ddp.process_group,) if self._ddp is not None else ()
+        if parameter in self._managed:
+            return _groups(self._managed[parameter][0])
+        if len(self._ddps) > 1:
+            return tuple(ddp.process_group for ddp in self._ddps if parameter in self._owned[ddp])
+        return tuple(ddp.process_group for ddp in self._ddps)
 
-    def block(self, parameter: Any, in_layer: bool) -> Block:
-        """Which block of a 2-D parameter is here: of what its layer computes with, or as the optimizer holds it."""
-        if in_layer and not self.is_tensor_parallel(parameter):
-            return whole(matrix_shape(parameter))
-        return block(parameter) if is_sharded(parameter) else whole(matrix_shape(parameter))
+    def reduces_gradients(self, matrix_free: bool) -> bool:
+        """Whether the ascent's gradients come averaged over the processes that split the batch.
+
+        Hooks that stand in for DDP's reduction may have a state (PowerSGD's error feedback) that an ascent must not
+        move, so that gradients are reduced without them.
+        """
+        around_hooks = not self.must_reduce and any(ddp._comm_hooks for ddp in self._ddps)
+        return self._m_sam is False and not matrix_free and not around_hooks
 
     @torch.no_grad()
     def average(self, parameters: Sequence[Tensor]) -> None:
-        """Replace gradients that nobody has reduced by their means over processes; a missing one counts as zeros."""
-        gradients = [complete(parameter.grad, parameter) for parameter in parameters]
-        routes = [averaged(Block(p.shape, slice(0), slice(0), Route()), self.summands(p)) for p in parameters]
-        Ranks([part.route for part in routes]).sum_(gradients)
-        for parameter, gradient, part in zip(parameters, gradients, routes, strict=True):
-            parameter.grad = gradient.mul_(part.share)
+        """Replace gradients that nobody has reduced by their means over processes; a missing one counts as zeros.
 
-    def reduces_gradients(self, matrix_free: bool) -> bool:
-        """Whether the ascent's gradients come averaged over the processes that split the batch."""
-        return self._m_sam is False and not matrix_free
+        Where DDP looks for unused parameters itself, those that no process used keep having no gradient.
+        """
+        unused = [self._unused(p) for p in parameters] if any(d.find_unused_parameters for d in self._ddps) else []
+        gradients = [complete(parameter.grad, parameter) for parameter in parameters]
+        parts = [averaged(Block(p.shape, slice(0), slice(0), Route()), self.summands(p)) for p in parameters]
+        ranks = Ranks([part.route for part in parts])
+        ranks.sum_(gradients)
+        if unused:
+            ranks.max_(unused)
+        nobody = [x < 0 for x in torch.stack(unused).tolist()] if unused else [False] * len(gradients)
+        for parameter, gradient, part, missing in zip(parameters, gradients, parts, nobody, strict=True):
+            parameter.grad = None if missing else gradient.mul_(part.share)
+
+    @staticmethod
+    def _unused(parameter: Tensor) -> Tensor:
+        return torch.tensor(-1.0 if parameter.grad is None else 1.0, device=parameter.device)
 
     @contextmanager
     def ascent(self, reduces_gradients: bool) -> Iterator[None]:
         """The ascent pass, in which DDP reduces gradients or leaves each process its own, as told."""
-        ddp = self._ddp
         hook = None
-        if ddp is None and self._model is not None and not reduces_gradients and _running():
+        if not self._ddps and self._model is not None and not reduces_gradients and is_running():
             hook = self._model.register_forward_pre_hook(_refuse_unknown_ddp)
-        before = ddp.require_backward_grad_sync if ddp is not None else None
+        before = [(ddp, ddp.require_backward_grad_sync) for ddp in self._ddps]
 
         def undo() -> None:
             if hook is not None:
                 hook.remove()
-            if ddp is not None:
-                ddp.require_backward_grad_sync = before
+            for ddp, syncs in before:
+                ddp.require_backward_grad_sync = syncs
 
         with always(undo):
-            if ddp is not None:
+            for ddp in self._ddps:
                 ddp.require_backward_grad_sync = reduces_gradients
             yield
 
@@ -389,7 +439,7 @@ class DataParallel:
 
     def kept(self, gradient: Tensor | None) -> Tensor | None:
         """A gradient to be set aside: DDP's may be views of buckets that the ascent overwrites."""
-        views = self._ddp is not None and self._ddp.gradient_as_bucket_view
+        views = any(ddp.gradient_as_bucket_view for ddp in self._ddps)
         return gradient.clone() if views and gradient is not None else gradient
 
     def reshard(self) -> None:
@@ -401,13 +451,44 @@ class DataParallel:
             module.reshard()
 
     def refuse_unreduced(self) -> None:
-        """Refuse FSDP2's way to accumulate without communication, whose gradients the passes can't separate."""
+        """Refuse what the passes can't be run under.
+
+        FSDP2's way to accumulate without communication leaves gradients that the passes can't separate.
+        """
         if not all(group.reduce_grads and group.all_reduce_grads for group in self._fsdp_groups()):
             raise RuntimeError(
                 "set_requires_gradient_sync(False), like set_requires_all_reduce(False), keeps gradients where the "
                 "ascent can't be told from the descent; leave it True, and accumulate with "
                 "opt.passes(accumulate=True)."
             )
+        if self.forced is None:
+            return
+        if self._m_sam is not False:
+            raise RuntimeError(
+                f"m_sam needs an ascent that reduces no gradient, but {self.forced.why}; use {self.forced.instead}."
+            )
+        for ddp in self._ddps:
+            if not all(is_stateless(*registered) for registered in ddp._comm_hooks) and ddp.mixed_precision is None:
+                raise RuntimeError(
+                    "A communication hook of DistributedDataParallel may have a state that the ascent must not move, "
+                    f"but {self.forced.why}; use {self.forced.instead}, or leave the hook out."
+                )
+
+    @cached_property
+    def _managed(self) -> dict[Tensor, tuple[Any, Any]]:
+        """Of the parameters that FSDP2 shards: over which mesh it splits the batch, and what it knows of them."""
+        return {p.sharded_param: (group.mesh_info.mesh, p) for group in self._fsdp_groups() for p in group.fsdp_params}
+
+    @cached_property
+    def _stored(self) -> dict[Tensor, Tensor]:
+        """What is sharded, of what FSDP2 gathered."""
+        gathered = {getattr(p, "_unsharded_param", None): sharded for sharded, (_, p) in self._managed.items()}
+        return {parameter: sharded for parameter, sharded in gathered.items() if parameter is not None}
+
+    @cached_property
+    def _owned(self) -> dict[Any, set[Tensor]]:
+        """The parameters of each DistributedDataParallel."""
+        return {ddp: set(ddp.parameters()) for ddp in self._ddps}
 
     def _fsdp_groups(self) -> Iterator[Any]:
         for module in self._fsdp:
@@ -417,7 +498,38 @@ class DataParallel:
             yield from (group for group in groups if group is not None)
 
 
-def _running() -> bool:
+def _wrappers(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The modules of DDP and of FSDP2 in the model.
+
+    Its own walk over the modules, several times faster than ``model.modules()``.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return [model], []
+    ddps: list[Any] = []
+    fsdp: list[Any] = []
+    found: dict[nn.Module | None, None] = {None: None, model: None}
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        kind = type(module)
+        if issubclass(kind, DistributedDataParallel):
+            ddps.append(module)
+        elif hasattr(kind, "_get_fsdp_state") and hasattr(kind, "reshard"):
+            fsdp.append(module)
+        new = {child: None for child in module._modules.values() if child not in found}  # type: ignore[union-attr]
+        found |= new
+        left += new
+    return ddps, fsdp
+
+
+def is_stateless(hook: Any, state: Any) -> bool:
+    """Whether a communication hook is one of torch's own that remember nothing."""
+    own = getattr(hook, "__module__", "").startswith("torch.distributed.algorithms.ddp_comm_hooks.")
+    return own and (state is None or isinstance(state, dist.ProcessGroup))
+
+
+def is_running() -> bool:
+    """Whether several processes may work together."""
     return dist.is_available() and dist.is_initialized()
 
 
