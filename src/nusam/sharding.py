@@ -499,27 +499,27 @@ class DataParallel:
 
 
 def _wrappers(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The modules of DDP and of FSDP2 in the model.
-
-    Its own walk over the modules, several times faster than ``model.modules()``.
-    """
+    """The modules of DDP and of FSDP2 in the model: a walk of its own, several times faster than ``modules()``."""
     if isinstance(model, DistributedDataParallel):
         return [model], []
-    ddps: list[Any] = []
-    fsdp: list[Any] = []
-    found: dict[nn.Module | None, None] = {None: None, model: None}
-    left: list[nn.Module | None] = [model]
+    lists: tuple[list[Any], list[Any]] = [], []
+    list_of: dict[type, list[Any] | None] = {}
+    found = {model}
+    left = [model]
     while left:
         module = left.pop()
         kind = type(module)
-        if issubclass(kind, DistributedDataParallel):
-            ddps.append(module)
-        elif hasattr(kind, "_get_fsdp_state") and hasattr(kind, "reshard"):
-            fsdp.append(module)
-        new = {child: None for child in module._modules.values() if child not in found}  # type: ignore[union-attr]
-        found |= new
-        left += new
-    return ddps, fsdp
+        if kind not in list_of:
+            sharded = hasattr(kind, "_get_fsdp_state") and hasattr(kind, "reshard")
+            list_of[kind] = lists[0] if issubclass(kind, DistributedDataParallel) else lists[1] if sharded else None
+        wrappers = list_of[kind]
+        if wrappers is not None:
+            wrappers.append(module)
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                left.append(child)
+    return lists
 
 
 def is_stateless(hook: Any, state: Any) -> bool:

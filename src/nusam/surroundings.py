@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Holders", "has_replicas", "is_flattened"]
+__all__ = ["Holders", "has_replicas"]
 
 
 def has_replicas(model: nn.Module) -> bool:
@@ -32,19 +32,17 @@ def has_replicas(model: nn.Module) -> bool:
     return any(not parameters.isdisjoint(wrapper.parameters()) for wrapper in around)
 
 
-def is_flattened(parameters: Sequence[Tensor], model: nn.Module | None) -> bool:
-    """Whether FullyShardedDataParallel (FSDP1) keeps some parameter, or wraps a part of the model."""
-    if any(getattr(parameter, "_fsdp_flattened", False) is True for parameter in parameters):
-        return True
-    kind = _imported("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
-    return model is not None and kind is not None and any(isinstance(module, kind) for module in model.modules())
-
-
 class Holders:
     """The objects of this process that hold some of the parameters, looked for when they are first asked for."""
 
     def __init__(self) -> None:
-        self._found: list[weakref.ref[Any]] | None = None
+        self._asked: tuple[object, ...] = ()
+        self._found: list[weakref.ref[Any]] = []
+        self._flat: tuple[nn.Module | None, bool] = (None, False)
+
+    def forget(self) -> None:
+        """Look again when they are next asked for."""
+        self.__init__()  # type: ignore[misc]
 
     def of(self, parameters: Sequence[Tensor], stages: bool, replicas: bool) -> list[Any]:
         """Those that are still there.
@@ -58,18 +56,25 @@ class Holders:
         kinds = ((stage,) if stages and stage else ()) + ((DistributedDataParallel,) if replicas else ())
         if not kinds:
             return []
-        if self._found is None:
+        if self._asked != kinds:
             wanted = set(parameters)
-            found = (x for x in _objects(kinds) if not wanted.isdisjoint(getattr(x, "submod", x).parameters()))
-            self._found = [weakref.ref(x) for x in found]
+            found = [x for x in _objects(kinds) if not wanted.isdisjoint(getattr(x, "submod", x).parameters())]
+            self._found, self._asked = [weakref.ref(x) for x in found], kinds
         return [x for x in (ref() for ref in self._found) if x is not None]
 
-    def forget(self) -> None:
-        """Look again when they are next asked for."""
-        self._found = None
+    def flatten(self, parameters: Sequence[Tensor], model: nn.Module | None) -> bool:
+        """Whether FullyShardedDataParallel (FSDP1) keeps some parameter, or wraps a part of the model."""
+        if any(getattr(parameter, "_fsdp_flattened", False) is True for parameter in parameters):
+            return True
+        kind = _imported("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+        if model is None or kind is None:
+            return False
+        if self._flat[0] is not model:
+            self._flat = (model, any(isinstance(module, kind) for module in model.modules()))
+        return self._flat[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_found": None}
+        return vars(Holders())
 
 
 def _imported(module: str, name: str) -> type | None:
