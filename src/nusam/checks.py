@@ -1,28 +1,86 @@
 """What is refused, each in one sentence: what was given, what is allowed, what to do."""
 
 import math
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from numbers import Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
+from nusam.base_optimizer import is_second_order, moves_first, unknown_argument
 from nusam.lmo import LMO, Nuclear
-from nusam.sharding import DataParallel, is_sharded
+from nusam.sharding import DataParallel, is_running, is_sharded, is_stateless
+from nusam.surroundings import Holders
 
 __all__ = [
     "check_base_optimizer",
+    "check_call",
     "check_choice",
+    "check_closure",
     "check_count",
     "check_frozen",
+    "check_join",
     "check_m_sam",
     "check_parameter",
     "check_radius",
     "check_rank_one",
     "check_served",
     "check_sharded",
+    "check_surroundings",
 ]
+
+
+def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Whether an optimizer was handed over where one belongs, before Python compares the call with a signature."""
+    init: Any = kind.__init__  # type: ignore[misc]
+    if "base_optimizer" not in list(signature(init).parameters)[1:2] or not (args or "base_optimizer" in options):
+        return  # a copy is being made, or a subclass constructs the base optimizer itself
+    first = args[0] if args else options["base_optimizer"]
+    own = [name for one in kind.__mro__ if "__init__" in vars(one) for name in signature(one.__init__).parameters]
+    theirs = {name: value for name, value in options.items() if name not in own}
+    ours = {name: value for name, value in options.items() if name in own and name != "base_optimizer"}
+    otours = [*args[1:], options.get("base_optimizer")]
+    if isinstance(first, Optimizer):
+        if theirs and init.__module__.partition(".")[0] == "nusam":
+            raise TypeError(
+                f"{kind.__name__} got {', '.join(map(repr, theirs))}, which it does not take; hand the base "
+                f"optimizer's own arguments to it, {_call(type(first).__name__, 'model.parameters()', theirs)}."
+            )
+        return
+    classes = [x for x in (first, *otours) if isinstance(x, type) and issubclass(x, Optimizer)]
+    constructed = [x for x in otours if isinstance(x, Optimizer)]
+    arguments = "model.parameters()" if theirs else "model.parameters(), ..."
+    base = _call(classes[0].__name__ if classes else "torch.optim.AdamW", arguments, theirs)
+    if constructed:
+        raise TypeError(
+            f"{kind.__name__} takes the base optimizer alone, got {type(first).__name__} before it; "
+            f"write {_call('nusam.' + kind.__name__, '<the optimizer>', ours)}."
+        )
+    what = f"an optimizer, got the class {classes[0].__name__}" if classes else None
+    raise TypeError(
+        f"base_optimizer must be {what or f'a torch.optim.Optimizer, got {type(first).__name__}'}; construct it first, "
+        f"{base}, as in {_call('nusam.' + kind.__name__, base, ours)}."
+    )
+
+
+def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
+    """The call as it should have been, with the caller's numbers."""
+    shown = [f"{key}={value!r}" if isinstance(value, Real | str) else f"{key}=..." for key, value in options.items()]
+    return f"{name}({', '.join([first, *shown])})"
+
+
+def check_closure(base: Optimizer, missing: bool) -> None:
+    """Whether the base gets the closure without which it can't step."""
+    if missing:
+        raise RuntimeError(
+            f"base_optimizer {type(base).__name__} can't step without a closure, from which it takes the loss; call "
+            "opt.step(closure), which runs the passes itself."
+        )
 
 
 def check_base_optimizer(base: Any) -> None:
@@ -41,6 +99,22 @@ def check_base_optimizer(base: Any) -> None:
         raise TypeError(
             f"base_optimizer {type(base).__name__} has a hyperparameter rho of its own, which would be taken for the "
             "radius; use another base optimizer."
+        )
+    if is_second_order(base):
+        raise TypeError(
+            f"base_optimizer {type(base).__name__} differentiates its gradients a second time, which the passes do not "
+            "prepare; use a first-order optimizer."
+        )
+    unknown = unknown_argument(base)
+    if unknown is not None:
+        raise TypeError(
+            f"base_optimizer {type(base).__name__} has a step() that needs {unknown!r}, and can be given a closure at "
+            "most; use another base optimizer."
+        )
+    if moves_first(base):
+        raise TypeError(
+            f"base_optimizer {type(base).__name__} moves the weights before it calls its closure, where the passes "
+            "have found no gradient; use another base optimizer."
         )
     if isinstance(base, LBFGS):
         raise TypeError(
@@ -81,10 +155,9 @@ def check_served(what: str, lmo: LMO, model: Any) -> None:
 
 def check_m_sam(m_sam: Any, lmo: LMO, workers: DataParallel) -> None:
     """Whether the processes can have perturbations of their own."""
-    if m_sam and workers.must_reduce:
+    if m_sam and workers.forced is not None:
         raise ValueError(
-            "m_sam needs an ascent that reduces no gradient, which DistributedDataParallel with static_graph=True "
-            "can't leave out; use static_graph=False."
+            f"m_sam needs an ascent that reduces no gradient, but {workers.forced.why}; use {workers.forced.instead}."
         )
     if isinstance(m_sam, bool):
         if m_sam and not (workers.replicates or workers.shards):
@@ -141,10 +214,9 @@ def check_frozen(ascent: str, workers: DataParallel) -> None:
     """Whether weights without a gradient can be perturbed."""
     if ascent == "gradient":
         raise ValueError("targets='frozen' needs ascent='matrix-free' or 'auto': frozen weights have no gradient.")
-    if workers.must_reduce:
+    if workers.forced is not None:
         raise ValueError(
-            "targets='frozen' needs a matrix-free ascent, which DistributedDataParallel with static_graph=True can't "
-            "have; use static_graph=False."
+            f"targets='frozen' needs a matrix-free ascent, but {workers.forced.why}; use {workers.forced.instead}."
         )
 
 
@@ -160,3 +232,38 @@ def check_sharded(parameter: Tensor, model: Any, m_sam: Any, workers: DataParall
         )
     if m_sam and workers.is_tensor_parallel(parameter):
         raise NotImplementedError(f"{what} is tensor parallel, where m_sam is not available; use m_sam=False.")
+
+
+def check_surroundings(
+    parameters: Sequence[Tensor], model: Any, lmo: LMO, workers: DataParallel, holders: Holders
+) -> None:
+    """Whether what wraps the parameters, as far as it is there yet, leaves the passes what they need."""
+    if not is_running():
+        return
+    if holders.flatten(parameters, model):
+        raise NotImplementedError(
+            "FullyShardedDataParallel (FSDP1) keeps gradients where the two passes can't reach them; use fully_shard "
+            "(FSDP2)."
+        )
+    several = dist.get_world_size() > 1
+    for holder in holders.of(parameters, several and lmo.joint, several and not (workers.replicates or workers.shards)):
+        if isinstance(holder, DistributedDataParallel):
+            if not all(is_stateless(*registered) for registered in holder._comm_hooks):
+                raise RuntimeError(
+                    "DistributedDataParallel has a communication hook, whose state the ascent must not move, and "
+                    "model= does not show it; pass the wrapped module as model=."
+                )
+        elif holder.group_size > 1:
+            raise NotImplementedError(
+                f"{type(lmo).__name__} has one radius for all parameters, of which a pipeline stage holds a part; "
+                "use NuSAM, whose matrices have a radius each."
+            )
+
+
+def check_join(delayed: bool, rho_schedule: Any) -> None:
+    """Whether processes agree on a step's perturbation though DDP.join() lets them take different numbers of steps."""
+    if delayed or rho_schedule is not None:
+        raise RuntimeError(
+            f"{'delay' if delayed else 'rho_schedule'} counts steps, of which DDP.join() gives every process its own "
+            'number; leave it out, and set "rho" in the param groups where the radius is to change.'
+        )

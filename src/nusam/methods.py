@@ -62,6 +62,8 @@ class SAMON(SharpnessAware):
             raise ValueError("SAMON perturbs normalization layers only and needs model= to find them; pass the model.")
         super().__init__(base_optimizer, L2(), rho, **options)
 
+    _few_by_design = True
+
     @property
     def _target(self) -> str:
         return "parameter of a normalization layer"

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nusam.ascent import Ascent, Target
+from nusam.base_optimizer import maximizes, needs_closure, step_knowing
 from nusam.checks import (
     check_base_optimizer,
     check_choice,
+    check_closure,
     check_count,
     check_frozen,
     check_m_sam,
@@ -24,14 +26,16 @@ from nusam.checks import (
     check_served,
     check_sharded,
 )
+from nusam.coverage import Candidate, Coverage, covered, warn_of_small_reach
 from nusam.interrupts import always
 from nusam.layers import Handler, InForward, find_uses, rerouted
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import MatrixFreeAscent
 from nusam.model_guard import ModelGuard
-from nusam.saving import merge, split
+from nusam.saving import merge, own_containers, split
 from nusam.sharding import DataParallel, is_sharded, unwrapped
 from nusam.step_in_backward import StepInBackward
+from nusam.wrapper import Wrapper, itself
 from nusam.written_weights import WrittenWeights
 
 __all__ = ["Options", "SharpnessAware", "step_in_backward"]
@@ -55,7 +59,7 @@ class Options(TypedDict, total=False):
     seed: int
 
 
-class SharpnessAware(Optimizer):
+class SharpnessAware(Wrapper):
     """SAM over the norm ball of ``lmo`` around ``base_optimizer``.
 
     A step draws one sample ξ, computes the gradient at the weights (ascent), moves them to x + ε with
@@ -110,6 +114,7 @@ class SharpnessAware(Optimizer):
     _pass: str | None = None  # the pass that is running
     _had_pass = False  # whether a descent pass ran since the last step
     _in_scaler = False  # whether a GradScaler has asked, as it does before it calls step()
+    _few_by_design = False  # whether the method is meant to reach few of the entries
 
     def __init__(
         self,
@@ -157,7 +162,7 @@ class SharpnessAware(Optimizer):
             check_served("placement='forward'", lmo, model)
 
         # Optimizer.__init__ fills fresh groups and state; ours are the base optimizer's, so a stand-in takes them.
-        stand_in = SimpleNamespace(add_param_group=lambda group: None)
+        stand_in = SimpleNamespace(add_param_group=lambda group: None, defaults={})
         self.base_optimizer: Optimizer = cast(Optimizer, stand_in)
         defaults = {**base_optimizer.defaults, "rho": rho}
         super().__init__([{"params": group["params"]} for group in base_optimizer.param_groups], defaults)
@@ -200,6 +205,7 @@ class SharpnessAware(Optimizer):
             ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0.
         """
         self = _itself(self)
+        check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
         if self.active and self._ascent_is_due():
             with self.ascent(accumulate):
                 yield "ascent"
@@ -307,10 +313,11 @@ class SharpnessAware(Optimizer):
 
         Args:
             closure: runs one pass ([zero_grad,] forward, backward) and returns the loss. With it, ``step``
-                first runs the passes itself, and returns the loss at the unperturbed weights.
+                first runs the passes itself, and returns the loss at the unperturbed weights, which the base
+                optimizer's own ``step`` may read too.
 
         Raises:
-            RuntimeError: inside a pass, or if a GradScaler hands over a closure.
+            RuntimeError: inside a pass, if a GradScaler hands over a closure, or if the base optimizer needs one.
         """
         self._refuse_inside_pass("step()")
         in_scaler, self._in_scaler = self._in_scaler, False
@@ -319,18 +326,40 @@ class SharpnessAware(Optimizer):
                 "A GradScaler called step() with a closure, whose gradients it would not unscale; run the passes "
                 "yourself, 'for _ in opt.passes(): scaler.scale(loss).backward()', and step without a closure."
             )
+        check_closure(self.base_optimizer, closure is None and needs_closure(self.base_optimizer))
         losses = []
         if closure is not None:
-            for _ in self.passes():
-                with torch.enable_grad():
-                    losses.append(closure())
+            self._has_closure = True
+            try:
+                for _ in self.passes():
+                    with torch.enable_grad():
+                        losses.append(closure())
+            finally:
+                self._has_closure = False
         self._pending = None
         if self._in_backward is None:
-            self.base_optimizer.step()
+            if losses:
+                self._step_base_knowing(losses[0])
+            else:
+                self.base_optimizer.step()
         if self._had_pass or not self._stands_still():
             self._progress.steps += 1
+            self._progress.wanted |= self._is_wanted()
         self._had_pass = False
+        if self._progress.ascents and not self._progress.told_reach:
+            self._progress.told_reach = True
+            if not self._few_by_design:
+                warn_of_small_reach(self._candidates(), self._perturbs, self._what_it_perturbs)
         return losses[0] if losses else None
+
+    def _step_base_knowing(self, loss: Any) -> None:
+        kind = type(self.base_optimizer)
+        copies = not self._took_a_closure and not kind.__module__.startswith("torch.optim.")
+        step_knowing(self.base_optimizer, loss, copies)
+        self._took_a_closure = True
+
+    def _is_wanted(self) -> bool:
+        return any(group["rho"] > 0 for group in self.param_groups)
 
     def _stands_still(self) -> bool:
         """Whether no step moves anything: torch.distributed.checkpoint takes one such to make empty state."""
@@ -350,6 +379,14 @@ class SharpnessAware(Optimizer):
     def perturbation_numel(self) -> int:
         """Floats that ε needs: Σ(n+m) over the matrices for νSAM (Table 1), every perturbed weight for SAM."""
         return sum(self.lmo.numel(target.parameter) for target in self._targets(factor=1.0))
+
+    def coverage(self) -> Coverage:
+        """How many trainable entries are perturbed, once the delay is over, and by name what is not.
+
+        Counts the entries of the model, or without ``model=`` of the optimizer, that are trainable; with
+        ``targets="frozen"`` those that are frozen. Names are those of :meth:`metrics`.
+        """
+        return covered(self._candidates(), self._names(), self._perturbs, self._what_it_perturbs, self.targets)
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for any logger; the only call that waits for the device.
@@ -437,7 +474,7 @@ class SharpnessAware(Optimizer):
         if not groups:  # while Optimizer.__init__ runs, on the stand-in
             return
         try:
-            check_radius(groups[-1].setdefault("rho", self.defaults["rho"]))
+            check_radius(groups[-1].setdefault("rho", self._rho))
             self._check_targets()
         except Exception:
             groups.pop()
@@ -463,18 +500,19 @@ class SharpnessAware(Optimizer):
             ValueError: if it does not fit the parameters; nothing is loaded then.
         """
         self._refuse_inside_pass("load_state_dict()")
+        state_dict = own_containers(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        for group in state_dict["param_groups"]:
-            check_radius(group.get("rho", 0))
         saved = split(state_dict, self.param_groups)
         outside = self._outside()
         found = saved.states | {outside[name]: state for name, state in saved.outside.items() if name in outside}
         states = {p: self._checked_state(p, state) for p, state in found.items() if self._perturbs(p)}
         rhos = [group["rho"] for group in self.param_groups]
         self.base_optimizer.load_state_dict(saved.base)
-        for group, rho in zip(self.param_groups, rhos, strict=True):
+        for group, rho, saved_rho in zip(self.param_groups, rhos, saved.rhos, strict=True):
             group.setdefault("rho", rho)
+            if saved_rho is not None:
+                group["rho"] = saved_rho
         self._ascent.states, self._ascent.measured, self._pending = states, {}, None
         self._progress.steps, self._progress.ascents = saved.steps, max(0, saved.steps - self.delay)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -500,6 +538,10 @@ class SharpnessAware(Optimizer):
     @property
     def _target(self) -> str:
         return self.lmo.target
+
+    @property
+    def _what_it_perturbs(self) -> str:
+        return f"{type(self).__name__} perturbs a {self._target}"
 
     def _perturbs(self, parameter: Tensor) -> bool:
         return self.lmo.selects(parameter)
@@ -529,30 +571,45 @@ class SharpnessAware(Optimizer):
         return {name: parameter for name, parameter in named.items() if parameter not in held}
 
     def _targets(self, factor: float | None = None) -> list[Target]:
-        """What is perturbed in this step, by how much, and the seed of its state."""
+        """What is perturbed in this step, by how much, and the seed of its state.
+
+        A radius is negative where the base optimizer maximizes: the worst neighbour is then the lowest.
+        """
         factor = self._factor() if factor is None else factor
+        targets = []
+        for index, (parameter, radius, left_out) in enumerate(self._candidates()):
+            if radius * factor != 0 and left_out is None and self._perturbs(parameter):
+                targets.append(Target(parameter, radius * factor, _mix(self.seed, index)))
+        return targets
+
+    def _candidates(self) -> list[Candidate]:
+        """Every parameter that the optimizer holds, and those beside it that may be perturbed."""
+        groups = self.param_groups
+        signs = [-1.0 if maximizes(self.base_optimizer, group) else 1.0 for group in groups]
         everything = [
-            (parameter, group.get("rho", self.defaults["rho"]))
-            for group in self.param_groups
+            (parameter, group.get("rho", self._rho), sign)
+            for group, sign in zip(groups, signs, strict=True)
             for parameter in group["params"]
         ]
-        everything += [(parameter, self.defaults["rho"]) for parameter in self._outside().values()]
+        outside_sign = -1.0 if signs and all(sign < 0 for sign in signs) else 1.0
+        everything += [(parameter, self._rho, outside_sign) for parameter in self._outside().values()]
         names = self._names() if callable(self.targets) else {}
-        targets = []
-        for index, (parameter, rho) in enumerate(everything):
+        candidates = []
+        for parameter, rho, sign in everything:
             check_radius(rho)
             if callable(self.targets):
-                wanted = self.targets(names[parameter], parameter)
+                left_out = None if self.targets(names[parameter], parameter) else "left out by targets="
+            elif parameter.requires_grad == (self.targets == "trainable"):
+                left_out = None
             else:
-                wanted = parameter.requires_grad == (self.targets == "trainable")
-            if wanted and rho * factor > 0 and self._perturbs(parameter):
-                targets.append(Target(parameter, float(rho) * factor, _mix(self.seed, index)))
-        return targets
+                left_out = f"not {self.targets}"
+            candidates.append(Candidate(parameter, sign * float(rho), left_out))
+        return candidates
 
     def _check_targets(self) -> None:
         """Refuse what can't be perturbed, before anything is."""
         targets = self._targets(factor=1.0)
-        positive = self.defaults["rho"] > 0 or any(group.get("rho", 0) > 0 for group in self.param_groups)
+        positive = self._rho > 0 or any(group.get("rho", 0) > 0 for group in self.param_groups)
         if not targets and positive:
             raise ValueError(
                 f"{type(self).__name__} has nothing to perturb: "
@@ -582,6 +639,7 @@ class SharpnessAware(Optimizer):
         for target in targets:
             if target.parameter.grad is not None:
                 check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
+                target.parameter.grad = target.parameter.grad.detach()  # create_graph=True leaves a graph on it
         found = self._ascent.perturbations(targets, pass_, _mix(self.seed, self._progress.steps), workers)
         for parameter, reason in (self._ascent.learn(pass_) if pass_ else {}).items():
             if self._in_forward(parameter):
@@ -678,6 +736,7 @@ def step_in_backward(opt: SharpnessAware) -> None:
     opt = _itself(opt)
     opt._refuse_inside_pass("step_in_backward()")
     check_served("step_in_backward()", opt.lmo, opt.model)
+    check_closure(opt.base_optimizer, needs_closure(opt.base_optimizer))
     if opt._workers().replicates:
         raise ValueError(
             "step_in_backward() would step before DistributedDataParallel has reduced the gradients; use fully_shard "
@@ -700,10 +759,12 @@ class _Progress:
     def __init__(self) -> None:
         self.steps = 0
         self.ascents = 0
+        self.wanted = False  # whether any radius, before the schedule, has been above 0
+        self.told_reach = False
         self._warned = False
 
     def warn_if_never_perturbed(self) -> None:
-        if self.steps > 0 and self.ascents == 0 and not self._warned:
+        if self.wanted and self.ascents == 0 and not self._warned:
             self._warned = True
             warnings.warn(
                 f"The perturbation has not been active in any of {self.steps} steps: the base optimizer trained alone. "
@@ -714,13 +775,7 @@ class _Progress:
 
 
 def _itself(opt: Any) -> SharpnessAware:
-    """The optimizer behind a wrapper that imitates its class, as Lightning's and Fabric's do.
-
-    Our methods run on the wrapper then: it lets attributes be read through, but what is written stays on it.
-    """
-    while "base_optimizer" not in opt.__dict__:
-        opt = opt._optimizer
-    return cast(SharpnessAware, opt)
+    return cast(SharpnessAware, itself(opt))
 
 
 def _clear_gradients(parameters: list[Tensor]) -> None:

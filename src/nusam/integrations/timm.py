@@ -78,7 +78,7 @@ def _build(
     """The method around timm's base optimizer, as timm's registry calls it."""
     ours = {name: options.pop(name) for name in OURS & options.keys()}
     optimizer = kind(base(params, **options), **ours)
-    optimizer.defaults = _Defaults(optimizer.defaults)
+    optimizer.base_optimizer.defaults = _Defaults(optimizer.base_optimizer.defaults)
     return optimizer
 
 

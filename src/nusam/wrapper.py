@@ -1,0 +1,131 @@
+"""What every optimizer around another has of it: its hyperparameters and its own methods."""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import wraps
+from inspect import ismethod
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from nusam.checks import check_call, check_radius
+
+__all__ = ["Defaults", "Wrapper", "itself"]
+
+
+class Wrapper(Optimizer):
+    """An optimizer around ``base_optimizer``, whose hyperparameters and own methods stay within reach."""
+
+    base_optimizer: Optimizer
+    _rho: float  # of groups that name none
+    _refuse_inside_pass: Callable[[str], None]
+    _has_closure = False  # while step(closure) runs the passes
+    _took_a_closure = False  # whether the base has been seen to read the loss at the weights where it was found
+
+    if not TYPE_CHECKING:  # a checker reads __init__, and should go on to report names that nobody has
+
+        def __new__(cls, *args: Any, **options: Any) -> "Wrapper":
+            check_call(cls, args, options)
+            return super().__new__(cls)
+
+        def __getattr__(self, name: str) -> Any:
+            base = self.__dict__.get("base_optimizer")  # not there yet while a copy is made
+            if name.startswith("_") or base is None or not hasattr(base, name):
+                where = "" if base is None else f", nor has its base optimizer {type(base).__name__}"
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{where}")
+            value = getattr(base, name)
+            if not ismethod(value):
+                return value
+
+            @wraps(value)
+            def outside_of_passes(*args: Any, **options: Any) -> Any:
+                self._refuse_inside_pass(f"{name}()")  # it may move the weights, as eval() of schedule-free ones does
+                return value(*args, **options)
+
+            return outside_of_passes
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults, live, and ``"rho"``."""
+        return Defaults(itself(self))
+
+    @defaults.setter
+    def defaults(self, values: Mapping[str, Any]) -> None:
+        opt, given = itself(self), dict(values)
+        opt._rho = given.pop("rho", opt.__dict__.get("_rho"))
+        own = opt.base_optimizer.defaults  # written in place: a base that wraps another may share it with that one
+        own.clear()
+        own.update(given)
+
+
+class Defaults(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
+    """A live view: ``"rho"`` is the wrapper's, every other key its base optimizer's.
+
+    What it holds as a dict is for readers in C, such as ``json``'s: the values at the time that it was asked for.
+    """
+
+    def __init__(self, opt: Any) -> None:
+        self._opt = opt
+        dict.__init__(self, {**opt.base_optimizer.defaults, "rho": opt._rho})
+
+    def __getitem__(self, key: str) -> Any:
+        return self._opt._rho if key == "rho" else self._opt.base_optimizer.defaults[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "rho":
+            check_radius(value)
+            self._opt._rho = value
+        else:
+            self._opt.base_optimizer.defaults[key] = value
+        dict.__setitem__(self, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if key == "rho":
+            raise TypeError("The default of 'rho' can't be deleted; set it to 0 to leave new groups unperturbed.")
+        del self._opt.base_optimizer.defaults[key]
+        dict.pop(self, key, None)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._opt.base_optimizer.defaults
+        yield "rho"
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self))
+
+    def __len__(self) -> int:
+        return len(self._opt.base_optimizer.defaults) + 1
+
+    def update(self, *args: Any, **values: Any) -> None:
+        given = dict(*args, **values)
+        if "rho" in given:
+            self["rho"] = given.pop("rho")
+        self._opt.base_optimizer.defaults.update(given)
+        dict.update(self, given)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self)
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def itself(opt: Any) -> Any:
+    """The optimizer behind a wrapper that imitates its class, as Lightning's and Fabric's do.
+
+    Our methods run on the wrapper then: it lets attributes be read through, but what is written stays on it.
+    """
+    while "base_optimizer" not in opt.__dict__:
+        opt = opt._optimizer
+    return opt
