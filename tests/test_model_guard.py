@@ -135,8 +135,10 @@ def test_saving_copying_and_evaluating_perturbed_weights_is_refused():
             for use in uses.values():
                 with pytest.raises(RuntimeError, match="weights are perturbed inside the descent pass"):
                     use()
+            model.eval()
             with torch.no_grad(), pytest.raises(RuntimeError, match="evaluate it after the pass"):
                 model(x)
+            model.train()
     for use in uses.values():
         use()
     with torch.no_grad():

@@ -1,23 +1,23 @@
 """What two passes would do to a model beyond its gradients, and what ``model=`` switches on against it.
 
-Batch statistics would count twice, dropout would draw two masks, and perturbed weights could be saved or
-evaluated.
+Buffers would move twice, dropout would draw two masks, and perturbed weights could be saved or evaluated.
 """
 
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor, nn
 
+from nusam.buffers import Buffers
 from nusam.interrupts import always
 from nusam.module_tree import ModuleTree
 from nusam.sharding import compute_device
 
-__all__ = ["ModelGuard", "RandomState", "frozen_statistics", "normalization_parameters", "refuse_use"]
+__all__ = ["ModelGuard", "RandomState", "normalization_parameters"]
 
 
 class ModelGuard:
@@ -26,6 +26,8 @@ class ModelGuard:
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
         self.tree = None if model is None else ModuleTree(model)
+        self._buffers = None if self.tree is None else Buffers(self.tree)
+        self._refusal = None if self.tree is None else _Refusal(self.tree)
         self._random_state: RandomState | None = None
         self._ascended = False
 
@@ -35,8 +37,9 @@ class ModelGuard:
     def before_ascent(self, everything: bool = False) -> None:
         """Remember generators and buffers as they are; ``everything``: large ones too, which waits for the device."""
         self._ascended = False
-        if self.model is not None:
-            self._random_state = RandomState(self.model)
+        if self.tree is not None and self._buffers is not None:
+            self._buffers.before_ascent(everything)
+            self._random_state = RandomState(self.tree.parameters())
 
     def after_ascent(self) -> None:
         """The ascent is complete: the next descent is its second pass."""
@@ -51,75 +54,42 @@ class ModelGuard:
         second, self._ascended = self._ascended, False
         random_state, self._random_state = self._random_state, None
         with ExitStack() as contexts:
-            if self.model is not None and perturbed:
-                contexts.enter_context(refuse_use(self.model))
-            if self.model is not None and second:
-                contexts.enter_context(frozen_statistics(self.model))
-                if random_state is not None:
-                    random_state.replay()
+            if perturbed and self._refusal is not None:
+                contexts.enter_context(self._refusal.armed())
+            if second and self._buffers is not None and random_state is not None:
+                contexts.enter_context(self._buffers.second_pass())
+                random_state.replay()
             yield
 
 
 class RandomState:
-    """The global random generators of the CPU and of the model's devices, to be replayed."""
+    """The global random generators of torch on every device at work, of Python and of numpy, to be replayed."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._cpu = torch.get_rng_state()
-        devices = {compute_device(parameter) for parameter in model.parameters()} - {
-            torch.device("cpu"),
-            torch.device("meta"),
-        }
-        self._others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        devices = {compute_device(parameter) for parameter in parameters} | _current_devices()
+        self._states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+        self._states.append((torch.set_rng_state, torch.get_rng_state()))
+        numpy_random = sys.modules.get("numpy.random")
+        if numpy_random is not None:
+            self._states.append((numpy_random.set_state, numpy_random.get_state(legacy=False)))
+        self._on_devices = [
+            (device, torch.get_device_module(device).get_rng_state(device))
+            for device in devices
+            if device.type not in ("cpu", "meta")
+        ]
 
     def replay(self) -> None:
         """Set the generators back, so that the next pass draws the same dropout masks."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._others:
+        for set_state, state in self._states:
+            set_state(state)
+        for device, state in self._on_devices:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalize with the batch's statistics as in training, and leave the running ones alone."""
-    batch_norms: list[_BatchNorm] = []
-    instance_norms: list[tuple[_InstanceNorm, float | None]] = []
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
-            batch_norms.append(module)
-        elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
-            instance_norms.append((module, module.momentum))
-
-    def undo() -> None:
-        for batch_norm in batch_norms:
-            batch_norm.track_running_stats = True
-        for instance_norm, momentum in instance_norms:
-            instance_norm.momentum = momentum
-
-    with always(undo):
-        for batch_norm in batch_norms:
-            batch_norm.track_running_stats = False
-        for instance_norm, _ in instance_norms:
-            instance_norm.momentum = 0.0
-        yield
-
-
-@contextmanager
-def refuse_use(model: nn.Module) -> Iterator[None]:
-    """While the weights are perturbed, saving, copying and evaluating the model raises."""
-    guard = _Guard()
-    handles: list[Any] = []
-
-    def undo() -> None:
-        guard.armed = False  # a hook whose handle an interrupt kept from us stays, and does nothing
-        for handle in handles:
-            handle.remove()
-
-    with always(undo):
-        guard.armed = True
-        for module in _with_wrapped(model):
-            handles.append(module.register_state_dict_pre_hook(guard.refuse_saving))  # type: ignore[no-untyped-call]
-            handles.append(module.register_forward_pre_hook(guard.refuse_evaluation))
-        yield
+def _current_devices() -> set[torch.device]:
+    """Where a model whose parameters lie elsewhere in between (offloaded ones) may compute."""
+    started = [(kind, module) for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)) if module.is_initialized()]
+    return {torch.device(kind, module.current_device()) for kind, module in started}
 
 
 def normalization_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -128,34 +98,72 @@ def normalization_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
 
 
-def _with_wrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and what it merely wraps (DistributedDataParallel, a compiled module)."""
-    yield model
-    children = list(model.children())
-    if len(children) == 1:
-        yield from _with_wrapped(children[0])
+class _Refusal:
+    """Hooks that refuse to save, copy and evaluate a model, and to be copied or pickled with its modules.
 
+    Saving is refused by every module that holds weights, an evaluation by the model and what it merely wraps
+    (DistributedDataParallel, a compiled module): calls without gradients in eval mode of what was in training mode
+    when the pass began. A training step makes calls without gradients of its own, for pseudo-labels, for cached
+    representations or in a re-entrant checkpoint.
+    """
 
-class _Guard:
-    """Hooks that refuse, and refuse to be copied or pickled with their module."""
+    def __init__(self, tree: ModuleTree) -> None:
+        self._tree = tree
+        self._armed = False
+        self._trained: set[nn.Module] = set()
+        self._key = id(self)  # of our hooks, among a module's own
+        self._find()
 
-    def __init__(self) -> None:
-        self.armed = False
+    def _find(self) -> None:
+        self._walk = self._tree.walks
+        self._called = dict.fromkeys(_with_wrapped(self._tree.model))
+        self._saved = [module for module in self._tree.modules if module._parameters or module in self._called]
 
-    def refuse_saving(self, *_: Any) -> None:
-        if self.armed:
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """While the weights are perturbed."""
+        self._tree.refresh()
+        if self._walk != self._tree.walks:
+            self._find()
+
+        def undo() -> None:
+            self._armed = False
+            for module in self._saved:  # a handle for each hook would cost ten times as much
+                module._state_dict_pre_hooks.pop(self._key, None)
+            for module in self._called:
+                module._forward_pre_hooks.pop(self._key, None)
+
+        with always(undo):
+            self._trained = {module for module in self._called if module.training}
+            self._armed = True
+            for module in self._saved:
+                module._state_dict_pre_hooks[self._key] = self._refuse_saving
+            for module in self._called:
+                module._forward_pre_hooks[self._key] = self._refuse_evaluation
+            yield
+
+    def _refuse_saving(self, *_: Any) -> None:
+        if self._armed:
             raise RuntimeError(
                 "The model's weights are perturbed inside the descent pass and can't be saved or copied there; "
                 "do it after the pass."
             )
 
-    def refuse_evaluation(self, *_: Any) -> None:
-        if self.armed and not torch.is_grad_enabled():
+    def _refuse_evaluation(self, module: nn.Module, *_: Any) -> None:
+        if self._armed and not module.training and not torch.is_grad_enabled() and module in self._trained:
             raise RuntimeError(
-                "The model was called without gradients inside the descent pass, where its weights are perturbed; "
-                "evaluate it after the pass."
+                "The model was called in eval mode without gradients inside the descent pass, where its weights are "
+                "perturbed; evaluate it after the pass."
             )
 
-    def __getstate__(self) -> dict[str, bool]:
-        self.refuse_saving()
-        return {"armed": False}
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_saving()
+        return self.__dict__
+
+
+def _with_wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what it merely wraps."""
+    yield model
+    children = list(model.children())
+    if len(children) == 1:
+        yield from _with_wrapped(children[0])

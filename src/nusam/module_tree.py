@@ -1,29 +1,43 @@
 """The modules of a model, walked once and again only where the model has changed."""
 
+import operator
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
-__all__ = ["ModuleTree"]
+__all__ = ["ModuleTree", "same"]
 
 
 class ModuleTree:
-    """All modules of a model as a flat list."""
+    """All modules of a model as a flat list; ``walks`` counts how often it was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.walks = 0
         self._find()
 
     def _find(self) -> None:
+        self.walks += 1
         self.modules = list(self.model.modules())
+        self.buffers = [module._buffers for module in self.modules]
         self._families = [module._modules for module in self.modules]
+        self._parents = [family for family in self._families if family]
         self._children = self._read()
 
     def _read(self) -> list[nn.Module | None]:
-        return [child for family in self._families for child in family.values()]
+        return [child for family in self._parents for child in family.values()]
 
-    def refresh(self) -> bool:
-        """Walk the model again if any module in it gained, lost or replaced a child; whether one did."""
-        now = self._read()
-        if len(now) == len(self._children) and all(a is b for a, b in zip(now, self._children, strict=True)):
-            return False
-        self._find()
-        return True
+    def refresh(self) -> None:
+        """Walk the model again if any module in it gained, lost or replaced a child."""
+        if sum(map(len, self._families)) != len(self._children) or not same(self._read(), self._children):
+            self._find()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that stand in the modules now, some perhaps twice."""
+        return [p for module in self.modules for p in module._parameters.values() if p is not None]
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether both hold the same objects, in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nusam.checks import check_count, check_radius
 from nusam.interrupts import always
 from nusam.lmo import L2, LMO, Dense, Nuclear, Perturbation
-from nusam.model_guard import RandomState, frozen_statistics
+from nusam.model_guard import RandomState
 from nusam.power_iteration import working_dtype
 from nusam.sharding import is_sharded
 
@@ -77,7 +77,7 @@ def sharpness(
     check_count("hessian_iterations", hessian_iterations)
     check_count("seed", seed)
     surface = _Surface(_checked_model(model), loss)
-    with torch.enable_grad(), frozen_statistics(model), always(surface.restore):
+    with torch.enable_grad(), always(surface.restore):
         value, gradients = surface.begin()
         l2 = _worst_increase(surface, value, gradients, L2(), rho, steps, seed)
         nuclear = _worst_increase(surface, value, gradients, Nuclear(POWER_ITERATIONS), rho, steps, seed)
@@ -106,7 +106,7 @@ class _Surface:
         ]
         self._gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
         self._modes = [(module, module.training) for module in model.modules()]
-        self._random = RandomState(model)
+        self._random = RandomState(model.parameters())
 
     def restore(self) -> None:
         """Leave the model and the generators as they were found; bears repetition."""
