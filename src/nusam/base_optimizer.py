@@ -1,6 +1,6 @@
 """What can be told of a base optimizer beyond ``torch.optim``'s own, and how it is stepped with a loss."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from inspect import Parameter, signature
 from typing import Any, cast
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["chain", "is_second_order", "maximizes", "moves_first", "needs_closure", "step_knowing", "unknown_argument"]
+__all__ = [
+    "chain",
+    "is_second_order",
+    "moves_first",
+    "needs_closure",
+    "step_knowing",
+    "turns_round",
+    "unknown_argument",
+]
 
 MOVES_FIRST = {"BSAM", "AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"}
 
@@ -24,17 +32,19 @@ def chain(base: Any) -> Iterator[Optimizer]:
         base = inner[0] if inner else None
 
 
-def maximizes(base: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether a step with this group goes up: each wrapper in the chain may turn the gradient round."""
-    turns = [bool(vars(one).get("maximize", False)) for one in chain(base)]
-    return (sum(turns) + bool(group.get("maximize", False))) % 2 == 1
+def turns_round(base: Optimizer) -> bool:
+    """Whether it goes up where a group says nothing, and down where one says ``maximize``.
+
+    Some have ``maximize`` of their own, beside that of their groups; each in the chain turns the gradient round.
+    """
+    return sum(getattr(one, "maximize", False) is True for one in chain(base)) % 2 == 1
 
 
 def is_second_order(base: Optimizer) -> bool:
     """Whether it needs gradients made with ``create_graph=True``, as far as can be told before a step."""
     return any(
         getattr(one, "is_second_order", False)
-        or any("hessian" in name for name in (*one.defaults, *(p.name for p in _parameters(type(one)))))
+        or any("hessian" in name for name in (*one.defaults, *(p.name for p in _parameters(one))))
         for one in chain(base)
     )
 
@@ -45,18 +55,22 @@ def moves_first(base: Optimizer) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _parameters(kind: type[Optimizer]) -> list[Parameter]:
-    """What the class's ``step`` takes."""
+def _parameters_of(kind: Any) -> list[Parameter]:
     try:
         return list(signature(kind.step).parameters.values())[1:]
     except (TypeError, ValueError):  # not written in Python
         return [Parameter("closure", Parameter.POSITIONAL_OR_KEYWORD, default=None)]
 
 
-@lru_cache(maxsize=64)
-def _closure_parameter(kind: type[Optimizer]) -> Parameter | None:
-    """The parameter of the class's ``step`` that takes the closure, if there is one."""
-    takes = [p for p in _parameters(kind) if p.kind is not Parameter.VAR_KEYWORD]
+def _parameters(base: Optimizer) -> list[Parameter]:
+    """What its ``step`` takes."""
+    kind: Any = type(base)
+    return _parameters_of(kind)
+
+
+def _closure_parameter(base: Optimizer) -> Parameter | None:
+    """The parameter of ``step`` that takes the closure, if there is one."""
+    takes = [p for p in _parameters(base) if p.kind is not Parameter.VAR_KEYWORD]
     return next((p for p in takes if "closure" in p.name), takes[0] if takes else None)
 
 
@@ -69,12 +83,12 @@ def _is_needed(parameter: Parameter) -> bool:
 
 def unknown_argument(base: Optimizer) -> str | None:
     """An argument, other than a closure, without which ``step`` can't be called."""
-    return next((p.name for p in _parameters(type(base)) if _is_needed(p) and "closure" not in p.name), None)
+    return next((p.name for p in _parameters(base) if _is_needed(p) and "closure" not in p.name), None)
 
 
 def needs_closure(base: Optimizer) -> bool:
     """Whether the base can't step without a closure."""
-    parameter = _closure_parameter(type(base))
+    parameter = _closure_parameter(base)
     return parameter is not None and _is_needed(parameter)
 
 
@@ -83,7 +97,7 @@ def step_knowing(base: Optimizer, loss: Any, copies: bool) -> None:
 
     ``copies``: whether to keep the weights, to go back to them if the base turns out to ask for another loss.
     """
-    parameter = _closure_parameter(type(base))
+    parameter = _closure_parameter(base)
     step = cast(Any, base.step)
     if parameter is None:
         step()

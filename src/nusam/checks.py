@@ -37,25 +37,32 @@ __all__ = [
 
 def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Whether an optimizer was handed over where one belongs, before Python compares the call with a signature."""
-    init: Any = kind.__init__  # type: ignore[misc]
-    if "base_optimizer" not in list(signature(init).parameters)[1:2] or not (args or "base_optimizer" in options):
+    inits: list[Any] = [vars(one)["__init__"] for one in kind.__mro__ if "__init__" in vars(one)]
+    signatures = [list(signature(init).parameters)[1:] for init in inits[:-1]]
+    if "base_optimizer" not in signatures[0][:1] or not (args or "base_optimizer" in options):
         return  # a copy is being made, or a subclass constructs the base optimizer itself
     first = args[0] if args else options["base_optimizer"]
-    own = [name for one in kind.__mro__ if "__init__" in vars(one) for name in signature(one.__init__).parameters]
+    arguments = [name for names in signatures if "base_optimizer" in names for name in names]
+    hidden = {"base_optimizer", "options"} | ({"lmo"} - set(signatures[0]))
+    own = [name for name in dict.fromkeys(arguments) if name not in hidden]
     theirs = {name: value for name, value in options.items() if name not in own}
-    ours = {name: value for name, value in options.items() if name in own and name != "base_optimizer"}
-    otours = [*args[1:], options.get("base_optimizer")]
+    theirs.pop("base_optimizer", None)
+    theirs.pop("adaptive", None)  # of davda54/sam, for another method
+    ours = {name: value for name, value in options.items() if name in own}
+    if getattr(kind, "_needs_model", False):
+        ours.setdefault("model", None)
+    others = [*args[1:], options.get("base_optimizer")]
     if isinstance(first, Optimizer):
-        if theirs and init.__module__.partition(".")[0] == "nusam":
+        if theirs and inits[0].__module__.partition(".")[0] == "nusam":
             raise TypeError(
-                f"{kind.__name__} got {', '.join(map(repr, theirs))}, which it does not take; hand the base "
-                f"optimizer's own arguments to it, {_call(type(first).__name__, 'model.parameters()', theirs)}."
+                f"{kind.__name__} got {', '.join(map(repr, theirs))}, and takes {', '.join(own)}; what is the base "
+                f"optimizer's own goes to it, {_call(type(first).__name__, 'model.parameters()', theirs)}."
             )
         return
-    classes = [x for x in (first, *otours) if isinstance(x, type) and issubclass(x, Optimizer)]
-    constructed = [x for x in otours if isinstance(x, Optimizer)]
-    arguments = "model.parameters()" if theirs else "model.parameters(), ..."
-    base = _call(classes[0].__name__ if classes else "torch.optim.AdamW", arguments, theirs)
+    classes = [x for x in (first, *others) if isinstance(x, type) and issubclass(x, Optimizer)]
+    constructed = [x for x in others if isinstance(x, Optimizer)]
+    parameters = "model.parameters()" if theirs else "model.parameters(), ..."
+    base = _call(classes[0].__name__ if classes else "torch.optim.AdamW", parameters, theirs)
     if constructed:
         raise TypeError(
             f"{kind.__name__} takes the base optimizer alone, got {type(first).__name__} before it; "
@@ -70,8 +77,10 @@ def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) ->
 
 def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
     """The call as it should have been, with the caller's numbers."""
-    shown = [f"{key}={value!r}" if isinstance(value, Real | str) else f"{key}=..." for key, value in options.items()]
-    return f"{name}({', '.join([first, *shown])})"
+    shown = {key: repr(value) if isinstance(value, Real | str) else "..." for key, value in options.items()}
+    if "model" in shown:
+        shown["model"] = "model"
+    return f"{name}({', '.join([first, *(f'{key}={value}' for key, value in shown.items())])})"
 
 
 def check_closure(base: Optimizer, missing: bool) -> None:

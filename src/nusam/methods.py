@@ -63,6 +63,7 @@ class SAMON(SharpnessAware):
         super().__init__(base_optimizer, L2(), rho, **options)
 
     _few_by_design = True
+    _needs_model = True
 
     @property
     def _target(self) -> str:

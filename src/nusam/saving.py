@@ -11,11 +11,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nusam.checks import check_radius
 from nusam.lmo import State
 
-__all__ = ["Saved", "is_standard", "merge", "own_containers", "split"]
+__all__ = ["Saved", "load_base", "merge", "own_containers", "split"]
 
 _PREFIX = "nusam_"
 _STEPS = "nusam_steps"
@@ -46,7 +47,7 @@ def own_containers(value: Any) -> Any:
     return [own_containers(entry) for entry in value] if type(value) is list else value
 
 
-def is_standard(state_dict: dict[str, Any]) -> bool:
+def _is_standard(state_dict: dict[str, Any]) -> bool:
     """Whether it has an entry of every parameter and a list of groups, as those of ``torch.optim``."""
     groups = state_dict.get("param_groups")
     return (
@@ -65,7 +66,7 @@ def merge(
     found: dict[Any, str] | None = None,
 ) -> dict[str, Any]:
     """The base optimizer's state dict with ours in it; ``groups`` are the live ones it was made from."""
-    if not is_standard(base):
+    if not _is_standard(base):
         alone = merge(_bare(groups), groups, states, outside, steps, found)
         return {**alone, _BASE: base}
     state = dict(base["state"])
@@ -92,7 +93,7 @@ def split(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Saved:
     if _BASE in state_dict:
         alone = split({name: value for name, value in state_dict.items() if name != _BASE}, groups)
         return alone._replace(base=state_dict[_BASE], rhos=[group["rho"] for group in state_dict["param_groups"]])
-    if not is_standard(state_dict):
+    if not _is_standard(state_dict):
         return Saved(state_dict, {}, {}, 0, [None] * len(groups), {})
     saved_groups = state_dict["param_groups"]
     if any("rho" in group and _STEPS not in group for group in saved_groups):
@@ -129,6 +130,25 @@ def split(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Saved:
         rhos=[None] * len(groups),
         found=found,
     )
+
+
+def load_base(base: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load what the base optimizer saved, in its own layout.
+
+    Raises:
+        ValueError: if the layout is another optimizer's.
+    """
+    kind = type(base).__name__
+    if not _is_standard(state_dict) and _is_standard(base.state_dict()):
+        raise ValueError(
+            f"The state dict has no 'state' and 'param_groups' as those of {kind}; load one of the same base optimizer."
+        )
+    try:
+        base.load_state_dict(state_dict)
+    except KeyError as error:
+        raise ValueError(
+            f"The state dict has no {error}, which {kind} needs; load one of the same base optimizer."
+        ) from error
 
 
 def _bare(groups: list[dict[str, Any]]) -> dict[str, Any]:

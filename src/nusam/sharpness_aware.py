@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nusam.ascent import Ascent, Target
-from nusam.base_optimizer import maximizes, needs_closure, step_knowing
+from nusam.base_optimizer import needs_closure, step_knowing, turns_round
 from nusam.checks import (
     check_base_optimizer,
     check_choice,
@@ -32,7 +32,7 @@ from nusam.layers import Handler, InForward, find_uses, rerouted
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import MatrixFreeAscent
 from nusam.model_guard import ModelGuard
-from nusam.saving import merge, own_containers, split
+from nusam.saving import load_base, merge, own_containers, split
 from nusam.sharding import DataParallel, is_sharded, unwrapped
 from nusam.step_in_backward import StepInBackward
 from nusam.wrapper import Wrapper, itself
@@ -508,7 +508,7 @@ class SharpnessAware(Wrapper):
         found = saved.states | {outside[name]: state for name, state in saved.outside.items() if name in outside}
         states = {p: self._checked_state(p, state) for p, state in found.items() if self._perturbs(p)}
         rhos = [group["rho"] for group in self.param_groups]
-        self.base_optimizer.load_state_dict(saved.base)
+        load_base(self.base_optimizer, saved.base)
         for group, rho, saved_rho in zip(self.param_groups, rhos, saved.rhos, strict=True):
             group.setdefault("rho", rho)
             if saved_rho is not None:
@@ -584,8 +584,8 @@ class SharpnessAware(Wrapper):
 
     def _candidates(self) -> list[Candidate]:
         """Every parameter that the optimizer holds, and those beside it that may be perturbed."""
-        groups = self.param_groups
-        signs = [-1.0 if maximizes(self.base_optimizer, group) else 1.0 for group in groups]
+        groups, turned = self.param_groups, turns_round(self.base_optimizer)
+        signs = [-1.0 if turned != bool(group.get("maximize", False)) else 1.0 for group in groups]
         everything = [
             (parameter, group.get("rho", self._rho), sign)
             for group, sign in zip(groups, signs, strict=True)

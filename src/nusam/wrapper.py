@@ -57,7 +57,15 @@ class Wrapper(Optimizer):
         own.update(given)
 
 
-class Defaults(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
+if TYPE_CHECKING:
+    _Dict = dict[str, Any]
+else:
+
+    class _Dict(MutableMapping, dict):
+        """A dict whose methods go through those few that a view defines."""
+
+
+class Defaults(_Dict):
     """A live view: ``"rho"`` is the wrapper's, every other key its base optimizer's.
 
     What it holds as a dict is for readers in C, such as ``json``'s: the values at the time that it was asked for.
