@@ -5,8 +5,7 @@ before it under a scaler, by itself for a micro-batch that only accumulates. So 
 passes, and the step that runs none.
 """
 
-import copy
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from nusam.integrations.replay import Replay
 from nusam.sharpness_aware import SharpnessAware
 
 try:
@@ -28,35 +28,76 @@ except ImportError as error:
 
 __all__ = ["SharpnessAwareCallback"]
 
-KEEP_GRADIENTS = {"DeepSpeedStrategy", "FSDPStrategy"}  # by name, since either package has its own
+# by name, since either package has its own
+KEEP_GRADIENTS = {"DeepSpeedStrategy", "FSDPStrategy"}
+METRICS = {"Metric", "MetricCollection"}
+NO_CLOSURE = "do_nothing_closure"  # what a step is given that was called without one
 
 
 class SharpnessAwareCallback(Callback):
     """Runs both passes over every batch when ``configure_optimizers`` returns one of nusam's optimizers.
 
-    ``training_step`` runs once a pass, on the same tensors in fresh containers; what it returns and logs counts in the
-    ascent pass, at the weights themselves. A batch for which it returns None in either pass is skipped.
+    ``training_step`` runs once a pass, on the same batch; what it returns and logs counts in the ascent pass, at the
+    weights themselves, and so does what it keeps in the LightningModule and in metrics of ``torchmetrics``. A batch for
+    which it returns None in either pass is skipped.
     Every micro-batch of ``accumulate_grad_batches`` is perturbed on its own. Logged for each batch: ``active`` (1 once
     the delay is over), ``rho``, and ``sharpness_gap``, by how much the loss at the perturbed weights exceeds that at
     the weights themselves.
 
-    In manual optimization the passes are the loop's own, ``for _ in self.optimizers().passes()``.
+    In manual optimization the passes are the loop's own, ``for _ in self.optimizers().passes()``, or those of
+    ``self.optimizers().step(closure)``.
     """
 
     def __init__(self) -> None:
         self._traces = ExitStack()
+        self._is_ready = False
+        self._is_automatic = True  # automatic optimization
+        self._has_closures = False  # whether Lightning builds its closures where we hook in
+        self._in_step = False
+        self._loss: Any = None  # what the closure of the step that runs has returned
+        self._replay = Replay("training_step")
+        self._owners: list[Any] = []
         self._to_log: dict[str, float | Tensor] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hook into the loop, before searches (for a learning rate, a batch size) train without any callback."""
+        if stage != "fit":
+            return
+        self._traces.close()
+        self._replay = Replay("training_step")
+        with ExitStack() as traces:
+            self._has_closures = traces.enter_context(self._passes_in_closures(trainer, pl_module))
+            traces.enter_context(self._closures_in_steps(trainer, pl_module))
+            traces.callback(setattr, self, "_is_ready", False)
+            self._traces = traces.pop_all()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook into the loop.
+        """Look at the optimizers.
 
         Raises:
             TypeError: if ``configure_optimizers`` returned none of nusam's optimizers.
             ValueError: under DDP, if the optimizer does not know the LightningModule.
             NotImplementedError: under a strategy that keeps gradients to itself; in the first batch, if
                 ``training_step`` takes a ``dataloader_iter``.
-            RuntimeError: if this version of Lightning builds its closures elsewhere.
+            RuntimeError: if this version of Lightning builds its closures elsewhere; in a batch, if ``training_step``
+                changed what can't be brought back for the second pass.
         """
+        self._get_ready(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        for name, value in self._to_log.items():
+            pl_module.log(name, value)
+        self._to_log = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._traces.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._traces.close()
+
+    def _get_ready(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_ready:
+            return
         if KEEP_GRADIENTS & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
             raise NotImplementedError(
                 f"{type(trainer.strategy).__name__} keeps gradients where the two passes can't reach them; use "
@@ -68,94 +109,135 @@ class SharpnessAwareCallback(Callback):
                 "SharpnessAwareCallback needs one of nusam's optimizers, and configure_optimizers returned "
                 f"{[type(opt).__name__ for opt in trainer.optimizers]}; return nusam.NuSAM(optimizer, model=self)."
             )
-        with ExitStack() as traces:
-            for opt in optimizers:
-                traces.enter_context(_wrapped_model(opt, trainer, pl_module))
-                before_step = _run_closure if pl_module.automatic_optimization else _run_closure_after_passes
-                traces.callback(opt.register_step_pre_hook(before_step).remove)
-            if pl_module.automatic_optimization:
-                traces.enter_context(self._passes_in_closures(optimizers[0], trainer, pl_module))
-            self._traces = traces.pop_all()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        for name, value in self._to_log.items():
-            pl_module.log(name, value)
-        self._to_log = {}
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._traces.close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._traces.close()
-
-    @contextmanager
-    def _passes_in_closures(self, opt: SharpnessAware, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
-        make = getattr(loop, "_make_closure", None)
-        if make is None:
+        for opt in optimizers:
+            self._traces.enter_context(_wrapped_model(opt, trainer, pl_module))
+        self._is_automatic = pl_module.automatic_optimization
+        if self._is_automatic and not self._has_closures:
             raise RuntimeError(
                 "This version of pytorch-lightning has no _make_closure, where SharpnessAwareCallback hooks in; "
                 "install one that nusam's docs name, or use manual optimization."
             )
+        for opt in optimizers:
+            self._traces.callback(opt.register_step_pre_hook(self._run_closure).remove)
+        metrics = (m for m in pl_module.modules() if METRICS & {kind.__name__ for kind in type(m).__mro__})
+        self._owners = [pl_module, *metrics]
+        self._is_ready = True
+
+    @contextmanager
+    def _passes_in_closures(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[bool]:
+        """Let the closures of automatic optimization run the passes, if there are such closures."""
+        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
+        make = getattr(loop, "_make_closure", None)
+        if make is None:
+            yield False
+            return
 
         def make_with_passes(kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+            self._get_ready(trainer, pl_module)
+            closure = make(kwargs, optimizer, batch_idx)
+            if closure._backward_fn is None:  # as where stochastic weight averaging gathers batch statistics
+                return closure
             if "batch" not in kwargs:
                 raise NotImplementedError(
                     "training_step(self, dataloader_iter) would take other batches in the second pass; let it take "
                     "(self, batch, batch_idx)."
                 )
-            closure = make(kwargs, optimizer, batch_idx)
-            batch, on_one_batch = kwargs["batch"], closure.closure
-
-            def one_pass() -> Any:
-                kwargs["batch"] = _in_own_containers(batch)
-                return on_one_batch()
-
             # Lightning divides the losses of accumulated batches by their number, which a callback may change
-            accumulated = trainer.accumulate_grad_batches
-            starts = batch_idx % accumulated == 0
-            closure.closure = self._with_passes(one_pass, opt, pl_module, starts, accumulated)
+            closure.closure = self._with_passes(closure, kwargs, optimizer, trainer, pl_module)
             return closure
 
         loop._make_closure = make_with_passes
         try:
-            yield
+            yield True
         finally:
             del loop._make_closure
 
     def _with_passes(
-        self, one_pass: Callable[[], Any], opt: Any, pl_module: LightningModule, starts: bool, accumulated: int
+        self, closure: Any, kwargs: Any, opt: Any, trainer: Trainer, pl_module: LightningModule
     ) -> Callable[..., Any]:
+        one_pass, zero_grad, batch = closure.closure, closure._zero_grad_fn, kwargs["batch"]
+
         def passes(*_: Any, **__: Any) -> Any:
             self._to_log = {"active": float(opt.active), "rho": max(opt._radii())}
-            if starts:
-                opt.zero_grad()
-            results: list[Any] = []
-            for _name in opt.passes(accumulate=True):
-                with _silent(pl_module, results != []):
-                    results.append(one_pass())
-                if results[-1].closure_loss is None:  # training_step skips the batch
-                    return results[-1]
-            if len(results) > 1:
-                self._to_log["sharpness_gap"] = (results[1].loss - results[0].loss) * accumulated
-            return results[0]
+            if zero_grad is not None and _clears_everything(trainer, pl_module):
+                opt.zero_grad()  # what is cleared in the descent anyway takes no room in the ascent
+            first: Any = None
+            last: Any = None
+            for name, kwargs["batch"] in self._replay.passes(opt.passes(accumulate=True), self._owners, batch):
+                # its hooks run once a batch, and find the gradients of the step before
+                closure._zero_grad_fn = zero_grad if name == "descent" else None
+                with _silent(pl_module, self._replay.later):
+                    last = one_pass()
+                first = last if first is None else first
+                if last.closure_loss is None:  # training_step skips the batch
+                    break
+            if last.closure_loss is None:
+                if closure._zero_grad_fn is None and zero_grad is not None:
+                    zero_grad()
+                return last
+            if last is not first:
+                self._to_log["sharpness_gap"] = (last.loss - first.loss) * trainer.accumulate_grad_batches
+            return first
 
         return passes
 
+    @contextmanager
+    def _closures_in_steps(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Let every step return what its closure did, and in manual optimization let its closure run the passes."""
+        strategy: Any = trainer.strategy
+        step = strategy.optimizer_step
 
-def _run_closure(opt: SharpnessAware, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Run a step's closure, which runs its own passes, and leave a plain step."""
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        closure()
-    return args[:1], {}
+        def step_with_closure(optimizer: Any, closure: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(optimizer, SharpnessAware):
+                return step(optimizer, closure, *args, **kwargs)
+            self._get_ready(trainer, pl_module)
+            has_closure = getattr(closure, "__name__", "") != NO_CLOSURE
+            if has_closure and not self._is_automatic and not optimizer._had_pass:
+                closure = _around(closure, optimizer, pl_module)
+            self._in_step = True
+            try:
+                output = step(optimizer, closure, *args, **kwargs)
+                return self._loss if output is None else output
+            finally:
+                self._in_step, self._loss = False, None
+
+        strategy.optimizer_step = step_with_closure
+        try:
+            yield
+        finally:
+            del strategy.optimizer_step
+
+    def _run_closure(
+        self, opt: SharpnessAware, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        """Run a step's closure, which runs its own passes, and leave a plain step."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None or not (self._in_step or self._is_automatic):
+            return None  # or one of the loop's own, around which step() runs the passes
+        with torch.enable_grad():
+            self._loss = closure()
+        return args[:1], {}
 
 
-def _run_closure_after_passes(opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The same in manual optimization, where Lightning makes up an empty closure; one of the loop's own is left."""
-    return _run_closure(opt, args, kwargs) if opt._had_pass else None
+def _around(closure: Callable[[], Any], opt: Any, pl_module: LightningModule) -> Callable[[], Any]:
+    """The closure of a manual step, run once a pass."""
+
+    def passes() -> Any:
+        losses: list[Any] = []
+        for _ in opt.passes():
+            with torch.enable_grad(), _silent(pl_module, losses != []):
+                losses.append(closure())
+        return losses[0]
+
+    return passes
+
+
+def _clears_everything(trainer: Any, pl_module: LightningModule) -> bool:
+    """Whether nobody looks at the gradients before they are cleared, or clears others than all."""
+    hooks = ("on_before_zero_grad", "optimizer_zero_grad")
+    if any(getattr(getattr(pl_module, hook), "__func__", None) is not getattr(LightningModule, hook) for hook in hooks):
+        return False
+    return all(type(callback).on_before_zero_grad is Callback.on_before_zero_grad for callback in trainer.callbacks)
 
 
 @contextmanager
@@ -173,18 +255,6 @@ def _wrapped_model(opt: SharpnessAware, trainer: Trainer, pl_module: LightningMo
         yield
     finally:
         opt.model = given
-
-
-def _in_own_containers(batch: Any) -> Any:
-    """The same tensors in fresh dicts, lists and tuples, since ``training_step`` may take some out of them."""
-    if isinstance(batch, MutableMapping):
-        fresh = copy.copy(batch)
-        for name, part in batch.items():
-            fresh[name] = _in_own_containers(part)
-        return fresh
-    if type(batch) in (list, tuple):
-        return type(batch)(_in_own_containers(part) for part in batch)
-    return batch
 
 
 @contextmanager

@@ -4,13 +4,15 @@ Only public hooks are overridden (``create_optimizer``, ``create_scheduler``, ``
 Trainer's own. Accumulation, fp16 and bf16, clipping, ``torchrun`` and resuming are Trainer's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nusam.integrations.replay import Replay
 from nusam.methods import NuSAM
 from nusam.sharpness_aware import SharpnessAware
 
@@ -35,6 +37,10 @@ class NuSAMTrainerMixin:
     steps since the last log, of this process's share of the batch. The loss that Trainer logs is the one at the weights
     themselves.
 
+    ``training_step`` runs once a pass, ``_prepare_inputs`` in the first pass alone, so that what it generates or takes
+    out of a buffer is the same in both. What a class counts, gathers and logs in its ``training_step`` and
+    ``compute_loss`` counts once, as the first pass left it.
+
     Args:
         sharpness_aware: the method, called with Trainer's own optimizer and ``model=``, such as
             ``functools.partial(nusam.NuSAM, rho=0.02)``. An optimizer of nusam's handed over in ``optimizers=`` stays.
@@ -56,6 +62,9 @@ class NuSAMTrainerMixin:
         self._taken: dict[str, float] = {}
         self._gap = torch.zeros(())
         self._gap_steps = 0
+        self._replay = Replay(f"{type(self).__name__}.training_step")
+        self._calls = _Calls()
+        self._step_hook: Any = None  # on the optimizer
         super().__init__(*args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -72,7 +81,20 @@ class NuSAMTrainerMixin:
             sharpness_aware(self.optimizer)
         except TypeError:
             self.optimizer = self._sharpness_aware(self.optimizer, model=self.model)  # type: ignore[attr-defined]
+        opt = sharpness_aware(self.optimizer)
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        self._step_hook = opt.register_step_pre_hook(self._refuse_step_without_passes)
         return cast(Optimizer, self.optimizer)
+
+    def _refuse_step_without_passes(self, opt: Any, *_: Any) -> None:
+        at_work = any(float(group.get("lr", 1.0)) != 0 for group in opt.param_groups)
+        if at_work and not opt._had_pass:  # torch.distributed.checkpoint takes one at rate 0 to make empty state
+            raise RuntimeError(
+                f"{type(self).__name__}.training_step reaches neither NuSAMTrainerMixin's, which runs the passes, nor "
+                "runs them itself; call super().training_step(model, inputs), or put the class that has it behind the "
+                "mixin."
+            )
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         if self._delay_ratio is not None:
@@ -82,19 +104,110 @@ class NuSAMTrainerMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         opt = sharpness_aware(self.optimizer)
         self._taken = {"active": float(opt.active), "rho": max(opt._radii())}
-        losses: list[Tensor] = []
-        for _ in passes(self.optimizer, model):
-            # a copy, since Trainer may take the labels out of it
-            losses.append(super().training_step(model, inputs.copy(), *args, **kwargs))  # type: ignore[misc]
-        if len(losses) > 1:
-            self._gap = self._gap.to(losses[0].device) + losses[1] - losses[0]
+        first: Any = None
+        last: Any = None
+        owners, kept = (self, self.state), self._replay  # type: ignore[attr-defined]
+        with _in_training_mode(self.optimizer), self._inputs_prepared_once(model):
+            for name, given in kept.passes(passes(self.optimizer, model), owners, inputs):
+                several = kept.later or name == "ascent"
+                with self._calls.compared(model, type(self).__name__, kept.later) if several else nullcontext():
+                    last = super().training_step(model, given, *args, **kwargs)  # type: ignore[misc]
+                first = last if first is None else first
+        if last is not first:
+            self._gap = self._gap.to(last.device) + last - first
             self._gap_steps += self.accelerator.sync_gradients  # type: ignore[attr-defined]
-        return losses[0]
+        return cast(Tensor, first)
+
+    @contextmanager
+    def _inputs_prepared_once(self, model: nn.Module) -> Iterator[None]:
+        """Let whatever prepares the inputs, which may count its calls and generate, do so in the first pass alone."""
+        own, kind = vars(self), cast(Any, type(self))
+        draws = kind._prepare_inputs is not Trainer._prepare_inputs
+        own["_prepare_inputs"] = self._replay.once(cast(Any, self)._prepare_inputs, model if draws else None)
+        try:
+            yield
+        finally:
+            del own["_prepare_inputs"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._replay.later:
+            return
         if "loss" in logs:
             logs |= self._taken
             if self._gap_steps:
                 logs["sharpness_gap"] = self._gap.item() / self._gap_steps
             self._gap, self._gap_steps = torch.zeros(()), 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _in_training_mode(optimizer: Any) -> Iterator[None]:
+    """Put a base optimizer that has modes into training before the passes: Trainer asks for it inside them."""
+    if not callable(getattr(optimizer, "train", None)):
+        yield
+        return
+    optimizer.train()
+    optimizer.train = lambda: None
+    try:
+        yield
+    finally:
+        del optimizer.train
+
+
+class _Calls:
+    """The inputs that a model is called on, the same in every pass over a batch.
+
+    Sizes are compared in every step, and what tokens and masks say, which waits for the device, in the first, second,
+    fourth, ... of them. Labels may come from the model itself.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._first: list[dict[str, Tensor | torch.Size]] = []
+
+    @contextmanager
+    def compared(self, model: nn.Module, name: str, later: bool) -> Iterator[None]:
+        """Compare the calls of a later pass with those of the first.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+        self._steps += not later
+        by_value = self._steps & (self._steps - 1) == 0
+        made: list[dict[str, Tensor | torch.Size]] = []
+
+        def differ() -> RuntimeError:
+            return RuntimeError(
+                f"{name} calls its model on other inputs in the second pass over a batch than in the first, since its "
+                "training_step makes or draws them; let _prepare_inputs make them, which is called once."
+            )
+
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.is_grad_enabled():
+                return
+            made.append(_what_counts({**{str(i): value for i, value in enumerate(args)}, **kwargs}, by_value))
+            if later and not (len(made) <= len(self._first) and _agree(made[-1], self._first[len(made) - 1])):
+                raise differ()
+
+        handle = model.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not later:
+            self._first = made
+        elif len(made) != len(self._first):
+            raise differ()
+
+
+def _what_counts(inputs: dict[str, Any], by_value: bool) -> dict[str, Tensor | torch.Size]:
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
+    discrete = {name for name, value in tensors.items() if not (value.is_floating_point() or value.is_complex())}
+    return {name: value if by_value and name in discrete else value.shape for name, value in tensors.items()}
+
+
+def _agree(one: dict[str, Tensor | torch.Size], other: dict[str, Tensor | torch.Size]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    pairs = [(value, other[name]) for name, value in one.items()]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
