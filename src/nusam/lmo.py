@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration, starts_of, working_dtype
+from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration, working_dtype
 
 __all__ = [
     "Dense",
@@ -88,8 +88,7 @@ class Nuclear(LMO):
     """νSAM (Lemma 3.1): ε = ρ·u·vᵀ with the top singular pair of each matrix's gradient, independently.
 
     The ball is ``max_i ‖M_i‖_* ≤ ρ``. Only 2-D parameters are perturbed. ε costs n+m floats for an n×m
-    matrix, which persist: the warm start u (n), drawn from the seed, and v (m), from which an iteration starts
-    whose gradient u does not meet.
+    matrix: the persistent warm start u (n), drawn from the seed, and v (m).
 
     Args:
         power_iterations: T of Algorithm 2, at least 1.
@@ -113,11 +112,10 @@ class Nuclear(LMO):
 
     def init_state(self, parameter: Tensor, seed: int) -> State:
         # Drawn on the CPU so that the start is the same on every device.
-        generator = torch.Generator().manual_seed(seed)
-        u = torch.randn(matrix_shape(parameter)[0], generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        u = torch.randn(matrix_shape(parameter)[0], generator=generator, dtype=torch.float64, device="cpu")
         u /= torch.linalg.vector_norm(u)
-        u = u.to(parameter.device, working_dtype(parameter))
-        return {"u": u, "v": u.new_zeros(matrix_shape(parameter)[1])}
+        return {"u": u.to(parameter.device, working_dtype(parameter))}
 
     def __call__(
         self,
@@ -127,8 +125,7 @@ class Nuclear(LMO):
         seed: int,
         together: Together = ALONE,
     ) -> list[Perturbation]:
-        us, starts = [state["u"] for state in states], starts_of([state["v"] for state in states])
-        pairs = power_iteration(gradients, us, self.power_iterations, together, starts)
+        pairs = power_iteration(gradients, [state["u"] for state in states], self.power_iterations, together)
         return self.from_pairs(pairs, radii, states)
 
     def from_pairs(
@@ -136,10 +133,10 @@ class Nuclear(LMO):
     ) -> list[Perturbation]:
         """ε from top pairs that are known already, however they were found."""
         for state, pair in zip(states, pairs, strict=True):
-            state["u"], state["v"] = pair.u, pair.v
+            state["u"] = pair.u
         scales = self._scales([pair.sigma for pair in pairs])
         return [
-            RankOne(pair.u, pair.v * (radius * scale), pair.sigma, abs(radius) * scale * pair.alive)
+            RankOne(pair.u, pair.v.mul_(radius * scale), pair.sigma, abs(radius) * scale * pair.alive)
             for pair, radius, scale in zip(pairs, radii, scales, strict=True)
         ]
 

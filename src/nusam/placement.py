@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
@@ -27,18 +28,31 @@ class InWeights(ABC):
 
 
 def in_weights(
-    parameters: Sequence[Tensor], perturbations: Sequence[Perturbation], bit_exact: bool = False
+    parameters: Sequence[Tensor],
+    perturbations: Sequence[Perturbation],
+    copied: AbstractSet[Tensor] = frozenset(),
+    kept: Sequence[Tensor] = (),
 ) -> InWeights:
     """Prepare to add each perturbation to what is here of its parameter; nothing is written yet.
 
-    ``bit_exact``: whether a rank-one ε must be restored bit for bit too, at the cost of a copy of the weights.
+    Args:
+        parameters: what is perturbed.
+        perturbations: by how much. A dense one is restored bit for bit, from a copy of the weights.
+        copied: parameters of which a rank-one ε is restored so too.
+        kept: parameters without a perturbation that are restored all the same.
     """
-    here = [_here(p, epsilon) for p, epsilon in zip(parameters, perturbations, strict=True)]
-    rank_one = [epsilon for epsilon in here if isinstance(epsilon, RankOne)]
-    if rank_one and len(rank_one) < len(here):
+    kinds = {type(epsilon) for epsilon in perturbations}
+    if len(kinds) > 1:
         raise TypeError("An LMO must return perturbations of one kind, got both Dense and RankOne.")
-    written = [local(parameter) for parameter in parameters]
-    return _RankOneInWeights(written, rank_one) if rank_one and not bit_exact else _WithCopy(written, here)
+    subtracted: list[tuple[Tensor, RankOne]] = []
+    restored: list[tuple[Tensor, Perturbation | None]] = [(local(parameter), None) for parameter in kept]
+    for parameter, epsilon in zip(parameters, perturbations, strict=True):
+        part = _here(parameter, epsilon)
+        if isinstance(part, RankOne) and parameter not in copied:
+            subtracted.append((local(parameter), part))
+        else:
+            restored.append((local(parameter), part))
+    return _Both(_RankOneInWeights(subtracted), _WithCopy(restored))
 
 
 def _here(parameter: Tensor, epsilon: Perturbation) -> Perturbation:
@@ -49,6 +63,21 @@ def _here(parameter: Tensor, epsilon: Perturbation) -> Perturbation:
     return epsilon._replace(u=epsilon.u[part.rows], v=epsilon.v[part.columns])
 
 
+class _Both(InWeights):
+    """Some weights in one way, the others in the other."""
+
+    def __init__(self, *ways: InWeights) -> None:
+        self._ways = ways
+
+    def add(self) -> None:
+        for way in self._ways:
+            way.add()
+
+    def remove(self) -> None:
+        for way in self._ways:
+            way.remove()
+
+
 class _RankOneInWeights(InWeights):
     """Adds u·vᵀ and subtracts it again: no copy, exact to 1 ulp of the larger of W and W + ε.
 
@@ -56,17 +85,18 @@ class _RankOneInWeights(InWeights):
     a signal between two calls, so one call writes all matrices and, last, a marker that tells it was made.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], perturbations: Sequence[RankOne]) -> None:
-        self._marker = torch.zeros(())  # on the CPU: reading it waits for no device
-        one = torch.ones(())
-        self._written = [*parameters, self._marker]
-        self._columns = [*(perturbation.u[:, None] for perturbation in perturbations), one]
-        self._rows = [*(perturbation.v[None, :] for perturbation in perturbations), one]
+    def __init__(self, perturbed: Sequence[tuple[Tensor, RankOne]]) -> None:
+        self._marker = torch.zeros((), device="cpu")  # reading it waits for no device
+        one = torch.ones((), device="cpu")
+        self._written = [*(parameter for parameter, _ in perturbed), self._marker]
+        self._columns = [*(epsilon.u[:, None] for _, epsilon in perturbed), one]
+        self._rows = [*(epsilon.v[None, :] for _, epsilon in perturbed), one]
 
     @torch.no_grad()
     def add(self) -> None:
-        torch._foreach_addcmul_(self._written, self._columns, self._rows, value=1)
-        torch.clear_autocast_cache()  # an autocast around both passes would go on with its copy of the weights
+        if len(self._written) > 1:
+            torch._foreach_addcmul_(self._written, self._columns, self._rows, value=1)
+            torch.clear_autocast_cache()  # an autocast around both passes would go on with its copy of the weights
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -78,9 +108,9 @@ class _RankOneInWeights(InWeights):
 class _WithCopy(InWeights):
     """Keeps a copy of the weights while they are perturbed, and restores it bit for bit."""
 
-    def __init__(self, parameters: Sequence[Tensor], perturbations: Sequence[Perturbation]) -> None:
-        self._parameters = list(parameters)
-        self._perturbations = list(perturbations)
+    def __init__(self, perturbed: Sequence[tuple[Tensor, Perturbation | None]]) -> None:
+        self._parameters = [parameter for parameter, _ in perturbed]
+        self._perturbations = [epsilon for _, epsilon in perturbed]
         self._originals: list[Tensor] = []
 
     @torch.no_grad()
@@ -90,7 +120,7 @@ class _WithCopy(InWeights):
             for parameter, epsilon in zip(self._parameters, self._perturbations, strict=True):
                 if isinstance(epsilon, RankOne):
                     parameter.addcmul_(epsilon.u[:, None], epsilon.v[None, :])
-                else:
+                elif epsilon is not None:
                     parameter.add_(epsilon.epsilon)
             torch.clear_autocast_cache()
         self._perturbations.clear()

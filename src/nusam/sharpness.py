@@ -262,8 +262,8 @@ def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _random_like(tensors: list[Tensor], seed: int) -> list[Tensor]:
     """Normal entries, drawn on the CPU so that they are the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in tensors]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator, device="cpu").to(x.device, x.dtype) for x in tensors]
 
 
 def _checked_model(model: Any) -> nn.Module:

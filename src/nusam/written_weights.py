@@ -4,13 +4,16 @@ An ε that was added before such a write can't be subtracted after it: those wei
 are is known of torch's own layers; of others it is seen by what a write leaves behind.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 from torch import Tensor, nn
 
-from nusam.lmo import Perturbation
-from nusam.module_tree import ModuleTree
+from nusam.lmo import Dense, Perturbation
+from nusam.module_tree import ModuleTree, same
 from nusam.placement import InWeights, in_weights
+from nusam.watch import Watch, is_here
 
 __all__ = ["WrittenWeights"]
 
@@ -18,62 +21,108 @@ __all__ = ["WrittenWeights"]
 class WrittenWeights:
     """Finds out which weights a copy must keep, and puts ε into the weights accordingly.
 
-    Every pass looks at what the host can see: a version counter, an address. A write through ``.data`` leaves both
-    alone; so in check steps norms are compared too, which waits for the device.
+    Once written, a weight is kept by a copy for good; what the forward leaves at the unperturbed weights stays.
     """
 
     def __init__(self) -> None:
         self._written: set[Tensor] = set()
-        self._watch: _Watch | None = None
-        self._checks = 0  # how many there were
-        self._late: list[Tensor] = []
+        self._parameters: list[Tensor] = []
+        self._watchable: set[Tensor] = set()
+        self._subtracted: set[Tensor] = set()  # which had no copy in the last descent
+        self._late: set[Tensor] = set()
+        self._check = False
+        self._ascended = False
+        self._watch: Watch | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_watch": None}
 
     def before_ascent(self, parameters: Iterable[Tensor], check: bool, tree: ModuleTree | None = None) -> None:
-        """Begin to watch; with ``check`` thoroughly."""
-        self._checks += check
-        if tree is not None:
+        """Begin to watch; with ``check`` by norms too, which waits for the device afterwards."""
+        parameters = list(parameters)
+        if not same(parameters, self._parameters):
+            self._parameters = parameters
+            self._watchable = {parameter for parameter in parameters if is_here(parameter)}
+        self._check, self._ascended = check, False
+        if check and tree is not None:
             self._written.update(_with_maximal_norm(tree))
-        self._watch = _Watch([p for p in parameters if p not in self._written], check)
+        self._watch = Watch([p for p in parameters if p in self._watchable and p not in self._written], check)
 
     def after_ascent(self) -> None:
-        """What was written in the ascent is kept by a copy from the descent on."""
-        if self._watch is not None:
-            seen, only_by_norm = self._watch.written()
-            self._written.update(seen, only_by_norm)
-            self._late += only_by_norm if self._checks > 1 else []
+        """What was written in the ascent is kept by a copy from this step's descent on."""
+        watch, self._watch = self._watch, None
+        self._ascended = True
+        if watch is not None:
+            self._written.update(watch.stirred())
+            changed = set(watch.changed()) if self._check else set()
+            self._late |= (changed - self._written) & self._subtracted
+            self._written |= changed
 
     def in_weights(
         self,
         parameters: Sequence[Tensor],
         perturbations: Sequence[Perturbation],
         bit_exact: bool = False,
-        unknown: Collection[Tensor] = (),
+        unknown: AbstractSet[Tensor] = frozenset(),
         others: Iterable[Tensor] = (),
     ) -> InWeights:
-        """Prepare to add each perturbation to its parameter, as :func:`nusam.placement.in_weights` does.
+        """Prepare to add each perturbation to its parameter; see :func:`nusam.placement.in_weights`.
 
         Args:
             parameters: what is perturbed.
             perturbations: by how much.
             bit_exact: whether all of them are kept by a copy.
-            unknown: those of them that no known layer holds; a copy keeps them in check steps.
-            others: parameters that are not perturbed, and kept all the same where the model writes them.
+            unknown: those of them that no known layer holds; a copy keeps them too in a step that checks.
+            others: parameters that may be unperturbed, and are kept all the same where the ascent has written them.
         """
-        return in_weights(parameters, perturbations, bit_exact)
+        perturbed = set(parameters)
+        copied = perturbed if bit_exact else perturbed & self._written
+        if self._check:
+            copied = copied | (perturbed & unknown)
+        kept = [p for p in others if p in self._written and p not in perturbed] if self._ascended else []
+        dense = any(isinstance(epsilon, Dense) for epsilon in perturbations)
+        self._subtracted = set() if dense else perturbed - copied
+        watched = [] if dense else [p for p in parameters if p in self._watchable and p not in self._written]
+        placed = in_weights(parameters, perturbations, copied, kept)
+        return _Watched(placed, lambda: self._begin(watched))
+
+    def _begin(self, watched: Sequence[Tensor]) -> None:
+        self._watch = Watch(watched, self._check)
 
     def after_descent(self, names: Callable[[], dict[Tensor, str]]) -> None:
-        """Note what was written in the descent, while its ε is there; warn of what came to light too late."""
+        """Note what was written in the descent, before its ε is taken back; warn of what came to light too late."""
+        watch, self._watch = self._watch, None
+        written = set()
+        if watch is not None:
+            written = {*watch.stirred(), *(watch.changed() if self._check else [])}
+        self._written |= written
+        late, self._late = self._late | (written & self._subtracted), set()
+        self._check = self._ascended = False
+        if late:
+            known = names()
+            warnings.warn(
+                f"The model writes {', '.join(sorted(known[parameter] for parameter in late))} in its own forward, "
+                "which was not seen at first, so that an ε taken back after it may have left a difference; from now "
+                "on a copy keeps such weights.",
+                stacklevel=2,
+            )
 
 
-def _with_maximal_norm(tree: ModuleTree) -> Iterable[Tensor]:
+class _Watched(InWeights):
+    """Watches from the moment that ε has been added."""
+
+    def __init__(self, placed: InWeights, begin: Callable[[], None]) -> None:
+        self._placed, self._begin = placed, begin
+
+    def add(self) -> None:
+        self._placed.add()
+        self._begin()
+
+    def remove(self) -> None:
+        self._placed.remove()
+
+
+def _with_maximal_norm(tree: ModuleTree) -> Iterator[Tensor]:
     for module in tree.modules:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             yield module.weight
-
-
-class _Watch:
-    def __init__(self, parameters: Sequence[Tensor], check: bool) -> None:
-        self._parameters, self._check = parameters, check
-
-    def written(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [], []

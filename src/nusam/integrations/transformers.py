@@ -60,7 +60,7 @@ class NuSAMTrainerMixin:
         self._sharpness_aware = sharpness_aware
         self._delay_ratio = delay_ratio
         self._taken: dict[str, float] = {}
-        self._gap = torch.zeros(())
+        self._gap = torch.zeros((), device="cpu")
         self._gap_steps = 0
         self._replay = Replay(f"{type(self).__name__}.training_step")
         self._calls = _Calls()
@@ -136,7 +136,7 @@ class NuSAMTrainerMixin:
             logs |= self._taken
             if self._gap_steps:
                 logs["sharpness_gap"] = self._gap.item() / self._gap_steps
-            self._gap, self._gap_steps = torch.zeros(()), 0
+            self._gap, self._gap_steps = torch.zeros((), device="cpu"), 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
