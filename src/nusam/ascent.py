@@ -11,7 +11,7 @@ from nusam.interrupts import entered
 from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import Job, LayerPass, Record
 from nusam.parts import part_of, shared_part
-from nusam.power_iteration import Matrix, TopPair, power_iteration, starts_of
+from nusam.power_iteration import Matrix, TopPair, power_iteration
 from nusam.sharding import DataParallel, Ranks, complete, compute_device, is_sharded, local, route
 from nusam.structure import Structure
 from nusam.verification import ONE_USE, SEVERAL_USES, Verification, compared
@@ -42,6 +42,7 @@ class Ascent:
         self.measured: dict[Tensor, dict[str, Tensor]] = {}
         self.verification = Verification()
         self._fell_back: dict[Tensor, str] = {}  # in the last pass
+        self._compiles = False  # whether compiled graphs were seen
 
     def state_of(self, target: Target) -> State:
         """What is remembered of the target, its warm start above all."""
@@ -99,7 +100,10 @@ class Ascent:
         # What a process learned by itself must not decide whether it takes part in what all do together.
         if not (jobs or (serves and workers.splits_the_batch)):
             return None
-        return LayerPass(structure.uses, jobs, self.lmo.power_iterations)
+        checks = any(job.checks for job in jobs.values())
+        needed = {target.parameter for target in targets}
+        around = structure.idle.watched() if checks else structure.idle.detached(needed)
+        return LayerPass(structure.uses, jobs, self.lmo.power_iterations, self._compiles or checks, around)
 
     def _is_worth(self, parameter: Tensor) -> bool:
         least = self.serve_from
@@ -123,6 +127,7 @@ class Ascent:
     @torch.no_grad()
     def compare(self, pass_: LayerPass, workers: DataParallel, everyone: DataParallel) -> None:
         """Learn from what a pass has checked; waits for the device if anything was."""
+        self._compiles |= pass_.is_compiled
         checked = [record for record in pass_.records.values() if record.job.checks]
         if checked:
             with _full_precision(record.parameter for record in checked):
@@ -181,11 +186,11 @@ class Ascent:
         }
         return found
 
-    def _trusts(self, record: Record | None) -> bool:
+    def _trusts(self, record: Record | None, *found: str) -> bool:
         """Whether what its layers found counts: always where served, where compared if it was known before too."""
         if record is None or not record.job.checks:
             return True
-        return record.job.known and self.verification.of(record.parameter) in (ONE_USE, SEVERAL_USES)
+        return record.job.known and self.verification.of(record.parameter) in (found or (ONE_USE, SEVERAL_USES))
 
     def _from_here(
         self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, sharded: bool
@@ -194,7 +199,7 @@ class Ascent:
         lmo = self.lmo
         records = pass_.records if pass_ else {}
         found: dict[Tensor, TopPair] = {}
-        trusted = [p for p, r in records.items() if not r.job.keeps and r.formed is None and r.once and self._trusts(r)]
+        trusted = [p for p, r in records.items() if r.once and not r.job.keeps and self._trusts(r, ONE_USE)]
         if sharded and pass_:  # m-SAM: gradients are averaged over processes, the layers' pairs are this one's
             trusted = [p for p, record in records.items() if record.once]
         found |= pass_.top_pairs(trusted) if pass_ else {}
@@ -222,8 +227,7 @@ class Ascent:
             perturbations = lmo(dense, radii, states, seed)
         else:
             us = [self.states[p]["u"] for p in gradients]
-            starts = starts_of([self.states[p]["v"] for p in gradients])
-            iterated = power_iteration(list(gradients.values()), us, lmo.power_iterations, starts=starts)
+            iterated = power_iteration(list(gradients.values()), us, lmo.power_iterations)
             found |= dict(zip(gradients, iterated, strict=True))
             perturbations = lmo.from_pairs([found[target.parameter] for target in reached], radii, states)
         return {target.parameter: epsilon for target, epsilon in zip(reached, perturbations, strict=True)}

@@ -19,7 +19,19 @@ from nusam.interrupts import always
 from nusam.lmo import matrix_shape
 from nusam.sharding import Block, is_sharded, output_of_blocks
 
-__all__ = ["Conv1D", "Embedding", "Handler", "InForward", "Kind", "Linear", "Own", "Use", "find_uses", "is_plain", "rerouted"]
+__all__ = [
+    "Conv1D",
+    "Embedding",
+    "Handler",
+    "InForward",
+    "Kind",
+    "Linear",
+    "Own",
+    "Use",
+    "find_uses",
+    "is_plain",
+    "rerouted",
+]
 
 
 class Kind:

@@ -7,7 +7,7 @@ the gradient is formed as ever, and the products beside it.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from nusam.interrupts import always
 from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted
 from nusam.lmo import State, matrix_shape
-from nusam.power_iteration import Explicit, Matrix, TopPair, normalized, products, starts_of
-from nusam.sharding import Block, block, compute_device, is_sharded, layout, local, whole
+from nusam.power_iteration import Explicit, Matrix, TopPair, meeting, normalized, products, signs
+from nusam.sharding import block, compute_device, is_sharded, layout, local, whole
 
 __all__ = ["Job", "LayerGradient", "LayerPass", "Sum"]
 
@@ -87,17 +87,35 @@ class LayerPass:
         uses: where the model uses the matrices.
         jobs: what to do for every matrix.
         iterations: T of Algorithm 2.
+        compiles: whether the model may be compiled; if it is though this is False, its gradients are formed.
+        around: what else the pass runs in.
     """
 
-    def __init__(self, uses: list[Use], jobs: dict[Tensor, Job], iterations: int) -> None:
+    def __init__(
+        self,
+        uses: list[Use],
+        jobs: dict[Tensor, Job],
+        iterations: int,
+        compiles: bool,
+        around: AbstractContextManager[None],
+    ) -> None:
         self._uses = uses
+        self._around = around
         self._tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self._tap).node
-        starts = starts_of([job.state["v"] for job in jobs.values()])
+        us = meeting([job.state["u"] for job in jobs.values()])
         self.records = {
-            parameter: Record(parameter, job, start, iterations, self._tap, self._tap_node)
-            for (parameter, job), start in zip(jobs.items(), starts, strict=True)
+            parameter: Record(parameter, job, u, iterations, self._tap, self._tap_node)
+            for (parameter, job), u in zip(jobs.items(), us, strict=True)
         }
+        if compiles:
+            for record in self.records.values():
+                record.make_probe()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled graphs have left anything."""
+        return any(record.probed is not None for record in self.records.values())
 
     @property
     def keeps(self) -> bool:
@@ -117,7 +135,7 @@ class LayerPass:
             for hook in hooks:
                 hook.remove()
 
-        with always(undo), rerouted(self._uses, handlers):
+        with always(undo), rerouted(self._uses, handlers), self._around:
             for parameter in thawed:
                 parameter.requires_grad_(True)
             for parameter, record in self.records.items():
@@ -151,14 +169,13 @@ class Record:
     gradient of ``probe`` = [u, 0 (m), 0, 0 (m)] is [Gv, v, 1, Gᵀr] of the use, summed over uses.
     """
 
-    def __init__(self, parameter: Tensor, job: Job, start: Tensor, iterations: int, tap: Tensor, tap_node: Any) -> None:
+    def __init__(self, parameter: Tensor, job: Job, u: Tensor, iterations: int, tap: Tensor, tap_node: Any) -> None:
         shape = matrix_shape(parameter)
         device = compute_device(parameter)
         self.parameter = parameter
         self.job = job
         self.iterations = iterations
-        self.start = start.to(device)
-        self.u = job.state["u"].to(device)
+        self.u = u.to(device)
         self.kept: list[Matrix] = []  # of every use that is multiplied after the pass
         self.formed: Tensor | None = None  # the gradient, of several uses
         self.pair: tuple[Tensor, Tensor] | None = None  # Gv and v of the one use
@@ -174,7 +191,7 @@ class Record:
         self.in_pieces = False
         self._tap, self._tap_node = tap, tap_node
         self._probe: Tensor | None = None
-        self.r = probe_vector(shape[0], self.u) if job.checks else None
+        self.r = signs(shape[0], device, self.u.dtype) if job.checks else None
 
     # ------------------------------------------------------------ what happened
 
@@ -250,7 +267,7 @@ class Record:
         if rows is not None and not self.job.checks and not self.job.keeps:
             return kind.apply(x, W, extra)
         x = _as_multiplied(kind, x)
-        return _layer(kind, x, W, extra, self.job.checks, self._tap, None, None, None, self.iterations, (self, rows, W))
+        return _layer(kind, x, W, extra, self.job.checks, self._tap, None, None, self.iterations, (self, rows, W))
 
     def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         if self.job.keeps and not W.requires_grad:
@@ -258,20 +275,18 @@ class Record:
                 "A compiled model can't hand out what frozen weights need for an ε that processes share; leave out "
                 "torch.compile, or use m_sam=True."
             )
-        if self.job.keeps or is_sharded(W) or kind is Own:
+        probe = self._probe
+        if self.job.keeps or is_sharded(W) or kind is Own or probe is None:
             return kind.apply(x, W, extra)  # its gradient will be formed
+        x = _as_multiplied(kind, x)
         return _layer(
-            kind, _as_multiplied(kind, x), W, extra, self.job.checks, self.probe, self.u, self.start, self.r,
-            self.iterations, None,
+            kind, x, W, extra, self.job.checks, probe, self.u, self.r, self.iterations, None
         )  # fmt: skip
 
-    @property
-    def probe(self) -> Tensor:
-        """The leaf whose gradient a compiled graph hands the products out by."""
-        if self._probe is None:
-            n, m = self.block.shape
-            self._probe = self.u.new_zeros(n + m + 1 + m).requires_grad_()
-        return self._probe
+    def make_probe(self) -> None:
+        """Make the leaf whose gradient a compiled graph hands the products out by."""
+        n, m = self.block.shape
+        self._probe = self.u.new_zeros(n + m + 1 + m).requires_grad_()
 
     def take(self, kind: type[Kind], X: Tensor, D: Tensor, n: int, rows: slice | None) -> None:
         """Take the products of one use, if autograd accumulates in this backward."""
@@ -285,16 +300,16 @@ class Record:
             G = Rows(G, rows, self.block.shape[0])
         self._multiply(G, (kind, X, D, n))
 
-    def _multiply(self, G: Matrix, use: tuple[type[Kind], Tensor, Tensor, int] | None) -> None:
+    def _multiply(self, G: Matrix, use: tuple[type[Kind], Tensor, Tensor, int]) -> None:
         if self.r is not None and not self.job.keeps:
             product = G.rmatvec(self.r)
             self.checked = product if self.checked is None else self.checked + product
         if self.job.keeps:
             self.kept.append(G)
         elif self.calls <= 1 and self.takes == 1:
-            (Gv,), (v,) = products([G], [self.u], self.iterations, starts=[self.start])
+            (Gv,), (v,) = products([G], [self.u], self.iterations)
             self.pair = Gv, v
-        elif not self.job.checks and use is not None:
+        elif not self.job.checks and self.pair is None:  # beside a pair it would be a part only
             kind, X, D, n = use
             formed = kind.gradient(X, D, n)
             self.formed = formed if self.formed is None else self.formed + formed
@@ -309,7 +324,7 @@ class Record:
         assert self.r is not None
         product = G.rmatvec(self.r)
         self.gradient_checked = product if self.gradient_checked is None else self.gradient_checked + product
-        us, vs = products([G], [self.u], self.iterations, starts=[self.start])
+        us, vs = products([G], [self.u], self.iterations)
         (self.gradient_pair,) = normalized(us, vs, [self.u])
         parameter.grad = None
 
@@ -345,13 +360,6 @@ def _is_wanted(parameter: Tensor) -> bool:
         return True
 
 
-def probe_vector(n: int, like: Tensor) -> Tensor:
-    """Signs that no structure of a gradient is orthogonal to, the same in every process."""
-    generator = torch.Generator("cpu").manual_seed(n)
-    signs = torch.randint(0, 2, (n,), generator=generator, device="cpu", dtype=torch.int8)
-    return signs.to(like.device, like.dtype).mul_(2).sub_(1)
-
-
 def _as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
     """Under autocast, what a plain layer would save: the input as it is multiplied."""
     device = x.device.type
@@ -368,7 +376,6 @@ def _layer(
     checks: bool,
     probe: Tensor,
     u: Tensor | None,
-    start: Tensor | None,
     r: Tensor | None,
     iterations: int,
     reports: Any,
@@ -379,7 +386,7 @@ def _layer(
         bias = None if bias is None else bias.detach()
     extra = None if isinstance(extra, Tensor) else extra
     W = W if checks else W.detach()
-    output: Tensor = _Products.apply(x, W, bias, probe, u, start, r, kind, extra, iterations, reports)
+    output: Tensor = _Products.apply(x, W, bias, probe, u, r, kind, extra, iterations, reports)
     return output
 
 
@@ -405,18 +412,18 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, probe: Tensor, u: Tensor | None, start: Tensor | None,
-        r: Tensor | None, kind: type[Kind], extra: Any, iterations: int, reports: Any,
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, probe: Tensor, u: Tensor | None, r: Tensor | None,
+        kind: type[Kind], extra: Any, iterations: int, reports: Any,
     ) -> Tensor:  # fmt: skip
         y = kind.apply(x, W, extra if bias is None else bias)
         output: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # no view, so that an activation may overwrite it
-        ctx.save_for_backward(x, W, u, start, r)
+        ctx.save_for_backward(x, W, u, r)
         ctx.kind, ctx.iterations, ctx.reports, ctx.extra = kind, iterations, reports, extra
         return output
 
     @staticmethod
     def backward(ctx: Any, D: Tensor) -> Any:
-        x, W, u, start, r = ctx.saved_tensors
+        x, W, u, r = ctx.saved_tensors
         kind: type[Kind] = ctx.kind
         n = W.shape[0]
         input_gradient = weight_gradient = bias_gradient = probe_gradient = None
@@ -437,7 +444,7 @@ class _Products(torch.autograd.Function):
                 else:
                     X = X.to(u.dtype) if X.is_floating_point() else X
                     G = LayerGradient(kind, X, D.to(u.dtype), n)
-                    (Gv,), (v,) = products([G], [u], ctx.iterations, starts=[start])
+                    (Gv,), (v,) = products([G], [u], ctx.iterations)
                     checked = v.new_zeros(v.shape) if r is None else G.rmatvec(r)
                     probe_gradient = torch.cat([Gv, v, v.new_ones(1), checked])
-        return input_gradient, weight_gradient, bias_gradient, probe_gradient, *[None] * 7
+        return input_gradient, weight_gradient, bias_gradient, probe_gradient, *[None] * 6

@@ -55,9 +55,7 @@ def shared_part(
     return BlockOf(Nothing(here.rows, here.columns, here.shape), here), here.route
 
 
-def by_layers(
-    parameter: Tensor, record: Record, workers: DataParallel, in_summands: bool
-) -> tuple[Matrix, Route]:
+def by_layers(parameter: Tensor, record: Record, workers: DataParallel, in_summands: bool) -> tuple[Matrix, Route]:
     """The part that the layers have kept."""
     here = averaged(record.block, workers.summands(parameter) if in_summands else ())
     return BlockOf(Sum(record.kept), here), here.route
@@ -80,9 +78,7 @@ class Nothing:
     """A block of zeros, where a process has nothing to add."""
 
     def __init__(self, rows: slice, columns: slice, shape: Sequence[int]) -> None:
-        self.n, self.m = (
-            len(range(*cut.indices(size))) for cut, size in zip((rows, columns), shape, strict=True)
-        )
+        self.n, self.m = (len(range(*cut.indices(size))) for cut, size in zip((rows, columns), shape, strict=True))
 
     def matvec(self, v: Tensor) -> Tensor:
         return v.new_zeros(self.n)

@@ -1,6 +1,7 @@
 """Algorithm 2, the warm-started power iteration, on a list of matrices at once."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,15 +14,15 @@ __all__ = [
     "Matrix",
     "Together",
     "TopPair",
+    "meeting",
     "normalized",
     "power_iteration",
     "products",
-    "starts_of",
+    "signs",
     "working_dtype",
 ]
 
 TAU = 1e-12  # τ of Algorithm 2, here relative to the largest entry of the vector it regularises
-FLOOR = 2.0**-125  # of a start in Aᵀu: nothing beside any product, everything where that is zero
 
 
 class Matrix(Protocol):
@@ -86,35 +87,43 @@ ALONE: Together = Alone()
 
 
 def power_iteration(
-    matrices: Sequence[Matrix | Tensor],
-    us: Sequence[Tensor],
-    iterations: int = 1,
-    together: Together = ALONE,
-    starts: Sequence[Tensor] | None = None,
+    matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int = 1, together: Together = ALONE
 ) -> list[TopPair]:
     """``iterations`` rounds of v = Aᵀu/‖Aᵀu‖, u = Av/‖Av‖ for each A (n×m) and its warm start u (n).
 
     Three deviations from Algorithm 2 as printed, so that a warm start never dies and the result does not
     depend on the scale of A: vectors are normalised relative to their own largest entry before τ is
     added; a zero, infinite or NaN matrix returns its warm start unchanged with ``alive = False``; and where
-    Aᵀu is zero though A is not (the rows of A that u lives on are not the rows that this sample reaches), v
-    starts from ``starts``, by :func:`starts_of` the v of the step before.
+    A is not zero but Aᵀu is, v starts from A itself, see :func:`meeting`.
     Tensors are multiplied in their warm start's dtype. Nothing here waits for the device.
     """
-    return normalized(*products(matrices, us, iterations, together, starts), us) if matrices else []
+    return normalized(*products(matrices, meeting(us), iterations, together), us) if matrices else []
 
 
-def starts_of(vs: Sequence[Tensor]) -> list[Tensor]:
-    """Where v (m) may start anew: at the last one, with a share of every entry in case A does not meet that either."""
-    return list(torch._foreach_add(list(vs), [1e-3 * v.numel() ** -0.5 for v in vs])) if vs else []
+def meeting(us: Sequence[Tensor]) -> list[Tensor]:
+    """Warm starts u (n) that every matrix meets.
+
+    A gradient of few rows, such as that of a table of which a sample looks up a part, can miss every row that u lives
+    on. So each u gets random signs of a size that its own entries round away: where Aᵀu is not zero nothing
+    changes, and where it is the iteration starts anew from Aᵀ(signs).
+    """
+    if not us:
+        return []
+    sizes = [torch.finfo(u.dtype).eps ** 2 * u.numel() ** -0.5 for u in us]
+    small = torch._foreach_mul([signs(u.numel(), u.device, u.dtype) for u in us], sizes)
+    return list(torch._foreach_add(list(us), small))
+
+
+@lru_cache(maxsize=256)
+def signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random signs, the same in every process."""
+    generator = torch.Generator("cpu").manual_seed(n)
+    signs = torch.randint(0, 2, (n,), generator=generator, device="cpu", dtype=torch.int8)
+    return signs.to(device, dtype).mul_(2).sub_(1)
 
 
 def products(
-    matrices: Sequence[Matrix | Tensor],
-    us: Sequence[Tensor],
-    iterations: int,
-    together: Together = ALONE,
-    starts: Sequence[Tensor] | None = None,
+    matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int, together: Together = ALONE
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The last Av and v of every A, v with a largest entry of one: all of the iteration but its norms.
 
@@ -125,8 +134,6 @@ def products(
     for left in reversed(range(iterations)):
         vs = [A.rmatvec(u) for A, u in zip(operators, current, strict=True)]
         together.sum_(vs)
-        if starts is not None and left == iterations - 1:
-            torch._foreach_add_(vs, list(starts), alpha=FLOOR)
         largest = torch._foreach_norm(vs, float("inf"))
         torch._foreach_div_(vs, largest)
         current = [A.matvec(v) for A, v in zip(operators, vs, strict=True)]

@@ -19,22 +19,27 @@ from nusam.checks import (
     check_closure,
     check_count,
     check_frozen,
+    check_join,
     check_m_sam,
     check_parameter,
     check_radius,
-    check_rank_one,
     check_served,
     check_sharded,
+    check_surroundings,
 )
 from nusam.coverage import Candidate, Coverage, covered, warn_of_small_reach
 from nusam.interrupts import always
-from nusam.layers import Handler, InForward, find_uses, rerouted
-from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
-from nusam.matrix_free import MatrixFreeAscent
+from nusam.layers import Handler, InForward, rerouted
+from nusam.ledger import Ledger, not_added
+from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
+from nusam.matrix_free import LayerPass
 from nusam.model_guard import ModelGuard
 from nusam.saving import load_base, merge, own_containers, split
 from nusam.sharding import DataParallel, is_sharded, unwrapped
 from nusam.step_in_backward import StepInBackward
+from nusam.structure import Structure
+from nusam.surroundings import Holders
+from nusam.verification import OTHERWISE
 from nusam.wrapper import Wrapper, itself
 from nusam.written_weights import WrittenWeights
 
@@ -53,7 +58,6 @@ class Options(TypedDict, total=False):
     model: nn.Module | None
     targets: Targets
     ascent: str
-    ascent_every: int
     placement: str
     m_sam: Any
     seed: int
@@ -97,8 +101,6 @@ class SharpnessAware(Wrapper):
             ``model=``; a matrix that no layer can serve falls back to its gradient, see :meth:`metrics`).
             ``"auto"`` is matrix-free where it can be and pays: for matrices of at least 65,536 entries. Below that
             the gradient is computed faster than it is avoided (measured on a CPU, ``benchmarks/breakeven.py``).
-        ascent_every: run the ascent in every k-th perturbed step only, and keep ε in between. 1 is the paper's
-            algorithm; more is a different, cheaper one. Rank-one balls only.
         placement: ``"weights"`` adds ε to the weights and takes it back; ``"forward"`` adds ρ(x·v)uᵀ to each layer's
             output and writes no weight (rank-one balls, needs ``model=``). ``"auto"`` is ``"forward"`` where the
             weight is below float32 or frozen, else ``"weights"``.
@@ -113,7 +115,10 @@ class SharpnessAware(Wrapper):
 
     _pass: str | None = None  # the pass that is running
     _had_pass = False  # whether a descent pass ran since the last step
+    _may_repeat = False  # whether a step's loop would come back for another ascent
+    _repeats = False  # and whether it must
     _in_scaler = False  # whether a GradScaler has asked, as it does before it calls step()
+    _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
     _few_by_design = False  # whether the method is meant to reach few of the entries
 
     def __init__(
@@ -127,7 +132,6 @@ class SharpnessAware(Wrapper):
         model: nn.Module | None = None,
         targets: Targets = "trainable",
         ascent: str = "auto",
-        ascent_every: int = 1,
         placement: str = "auto",
         m_sam: Any = False,
         seed: int = 0,
@@ -146,7 +150,6 @@ class SharpnessAware(Wrapper):
         if not callable(targets):
             check_choice("targets", targets, ("trainable", "frozen"))
         check_choice("ascent", ascent, ("auto", "gradient", "matrix-free"))
-        check_count("ascent_every", ascent_every, least=1)
         check_choice("placement", placement, ("auto", "weights", "forward"))
         check_m_sam(m_sam, lmo, DataParallel(model, m_sam))
         if targets == "frozen":
@@ -156,8 +159,6 @@ class SharpnessAware(Wrapper):
             raise ValueError("A predicate for targets needs model= for the names; pass the module being trained.")
         if ascent == "matrix-free":
             check_served("ascent='matrix-free'", lmo, model)
-        if ascent_every > 1:
-            check_rank_one(f"ascent_every={ascent_every}", lmo)
         if placement == "forward":
             check_served("placement='forward'", lmo, model)
 
@@ -173,7 +174,6 @@ class SharpnessAware(Wrapper):
         self.rho_schedule = rho_schedule
         self.model = model
         self.targets = targets
-        self.ascent_every = ascent_every
         self.placement = placement
         self.seed = seed
         self.m_sam = m_sam
@@ -184,7 +184,11 @@ class SharpnessAware(Wrapper):
         self._in_backward: StepInBackward | None = None
         self._guard = ModelGuard(model)
         self._written = WrittenWeights()
+        self._ledger = Ledger()
+        self._structure: Structure | None = None
+        self._ascended: list[Tensor] = []  # the targets of the ascent that the next descent belongs to
         self._progress = _Progress()
+        self._holders = Holders()
         self._check_targets()
         for group in base_optimizer.param_groups:
             group.setdefault("rho", rho)
@@ -200,15 +204,25 @@ class SharpnessAware(Wrapper):
         every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
         ones afterwards; a loop left in the ascent leaves no gradient of it behind.
 
+        ``"ascent"`` comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
+        layer was compared with its gradient: the second time its gradient is formed.
+
         Raises:
             RuntimeError: inside another pass, or if a pass computed no gradient at all.
             ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0.
         """
         self = _itself(self)
         check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
-        if self.active and self._ascent_is_due():
-            with self.ascent(accumulate):
-                yield "ascent"
+        if self.active:
+            self._may_repeat = True
+            try:
+                with self.ascent(accumulate):
+                    yield "ascent"
+                if self._repeats:
+                    with self.ascent(accumulate):
+                        yield "ascent"
+            finally:
+                self._may_repeat = self._repeats = False
         with self.descent(accumulate):
             yield "descent"
 
@@ -223,10 +237,12 @@ class SharpnessAware(Wrapper):
         self._refuse_inside_pass("ascent()")
         targets = self._targets() if self.active else []
         workers = self._workers()
-        workers.refuse_unreduced()
+        self._check_processes(workers)
         workers.reshard()
         parameters = self._parameters()
-        pass_ = None if self.model is None else self._ascent.matrix_free(self.model, targets, parameters, workers)
+        in_forward = {target.parameter for target in targets if self._in_forward(target.parameter)}
+        frees = accumulate or self._in_backward is not None
+        pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
         check = self._progress.ascents & (self._progress.ascents - 1) == 0  # the first, and 1, 2, 4, 8, … after it
@@ -239,18 +255,21 @@ class SharpnessAware(Wrapper):
             self._pass = None
 
         self._pending = None
+        self._repeats = False
         with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
             self._in_scaler = False  # a step that the scaler skipped is over
             _clear_gradients(parameters)
+            self._ledger.begin_pass()
             self._guard.before_ascent(check)
             self._written.before_ascent({*parameters, *(t.parameter for t in targets)}, check, self._guard.tree)
             yield
             self._guard.after_ascent()
             self._written.after_ascent()
-            if not (pass_ and pass_.saw_gradients()):
-                self._require_gradients("ascent")
+            reached = bool(pass_ and pass_.saw_gradients())
+            self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters))
             self._pending = self._perturb(targets, pass_, workers)
+            self._ascended = [target.parameter for target in targets]
 
     @contextmanager
     def descent(self, accumulate: bool = False) -> Iterator[None]:
@@ -260,14 +279,12 @@ class SharpnessAware(Wrapper):
         if self._in_backward and accumulate:
             raise RuntimeError("accumulate=True needs gradients that step_in_backward() frees; use one or the other.")
         if self._pending is None and self.active:
-            if self._ascent_is_due():
-                raise RuntimeError(
-                    "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
-                    "or loop over opt.passes()."
-                )
-            self._pending = self._ascent.kept(self._targets())
+            raise RuntimeError(
+                "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
+                "or loop over opt.passes()."
+            )
         perturbations = self._pending or {}
-        forward: dict[Tensor, Handler] = {
+        forward = {
             parameter: InForward(epsilon.u, epsilon.v)
             for parameter, epsilon in perturbations.items()
             if self._in_forward(parameter) and isinstance(epsilon, RankOne)
@@ -278,7 +295,7 @@ class SharpnessAware(Wrapper):
         others = [] if self._in_backward else self._parameters()  # those are written by the base optimizer
         perturbed = self._written.in_weights(in_place, [perturbations[p] for p in in_place], bit_exact, others=others)
         workers = self._workers()
-        workers.refuse_unreduced()
+        self._check_processes(workers)
         workers.reshard()
 
         def undo() -> None:
@@ -286,15 +303,20 @@ class SharpnessAware(Wrapper):
             if in_place:
                 workers.reshard()
             self._pass = None
+            self._ascended = []
 
         with always(undo), ExitStack() as guards:
             self._pass = "descent"
             self._in_scaler = False
             if not accumulate:
                 _clear_gradients(self._parameters())
+            self._ledger.begin_pass()
+            self._ledger.open(self._ascended, perturbations)
             guards.enter_context(self._guard.descent(bool(perturbations)))
-            if forward and self.model is not None:
-                guards.enter_context(rerouted(list(find_uses(self.model)), forward))
+            structure = self._structure_now() if forward else None
+            if structure is not None:
+                handlers: dict[Tensor, Handler] = {**forward}
+                guards.enter_context(rerouted(structure.uses, handlers))
             if self._in_backward:
                 guards.enter_context(self._in_backward.running())
             self._pending = None
@@ -306,7 +328,8 @@ class SharpnessAware(Wrapper):
             yield
             self._written.after_descent(self._names)
             if not accumulate and not self._in_backward:
-                self._require_gradients("descent")
+                self._ledger.end_pass("descent", any(p.grad is not None for p in self._parameters()))
+            self._close_ledger(forward)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step with the gradients that are there.
@@ -488,7 +511,11 @@ class SharpnessAware(Wrapper):
             pre_hook(self)
         states = self._states_to_save()
         outside = {name: states[p] for name, p in self._outside().items() if p in states}
-        saved = merge(self.base_optimizer.state_dict(), self.param_groups, states, outside, self._progress.steps)
+        names = {parameter: name for name, parameter in self._outside().items()}
+        found = {names.get(p, p): code for p, code in self._ascent.verification.codes()}
+        served = found if self.model is not None and isinstance(self.lmo, Nuclear) else None
+        base = self.base_optimizer.state_dict()
+        saved = merge(base, self.param_groups, states, outside, self._progress.steps, served)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved
@@ -514,6 +541,7 @@ class SharpnessAware(Wrapper):
             if saved_rho is not None:
                 group["rho"] = saved_rho
         self._ascent.states, self._ascent.measured, self._pending = states, {}, None
+        self._ascent.verification.load({outside.get(key, key): code for key, code in saved.found.items()})
         self._progress.steps, self._progress.ascents = saved.steps, max(0, saved.steps - self.delay)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -527,7 +555,7 @@ class SharpnessAware(Wrapper):
         left_out = ("step", "_hook_for_profile")
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
         kept = {name: value for name, value in state.items() if name not in left_out}
-        return {**kept, "_pending": None}
+        return {**kept, "_pending": None, "_structure": None, "_ascended": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -618,12 +646,26 @@ class SharpnessAware(Wrapper):
                 "hand it such parameters, or choose another method."
             )
         workers = self._workers()
-        uses = set() if self.model is None else {workers.stored(use.parameter) for use in find_uses(self.model)}
+        self._holders.forget()
+        check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+        self._holders.forget()  # wrappers may come later
+        structure = self._structure_now()
+        uses = {workers.stored(use.parameter) for use in structure.uses} if structure else set()
         for parameter in (target.parameter for target in targets):
             check_parameter(parameter, self.lmo, self.placement, reachable=parameter in uses)
             if is_sharded(parameter):
                 own = self._in_forward(parameter) and self._ascent.serve_from is not None
                 check_sharded(parameter, self.model, self.m_sam, workers, own)
+
+    def _check_processes(self, workers: DataParallel) -> None:
+        """Refuse what can't be run among the processes as they are now, before a pass begins."""
+        check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+        workers.refuse_unreduced()
+        if workers.joins:
+            check_join(self._progress.steps < self.delay, self.rho_schedule)
+            if self._join != workers.join and workers.splits_the_batch:
+                self._ascent.states.clear()  # some processes took fewer steps, and remember less
+            self._join = workers.join
 
     def _in_forward(self, parameter: Tensor) -> bool:
         if self.placement == "auto":
@@ -633,29 +675,67 @@ class SharpnessAware(Wrapper):
         return self.placement == "forward"
 
     def _perturb(
-        self, targets: list[Target], pass_: MatrixFreeAscent | None, workers: DataParallel
+        self, targets: list[Target], pass_: LayerPass | None, workers: DataParallel
     ) -> dict[Tensor, Perturbation]:
         """ε for every target that the ascent reached."""
         for target in targets:
-            if target.parameter.grad is not None:
+            gradient = target.parameter.grad
+            if gradient is not None:
                 check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
-                target.parameter.grad = target.parameter.grad.detach()  # create_graph=True leaves a graph on it
+                if gradient.requires_grad:
+                    target.parameter.grad = gradient.detach()  # create_graph=True leaves a graph on it
+        if pass_ is not None:
+            self._ascent.compare(pass_, workers, self._everyone(workers))
+            surprises = self._ascent.surprises(pass_)
+            self._ascent.mistrust(surprises)
+            self._refuse_unreachable(targets)
+            if surprises and self._may_repeat and not (workers.replicates or workers.shards):
+                self._repeats, self._may_repeat = True, False
+                return {}
+            targets = [target for target in targets if target.parameter not in surprises]
+            self._ledger.tell(list(surprises), self._names, "was used otherwise than in the steps in which it was "
+                              "compared with its gradient, and was not perturbed in this step; its gradient is formed "
+                              "from now on")  # fmt: skip
         found = self._ascent.perturbations(targets, pass_, _mix(self.seed, self._progress.steps), workers)
-        for parameter, reason in (self._ascent.learn(pass_) if pass_ else {}).items():
-            if self._in_forward(parameter):
-                raise RuntimeError(
-                    f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
-                    "with targets= or use placement='weights'."
-                )
+        self._ascent.verification.advance()
         if found:
             self._progress.ascents += 1
-            if self.ascent_every > 1:
-                self._ascent.keep(found, targets)
         return found
 
-    def _ascent_is_due(self) -> bool:
-        perturbed_steps = self._progress.steps - self.delay
-        return perturbed_steps % self.ascent_every == 0 or not self._ascent.is_kept
+    def _refuse_unreachable(self, targets: list[Target]) -> None:
+        """Refuse an ε in the forward where it would not be all of ε."""
+        for target in targets:
+            verdict = self._ascent.verification.found.get(target.parameter)
+            if verdict and verdict.found == OTHERWISE and self._in_forward(target.parameter):
+                raise RuntimeError(
+                    f"{self._names()[target.parameter]} is {verdict.reason}, where an ε in the forward can't reach it; "
+                    "exclude it with targets= or use placement='weights'."
+                )
+
+    def _close_ledger(self, forward: dict[Tensor, InForward]) -> None:
+        """Hold what got a gradient in the descent against what had an ε there."""
+        stepped = self._in_backward.stepped if self._in_backward else set()
+        self._ledger.close(stepped, self._names)
+        missed = not_added(forward)
+        for parameter in missed:
+            self._ascent.measured.pop(parameter, None)
+        used = [p for p in missed if p.grad is not None or p in stepped]
+        self._ascent.mistrust(dict.fromkeys(used, "not reached by its ε in the forward"))
+        self._ledger.tell(used, self._names, "got a gradient in the descent, where no layer added its perturbation; "
+                          "exclude it with targets= or use placement='weights'")  # fmt: skip
+
+    def _structure_now(self) -> Structure | None:
+        """Where the model uses its matrices, found anew if it has changed."""
+        if self.model is None:
+            return None
+        known = self._structure
+        if known is None or known.model is not self.model or not known.is_current():
+            self._structure = known = Structure(self.model)
+            self._ascent.verification.ask()
+        return known
+
+    def _everyone(self, workers: DataParallel) -> DataParallel:
+        return workers if self.m_sam is False else DataParallel(self.model)
 
     def _workers(self) -> DataParallel:
         return DataParallel(self.model, self.m_sam)
@@ -663,12 +743,6 @@ class SharpnessAware(Wrapper):
     @property
     def _states(self) -> dict[Tensor, State]:
         return self._ascent.states
-
-    def _require_gradients(self, name: str) -> None:
-        if all(parameter.grad is None for parameter in self._parameters()):
-            raise RuntimeError(
-                f"The {name} pass ended without any gradient; compute the loss and call loss.backward() in every pass."
-            )
 
     def _refuse_inside_pass(self, what: str) -> None:
         running = _itself(self)._pass
@@ -693,16 +767,12 @@ class SharpnessAware(Wrapper):
         saved: dict[Tensor, State] = {**self._states}
         for target in self._targets(factor=1.0):
             state = dict(self._ascent.state_of(target))
-            if self.ascent_every > 1:
-                state.setdefault("v", state["u"].new_zeros(matrix_shape(target.parameter)[1]))
             saved[target.parameter] = state
         return saved
 
     def _checked_state(self, parameter: Tensor, state: State) -> State:
-        """What the ball remembers of the parameter, on its device; ε's v too if it is kept from step to step."""
+        """What the ball remembers of the parameter, on its device."""
         fresh = self.lmo.init_state(parameter, 0)
-        if self.ascent_every > 1 and "v" in state:
-            fresh["v"] = fresh["u"].new_empty(matrix_shape(parameter)[1])
         for name, like in fresh.items():
             value = state.get(name, like)
             if value.shape != like.shape:
@@ -711,8 +781,6 @@ class SharpnessAware(Wrapper):
                     f"{tuple(like.shape)}; load it into the model it was saved from."
                 )
             fresh[name] = value.to(like.device, like.dtype)
-        if "v" in fresh and not fresh["v"].any():
-            del fresh["v"]  # saved before any ascent
         return fresh
 
     def _watch_progress(self) -> None:

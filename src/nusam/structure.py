@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from nusam.idle import IdleLayers
 from nusam.layers import Use, find_uses
 from nusam.sharding import has_replicas
 
@@ -16,7 +17,6 @@ class Structure:
 
     Args:
         model: the module being trained.
-        own_hooks: the hooks on gradients that are ours.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,6 +25,7 @@ class Structure:
         self._by_parameter: dict[Tensor, list[Use]] = defaultdict(list)
         for use in self.uses:
             self._by_parameter[use.parameter].append(use)
+        self.idle = IdleLayers(model, {use.module for use in self.uses})
 
     def is_current(self) -> bool:
         """Whether the modules still use what they used; cheap enough for every step."""

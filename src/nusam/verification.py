@@ -4,7 +4,7 @@ Loops change, so the comparison is made again 2, 4, 8, … perturbed steps after
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from nusam.matrix_free import Record
 from nusam.parts import by_gradient, by_layers, norm_of
 from nusam.power_iteration import Explicit
-from nusam.sharding import DataParallel, Ranks, Route, averaged, is_sharded
+from nusam.sharding import DataParallel, Ranks, averaged, is_sharded
 
 __all__ = ["ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
 
@@ -85,14 +85,14 @@ class Verification:
         """Serve a matrix that has no gradient by the sum over its uses."""
         self.found[parameter] = Verdict(SEVERAL_USES, reason)
 
-    def codes(self, parameters: Iterable[Tensor]) -> list[str]:
-        """What to save of the parameters, in their order."""
-        return [f"{v.found}: {v.reason}" if (v := self.found.get(p)) else "" for p in parameters]
+    def codes(self) -> list[tuple[Tensor, str]]:
+        """What to save of every matrix."""
+        return [(parameter, f"{verdict.found}: {verdict.reason}") for parameter, verdict in self.found.items()]
 
-    def load(self, parameters: Iterable[Tensor], codes: Iterable[str]) -> None:
+    def load(self, codes: dict[Tensor, str]) -> None:
         """Take over what was saved; all of it is compared again in the next step."""
-        pieces = ((p, *code.split(": ", 1)) for p, code in zip(parameters, codes, strict=False) if code)
-        self.found |= {p: Verdict(found, reason) for p, found, reason in pieces}
+        pieces = ((parameter, code.split(": ", 1)) for parameter, code in codes.items() if code)
+        self.found = {parameter: Verdict(*verdict) for parameter, verdict in pieces}
         self._age = 1 if self.found else None
         self.ask()
 
@@ -129,13 +129,13 @@ def compared(records: Sequence[Record], workers: DataParallel, everyone: DataPar
 
 def _verdict(record: Record, agrees: bool, count: int) -> Verdict:
     if record.wanted_elsewhere:
-        return Verdict(OTHERWISE, "its gradient is taken inside the loss")
+        return Verdict(OTHERWISE, "asked for its gradient inside the loss")
     if record.in_pieces:
         return Verdict(SEVERAL_USES if agrees else OTHERWISE, "reached in pieces or by another way")
     if not agrees:
         return Verdict(OTHERWISE, "also used outside its layer" if count else "reached in pieces or by another way")
     if not is_sharded(record.parameter) and record.parameter.is_leaf and not record.completed:
-        return Verdict(OTHERWISE, "its gradient does not come from a backward")
+        return Verdict(OTHERWISE, "given its gradient by the loop itself")
     if record.job.keeps or (count == 1 and record.completed <= 1):
         return Verdict(ONE_USE, "")
     return Verdict(SEVERAL_USES, "used repeatedly in a graph" if record.probed is not None else f"used {count} times")

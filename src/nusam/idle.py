@@ -1,0 +1,98 @@
+"""Layers whose parameters' gradients nobody needs in an ascent: norms, convolutions."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nusam.interrupts import always
+
+__all__ = ["IdleLayers"]
+
+
+class IdleLayers:
+    """torch's own layers without children, which compute with their parameters and with nothing else of theirs.
+
+    Their parameters keep ``requires_grad``: a layer computes with detached ones where its input needs a gradient
+    anyway, so that nothing upstream is cut off.
+    """
+
+    def __init__(self, model: nn.Module, held_otherwise: set[nn.Module]) -> None:
+        self._layers = [
+            module
+            for module in model.modules()
+            if type(module).__module__.startswith("torch.nn.modules.")
+            and module not in held_otherwise
+            and module._parameters
+            and not module._modules
+            and "forward" not in vars(module)
+        ]
+        self._wanted: set[Tensor] = set()  # by the loss itself, as by autograd.grad(loss, norm.weight)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Learn inside whose gradients the loss itself asks for: these are never detached."""
+        asked: dict[Tensor, int] = {}
+        hooks: list[Any] = []
+
+        def count(parameter: Tensor, by: int) -> Callable[[Tensor], None]:
+            def hook(_: Tensor) -> None:
+                asked[parameter] = asked.get(parameter, 0) + by
+
+            return hook
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        with always(undo):
+            for parameter in self._parameters():
+                if parameter.requires_grad and parameter.is_leaf:
+                    hooks.append(parameter.register_hook(count(parameter, 1)))
+                    hooks.append(parameter.register_post_accumulate_grad_hook(count(parameter, -1)))
+            yield
+            self._wanted |= {parameter for parameter, times in asked.items() if times}
+
+    @contextmanager
+    def detached(self, needed: set[Tensor]) -> Iterator[None]:
+        """Form no gradient inside of parameters that are not needed."""
+        needed = needed | self._wanted
+        layers = [layer for layer in self._layers if not any(p in needed for p in _own(layer))]
+
+        def undo() -> None:
+            for layer in layers:
+                vars(layer).pop("forward", None)
+
+        with always(undo):
+            for layer in layers:
+                vars(layer)["forward"] = _with_detached_parameters(layer)
+            yield
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (parameter for layer in self._layers for parameter in _own(layer))
+
+
+def _own(layer: nn.Module) -> Iterator[Tensor]:
+    return (parameter for parameter in layer._parameters.values() if parameter is not None)
+
+
+def _with_detached_parameters(layer: nn.Module) -> Callable[..., Any]:
+    forward = layer.forward
+
+    def detached(*args: Any, **kwargs: Any) -> Any:
+        flows = any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not flows:
+            return forward(*args, **kwargs)
+        own: Any = layer._parameters
+        before = dict(own)
+
+        def undo() -> None:
+            own.update(before)
+
+        with always(undo):
+            own.update({name: None if p is None else p.detach() for name, p in before.items()})
+            return forward(*args, **kwargs)
+
+    return detached
