@@ -11,8 +11,8 @@ bring (``fused*``, ``bnb*``), those of second order, and Adadelta, whose own ``r
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from functools import cache, wraps
+from typing import Any, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -62,24 +62,67 @@ def update(
         scaler.update()
 
 
-class _Defaults(dict[str, Any]):
-    """Defaults that notice timm's Lookahead, whose constructor adds its own to those of what it wraps."""
+class _OfTimm(type):
+    """Of the classes that timm's registry holds, what each of them constructs being the method itself."""
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(
-            "The prefix lookahead_ would wrap timm's Lookahead around our optimizer and hide its passes; wrap it the "
-            "other way round, nusam.NuSAM(timm.optim.create_optimizer_v2(model, 'lookahead_adamw'), model=model)."
-        )
+    method: type[SharpnessAware]
+    base: type[Optimizer]
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if "base" not in vars(cls):  # a class derived from one of them
+            return super().__instancecheck__(instance)
+        return isinstance(instance, cls.method) and type(instance.base_optimizer) is cls.base
 
 
-def _build(
-    kind: Callable[..., SharpnessAware], base: Callable[..., Optimizer], params: Any, **options: Any
-) -> SharpnessAware:
-    """The method around timm's base optimizer, as timm's registry calls it."""
-    ours = {name: options.pop(name) for name in OURS & options.keys()}
-    optimizer = kind(base(params, **options), **ours)
-    optimizer.base_optimizer.defaults = _Defaults(optimizer.base_optimizer.defaults)
-    return optimizer
+@cache
+def _class(method: type[SharpnessAware], base: type[Optimizer]) -> type[Optimizer]:
+    """The method around timm's base optimizer, as a class that is constructed like the base's.
+
+    It stands in this module under its name, so that it can be pickled.
+    """
+
+    def parts(params: Any, *args: Any, **options: Any) -> tuple[Optimizer, dict[str, Any]]:
+        ours = {name: options.pop(name) for name in OURS & options.keys()}
+        return base(params, *args, **options), ours
+
+    def new(cls: type, *args: Any, **options: Any) -> Any:
+        if cls is not made:
+            return object.__new__(cls)
+        optimizer, ours = parts(*args, **options)
+        return method(optimizer, **ours)
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        optimizer, ours = parts(*args, **options)
+        method.__init__(self, optimizer, **ours)
+
+    name = f"{method.__name__}{base.__name__}"
+    while name in globals():
+        name += "_"
+    own = {"__new__": new, "__init__": init, "__module__": __name__, "method": method, "base": base}
+    made = _OfTimm(name, (method,), {**own, "__doc__": f"{method.__name__} around {base.__name__}."})
+    globals()[name] = made
+    return cast(type[Optimizer], made)
+
+
+def _refusing(create: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """timm's factory, which reads what precedes an underscore as the name of a wrapper."""
+
+    @wraps(create)
+    def create_optimizer(model_or_params: Any, opt: str, *args: Any, **options: Any) -> Optimizer:
+        *wrappers, name = opt.lower().split("_")
+        method, _, base = name.partition("-")
+        if wrappers and method in METHODS and base:
+            raise TypeError(
+                f"The prefix {wrappers[0]}_ would wrap timm's {wrappers[0].title()} around our optimizer and hide its "
+                "passes; wrap it the other way round, nusam.NuSAM(timm.optim.create_optimizer_v2(model, "
+                f"'{wrappers[0]}_{base}'), model=model)."
+            )
+        ours = next((wrapper for wrapper in wrappers if wrapper in METHODS), None)
+        if ours is not None:
+            raise ValueError(f"opt={opt!r} is {name} alone to timm, which drops {ours}_; write {ours}-{name}.")
+        return create(model_or_params, opt, *args, **options)
+
+    return create_optimizer
 
 
 def _register() -> None:
@@ -88,14 +131,15 @@ def _register() -> None:
         info = registry.get_optimizer_info(base)
         if isinstance(info.opt_class, str) or info.second_order or base == "adadelta" or "-" in base:
             continue
-        for prefix, kind in METHODS.items():
+        for prefix, method in METHODS.items():
             named = dataclasses.replace(
                 info,
                 name=f"{prefix}-{base}",
-                opt_class=partial(_build, kind, info.opt_class),
-                description=f"{kind.__name__} around {base}: {info.description}",
+                opt_class=_class(method, info.opt_class),
+                description=f"{method.__name__} around {base}: {info.description}",
             )
             registry.register(named)
+    registry.create_optimizer = _refusing(registry.create_optimizer)
 
 
 _register()
