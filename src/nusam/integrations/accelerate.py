@@ -23,6 +23,7 @@ from nusam.sharpness_aware import SharpnessAware
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.utils import DistributedType
     from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 except ImportError as error:
     raise ImportError(
@@ -30,6 +31,8 @@ except ImportError as error:
     ) from error
 
 __all__ = ["passes", "sharpness_aware"]
+
+REDUCES_IN_STEP = {DistributedType.XLA, DistributedType.MEGATRON_LM}
 
 
 def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
@@ -44,23 +47,31 @@ def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
 
     Raises:
         TypeError: if the optimizer is none of nusam's.
-        NotImplementedError: under FSDP1 and DeepSpeed.
+        NotImplementedError: under FSDP1, DeepSpeed and Megatron-LM, and on several XLA devices.
     """
     opt = sharpness_aware(optimizer)
+    is_sharded = isinstance(model, (FSDPModule, FullyShardedDataParallel))
+    inner = model if is_sharded else getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    launch = optimizer.accelerator_state if isinstance(optimizer, AcceleratedOptimizer) else None
+    if launch is not None and launch.distributed_type in REDUCES_IN_STEP and launch.num_processes > 1:
+        raise NotImplementedError(
+            f"accelerate adds up the gradients of {launch.distributed_type.value} processes in step() alone, behind "
+            "the passes; use DDP or FSDP2 on devices that torch.distributed reaches, or a single process."
+        )
     if isinstance(optimizer, DeepSpeedOptimizerWrapper):
         raise NotImplementedError(
             "DeepSpeed steps inside its backward and keeps gradients where the two passes can't reach them; use DDP, "
             "or FSDP2 (fsdp_version=2 in accelerate's configuration)."
         )
-    if isinstance(model, FullyShardedDataParallel):
+    if isinstance(inner, FullyShardedDataParallel):
         raise NotImplementedError(
             "FullyShardedDataParallel (FSDP1) keeps gradients where the two passes can't reach them; use FSDP2, "
             "fsdp_version=2 in accelerate's configuration."
         )
     if opt.model is not None and opt.model is not model:
         opt.model = model
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(True)  # what accumulate() leaves unreduced could not be told apart
+    if isinstance(inner, FSDPModule):
+        inner.set_requires_gradient_sync(True)  # what accumulate() leaves unreduced could not be told apart
         _forget_replaced(opt)
     yield from opt.passes(accumulate=True)
 
