@@ -19,7 +19,7 @@ __all__ = [
     "unknown_argument",
 ]
 
-MOVES_FIRST = {"BSAM", "AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"}
+MOVES_FIRST = {"AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure"}
 
 
 def chain(base: Any) -> Iterator[Optimizer]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from nusam.base_optimizer import is_second_order, moves_first, unknown_argument
+from nusam.base_optimizer import chain, is_second_order, moves_first, unknown_argument
 from nusam.lmo import LMO, Nuclear
 from nusam.sharding import DataParallel, is_running, is_sharded, is_stateless
 from nusam.surroundings import Holders
@@ -100,11 +100,18 @@ def check_base_optimizer(base: Any) -> None:
         )
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}.")
-    if hasattr(base, "base_optimizer"):
+    inside = list(chain(base))
+    for one in inside:
+        if hasattr(one, "base_optimizer"):
+            raise TypeError(
+                f"base_optimizer is a {type(one).__name__}, itself a wrapper; wrap its base_optimizer instead."
+            )
+    if not all(isinstance(getattr(one, "defaults", None), dict) for one in inside):
         raise TypeError(
-            f"base_optimizer is a {type(base).__name__}, itself a wrapper; wrap its base_optimizer instead."
+            f"base_optimizer {type(base).__name__} has no defaults, which every torch.optim.Optimizer has; wrap the "
+            "optimizer inside it instead."
         )
-    if "rho" in base.defaults:
+    if any("rho" in one.defaults for one in inside):
         raise TypeError(
             f"base_optimizer {type(base).__name__} has a hyperparameter rho of its own, which would be taken for the "
             "radius; use another base optimizer."
@@ -125,7 +132,12 @@ def check_base_optimizer(base: Any) -> None:
             f"base_optimizer {type(base).__name__} moves the weights before it calls its closure, where the passes "
             "have found no gradient; use another base optimizer."
         )
-    if isinstance(base, LBFGS):
+    if any(hasattr(one, "fused_backward") for one in inside):
+        raise TypeError(
+            f"base_optimizer {type(base).__name__} moves the weights inside its backward, which the ascent would run "
+            "into; use another base optimizer and nusam.step_in_backward."
+        )
+    if any(isinstance(one, LBFGS) for one in inside):
         raise TypeError(
             "base_optimizer LBFGS evaluates its closure several times a step, which two passes can't serve; "
             "use a first-order optimizer."

@@ -14,7 +14,8 @@ def net() -> nn.Sequential:
 
 
 def loss_of(model: nn.Module, sign: float = 1.0) -> Tensor:
-    return sign * (model(X) - Y).square().mean()
+    dtype = next(model.parameters()).dtype
+    return sign * (model(X.to(dtype)) - Y.to(dtype)).square().mean()
 
 
 def closure_of(model: nn.Module, opt, sign: float = 1.0):
@@ -22,8 +23,9 @@ def closure_of(model: nn.Module, opt, sign: float = 1.0):
 
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = loss_of(model, sign)
-        loss.backward()
+        with torch.enable_grad():  # which some bases leave to their closure
+            loss = loss_of(model, sign)
+            loss.backward()
         return loss
 
     return closure
@@ -33,11 +35,11 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def sam_step(model: nn.Module, base, rho: float, sign: float = 1.0, **step) -> Tensor:
-    """One step of SAM as it is printed: copies of the weights, and the base optimizer's own ``step``."""
+def sam_step(model: nn.Module, base, rho: float, step=None) -> Tensor:
+    """One step of SAM as it is printed, by copies of the weights; ``step`` gets a closure of the loss."""
     parameters = list(model.parameters())
     base.zero_grad()
-    loss = loss_of(model, sign)
+    loss = loss_of(model)
     loss.backward()
     with torch.no_grad():
         norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters))
@@ -45,9 +47,12 @@ def sam_step(model: nn.Module, base, rho: float, sign: float = 1.0, **step) -> T
         for p in parameters:
             p.add_(p.grad, alpha=float(rho / norm))
     base.zero_grad()
-    loss_of(model, sign).backward()
+    loss_of(model).backward()
     with torch.no_grad():
         for p, kept in zip(parameters, old, strict=True):
             p.copy_(kept)
-    base.step(*([lambda: loss.detach()] if step.get("closure") else []))
+    if step is None:
+        base.step()
+    else:
+        step(lambda: loss.detach())
     return loss.detach()

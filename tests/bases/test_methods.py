@@ -50,9 +50,7 @@ def test_public_names_of_the_base_and_no_others(method):
     assert not hasattr(opt, "train")
     opt.base_optimizer.beat = 8
     assert (opt.beat, opt.doubled) == (8, 16)
-    with pytest.raises(
-        AttributeError, match=r"'.*SAM.*' object has no attribute 'eval', nor has its base"
-    ):
+    with pytest.raises(AttributeError, match=r"'.*SAM.*' object has no attribute 'eval', nor has its base"):
         opt.eval()
     alone = METHODS[method](torch.optim.SGD(net().parameters(), lr=0.1))
     assert not any(hasattr(alone, name) for name in ("train", "eval", "refresh", "beat", "optimizer", "model_"))
