@@ -82,5 +82,5 @@ def warn_of_small_reach(candidates: Sequence[Candidate], perturbs: Callable[[Ten
         warnings.warn(
             f"{method} only, which is {perturbed:,} of the {total:,} entries handed to it, less than a tenth; "
             "opt.coverage() names the others, which nusam.SAM would perturb.",
-            stacklevel=3,
+            stacklevel=4,  # over step() and the profiler that torch puts around it
         )

@@ -1,0 +1,115 @@
+"""The calls of other libraries, above all davda54/sam's, reach a sentence that shows the right one."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import nusam
+
+KINDS = {"NuSAM": {}, "NuSAMNorm": {}, "SAM": {}, "GaussSAM": {}, "SAMON": {"model": "model"}}
+SGD = torch.optim.SGD
+
+
+def model():
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+
+def shown(kind, base, *options):
+    needs_model = [] if kind != "SAMON" else ["model=model"]
+    return f"nusam.{kind}({', '.join([base, *options, *needs_model])})."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["positional", "by name", "all by name", "a list", "groups"])
+def test_the_call_of_davda54(kind, order):
+    make = getattr(nusam, kind)
+    parameters = model().parameters()
+    calls = {
+        "positional": lambda: make(parameters, SGD, rho=0.1, lr=0.2, momentum=0.9),
+        "by name": lambda: make(parameters, base_optimizer=SGD, rho=0.1, lr=0.2, momentum=0.9),
+        "all by name": lambda: make(params=parameters, base_optimizer=SGD, rho=0.1, lr=0.2, momentum=0.9),
+        "a list": lambda: make(list(parameters), SGD, rho=0.1, lr=0.2, momentum=0.9),
+        "groups": lambda: make([{"params": list(parameters)}], SGD, rho=0.1, adaptive=False, lr=0.2, momentum=0.9),
+    }
+    base = "SGD(model.parameters(), lr=0.2, momentum=0.9)"
+    if order == "all by name":
+        base = base.replace("lr", "params=..., lr")
+    with pytest.raises(TypeError) as error:
+        calls[order]()
+    sentence = f"base_optimizer must be an optimizer, got the class SGD; construct it first, {base}, as in "
+    assert str(error.value) == sentence + shown(kind, base, "rho=0.1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_and_no_optimizer_at_all(kind):
+    with pytest.raises(TypeError) as error:
+        getattr(nusam, kind)(model().parameters(), lr=0.2, betas=(0.9, 0.99), delay=3)
+    base = "torch.optim.AdamW(model.parameters(), lr=0.2, betas=...)"
+    assert str(error.value).endswith(f"got generator; construct it first, {base}, as in {shown(kind, base, 'delay=3')}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", [SGD, model, lambda: model, "sgd", None, 3])
+def test_anything_else_in_its_place(kind, given):
+    with pytest.raises(TypeError, match=r"base_optimizer must be .* construct it first, .*\.parameters\(\), \.\.\.\)"):
+        getattr(nusam, kind)(given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_behind_parameters(kind):
+    parameters = list(model().parameters())
+    for call in (
+        lambda: getattr(nusam, kind)(parameters, SGD(parameters, lr=0.1), rho=0.3),
+        lambda: getattr(nusam, kind)(parameters, base_optimizer=SGD(parameters, lr=0.1), rho=0.3),
+    ):
+        with pytest.raises(TypeError, match=r"takes the base optimizer alone, got list before it; write nusam\.") as e:
+            call()
+        assert "rho=0.3" in str(e.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_of_the_base_beside_a_base_that_is_there(kind):
+    net = model()
+    with pytest.raises(TypeError) as error:
+        getattr(nusam, kind)(SGD(net.parameters(), lr=0.1), model=net, lr=0.2)
+    assert str(error.value).startswith(f"{kind} got 'lr', and takes rho, ")
+    assert str(error.value).endswith("what is the base optimizer's own goes to it, SGD(model.parameters(), lr=0.2).")
+
+
+def test_a_class_of_ones_own_keeps_its_signature():
+    class FromParameters(nusam.SharpnessAware):
+        def __init__(self, params, lr, **options):
+            super().__init__(SGD(params, lr=lr), nusam.lmo.L2(), **options)
+
+    class Marked(nusam.SAM):
+        def __init__(self, base_optimizer, *, mark, **options):
+            super().__init__(base_optimizer, options.pop("radius"), **options)
+            self.mark = mark
+
+    class AnyOf(nusam.SAM):
+        def __init__(self, *args, **options):
+            super().__init__(SGD(*args), **options)
+
+    assert FromParameters(model().parameters(), lr=0.1, rho=0.2).defaults == pytest.approx(
+        {**SGD(model().parameters(), lr=0.1).defaults, "rho": 0.2}
+    )
+    opt = Marked(SGD(model().parameters(), lr=0.1), mark=3, radius=0.2)
+    assert (opt.mark, opt.defaults["rho"]) == (3, 0.2)
+    assert AnyOf(model().parameters(), 0.3, rho=0.1).defaults["lr"] == 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_signatures_and_copies_are_as_ever(kind):
+    net = model()
+    make = getattr(nusam, kind)
+    assert next(iter(inspect.signature(make).parameters)) == "base_optimizer"
+    assert list(inspect.signature(nusam.SharpnessAware).parameters)[:3] == ["base_optimizer", "lmo", "rho"]
+    opt = make(base_optimizer=SGD(net.parameters(), lr=0.1), model=net)
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert type(other) is make
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'base_optimizer'"):
+        make(rho=0.1)
