@@ -342,6 +342,7 @@ class SharpnessAware(Wrapper):
         Raises:
             RuntimeError: inside a pass, if a GradScaler hands over a closure, or if the base optimizer needs one.
         """
+        losses, self._given_losses = list(self._given_losses), ()
         self._refuse_inside_pass("step()")
         in_scaler, self._in_scaler = self._in_scaler, False
         if closure is not None and in_scaler:
@@ -349,16 +350,10 @@ class SharpnessAware(Wrapper):
                 "A GradScaler called step() with a closure, whose gradients it would not unscale; run the passes "
                 "yourself, 'for _ in opt.passes(): scaler.scale(loss).backward()', and step without a closure."
             )
-        check_closure(self.base_optimizer, closure is None and needs_closure(self.base_optimizer))
-        losses = []
+        has_loss = closure is not None or bool(losses)
+        check_closure(self.base_optimizer, not has_loss and needs_closure(self.base_optimizer))
         if closure is not None:
-            self._has_closure = True
-            try:
-                for _ in self.passes():
-                    with torch.enable_grad():
-                        losses.append(closure())
-            finally:
-                self._has_closure = False
+            losses = self._losses_of(closure)
         self._pending = None
         if self._in_backward is None:
             if losses:
@@ -374,6 +369,15 @@ class SharpnessAware(Wrapper):
             if not self._few_by_design:
                 warn_of_small_reach(self._candidates(), self._perturbs, self._what_it_perturbs)
         return losses[0] if losses else None
+
+    def _losses_of(self, closure: Callable[[], Any]) -> list[Any]:
+        """What the closure returns in each pass."""
+        losses = []
+        with self._in_closure():
+            for _ in self.passes():
+                with torch.enable_grad():
+                    losses.append(closure())
+        return losses
 
     def _step_base_knowing(self, loss: Any) -> None:
         kind = type(self.base_optimizer)

@@ -1,6 +1,7 @@
 """What every optimizer around another has of it: its hyperparameters and its own methods."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from inspect import ismethod
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ class Wrapper(Optimizer):
     base_optimizer: Optimizer
     _rho: float  # of groups that name none
     _refuse_inside_pass: Callable[[str], None]
-    _has_closure = False  # while step(closure) runs the passes
+    _has_closure = False  # while a closure's passes run
+    _given_losses: Sequence[Any] = ()  # those of passes that a framework ran in a closure, before it calls step()
     _took_a_closure = False  # whether the base has been seen to read the loss at the weights where it was found
 
     if not TYPE_CHECKING:  # a checker reads __init__, and should go on to report names that nobody has
@@ -42,6 +44,15 @@ class Wrapper(Optimizer):
                 return value(*args, **options)
 
             return outside_of_passes
+
+    @contextmanager
+    def _in_closure(self) -> Iterator[None]:
+        """Passes inside end with a loss, which the base optimizer may ask for."""
+        self._has_closure = True
+        try:
+            yield
+        finally:
+            self._has_closure = False
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A base whose step reads the closure's loss gets the one at the unperturbed weights, or the run says that it can't."""
 
+import warnings
+
 import pytest
 import pytorch_optimizer
 import schedulefree
@@ -262,3 +264,40 @@ def test_what_no_pair_of_passes_can_serve_is_refused_at_construction(make, sente
     with pytest.raises(TypeError, match=sentence) as error:
         nusam.NuSAM(make(net()))
     assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("base", ["optional", "mandatory", "emolynx", "sgd"])
+@pytest.mark.parametrize("callback", [True, False])
+def test_lightnings_loop_hands_it_over(base, callback, tmp_path):
+    """SAM by hand on the same batches, with the base's own step(closure)."""
+    import pytorch_lightning as pl
+
+    from nusam.integrations.lightning import SharpnessAwareCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, batch_idx):
+            return loss_of(self.net)
+
+        def configure_optimizers(self):
+            return nusam.SAM(BASES[base](self.net.parameters()), rho=0.05)
+
+    module, hand = Module(), net()
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=[SharpnessAwareCallback()] if callback else [],
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's about workers
+        trainer.fit(module, torch.utils.data.DataLoader(range(4), batch_size=1))
+    plain = BASES[base](hand.parameters())
+    for _ in range(4):
+        sam_step(hand, plain, 0.05, plain.step)
+    assert (flat(module.net) - flat(hand)).abs().max() <= 1e-12

@@ -214,8 +214,9 @@ class SharpnessAwareCallback(Callback):
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None or not (self._in_step or self._is_automatic):
             return None  # or one of the loop's own, around which step() runs the passes
-        with torch.enable_grad():
+        with torch.enable_grad(), opt._in_closure():
             self._loss = closure()
+        opt._given_losses = (self._loss,)
         return args[:1], {}
 
 
