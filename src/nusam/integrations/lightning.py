@@ -7,7 +7,7 @@ passes, and the step that runs none.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class SharpnessAwareCallback(Callback):
         self._loss: Any = None  # what the closure of the step that runs has returned
         self._replay = Replay("training_step")
         self._owners: list[Any] = []
+        self._callbacks: list[Callback] = []  # of the fit, which a search takes away for a while
         self._to_log: dict[str, float | Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -65,6 +66,7 @@ class SharpnessAwareCallback(Callback):
             return
         self._traces.close()
         self._replay = Replay("training_step")
+        self._callbacks = list(cast(Any, trainer).callbacks)
         with ExitStack() as traces:
             self._has_closures = traces.enter_context(self._passes_in_closures(trainer, pl_module))
             traces.enter_context(self._closures_in_steps(trainer, pl_module))
@@ -111,6 +113,8 @@ class SharpnessAwareCallback(Callback):
             )
         for opt in optimizers:
             self._traces.enter_context(_wrapped_model(opt, trainer, pl_module))
+            if not _is_default("on_after_backward", pl_module, self._callbacks):
+                self._traces.enter_context(_by_gradients(opt))
         self._is_automatic = pl_module.automatic_optimization
         if self._is_automatic and not self._has_closures:
             raise RuntimeError(
@@ -159,7 +163,8 @@ class SharpnessAwareCallback(Callback):
 
         def passes(*_: Any, **__: Any) -> Any:
             self._to_log = {"active": float(opt.active), "rho": max(opt._radii())}
-            if zero_grad is not None and _clears_everything(trainer, pl_module):
+            hooks = ("on_before_zero_grad", "optimizer_zero_grad")
+            if zero_grad is not None and all(_is_default(hook, pl_module, self._callbacks) for hook in hooks):
                 opt.zero_grad()  # what is cleared in the descent anyway takes no room in the ascent
             first: Any = None
             last: Any = None
@@ -193,7 +198,7 @@ class SharpnessAwareCallback(Callback):
             self._get_ready(trainer, pl_module)
             has_closure = getattr(closure, "__name__", "") != NO_CLOSURE
             if has_closure and not self._is_automatic and not optimizer._had_pass:
-                closure = _around(closure, optimizer, pl_module)
+                closure = self._around(closure, optimizer, pl_module)
             self._in_step = True
             try:
                 output = step(optimizer, closure, *args, **kwargs)
@@ -206,6 +211,18 @@ class SharpnessAwareCallback(Callback):
             yield
         finally:
             del strategy.optimizer_step
+
+    def _around(self, closure: Callable[[], Any], opt: Any, pl_module: LightningModule) -> Callable[[], Any]:
+        """The closure of a manual step, run once a pass."""
+
+        def passes() -> Any:
+            losses: list[Any] = []
+            for _ in self._replay.passes(opt.passes(), self._owners, None):
+                with torch.enable_grad(), _silent(pl_module, self._replay.later):
+                    losses.append(closure())
+            return losses[0]
+
+        return passes
 
     def _run_closure(
         self, opt: SharpnessAware, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -220,25 +237,24 @@ class SharpnessAwareCallback(Callback):
         return args[:1], {}
 
 
-def _around(closure: Callable[[], Any], opt: Any, pl_module: LightningModule) -> Callable[[], Any]:
-    """The closure of a manual step, run once a pass."""
-
-    def passes() -> Any:
-        losses: list[Any] = []
-        for _ in opt.passes():
-            with torch.enable_grad(), _silent(pl_module, losses != []):
-                losses.append(closure())
-        return losses[0]
-
-    return passes
-
-
-def _clears_everything(trainer: Any, pl_module: LightningModule) -> bool:
-    """Whether nobody looks at the gradients before they are cleared, or clears others than all."""
-    hooks = ("on_before_zero_grad", "optimizer_zero_grad")
-    if any(getattr(getattr(pl_module, hook), "__func__", None) is not getattr(LightningModule, hook) for hook in hooks):
+def _is_default(hook: str, pl_module: LightningModule, callbacks: list[Callback]) -> bool:
+    """Whether neither the module nor a callback has a hook of this name of its own."""
+    if getattr(getattr(pl_module, hook), "__func__", None) is not getattr(LightningModule, hook):
         return False
-    return all(type(callback).on_before_zero_grad is Callback.on_before_zero_grad for callback in trainer.callbacks)
+    return all(getattr(type(c), hook) is getattr(Callback, hook, None) for c in callbacks if hasattr(c, hook))
+
+
+@contextmanager
+def _by_gradients(opt: SharpnessAware) -> Iterator[None]:
+    """Where ``ascent="auto"`` may choose, let it choose gradients, which a hook of the ascent may look at or change."""
+    ascent = opt._ascent
+    before = ascent.serve_from
+    if before and opt.targets == "trainable":
+        ascent.serve_from = None
+    try:
+        yield
+    finally:
+        ascent.serve_from = before
 
 
 @contextmanager

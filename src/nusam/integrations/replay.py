@@ -70,9 +70,10 @@ class Replay:
                 elif name != "ascent":  # the only pass
                     yield name, batch
                 else:
-                    before = _State(owners, draws=True)
                     self._kept, self._prepared = [], []
                     kept = self._keep(batch)
+                    owners = [*owners, *kept.objects]
+                    before = _State(owners, draws=True)
                     yield name, batch
                     self._learn(before)
                     after = _State(owners)
@@ -143,9 +144,10 @@ class _Kept:
 
     def __init__(self, batch: Any, clones: bool) -> None:
         self.has_graph = False
+        self.objects: list[object] = []  # whose attributes are looked after as those of owners are
         self._clones = clones
         self._versions: list[tuple[Tensor, int]] = []
-        self._batch = self._own(batch, self._look_at)
+        self._batch = self._own(batch, {}, self._look_at)
 
     @property
     def changed(self) -> bool:
@@ -154,21 +156,20 @@ class _Kept:
 
     def again(self) -> Any:
         """The batch, in containers and tensors that are this pass's own."""
-        return self._own(self._batch, lambda tensor: None)
+        return self._own(self._batch, {}, lambda tensor: None)
 
     def _look_at(self, tensor: Tensor) -> None:
         self.has_graph |= tensor.grad_fn is not None
         if not tensor.is_inference():
             self._versions.append((tensor, tensor._version))
 
-    def _own(self, part: Any, look_at: Callable[[Tensor], None]) -> Any:
+    def _own(self, part: Any, made: dict[int, Tensor], look_at: Callable[[Tensor], None]) -> Any:
         if isinstance(part, Tensor):
-            look_at(part)
-            if self._clones:
-                return part.detach().clone().requires_grad_(part.requires_grad)
-            # a gradient of the inputs stays with the pass that took it
-            return part.detach().requires_grad_(part.requires_grad) if type(part) is Tensor else part
-        own = partial(self._own, look_at=look_at)
+            if id(part) not in made:  # one that is there twice stays one
+                look_at(part)
+                made[id(part)] = self._own_tensor(part)
+            return made[id(part)]
+        own = partial(self._own, made=made, look_at=look_at)
         if isinstance(part, MutableMapping):
             fresh: Any = copy.copy(part)
             for name, value in part.items():
@@ -183,7 +184,17 @@ class _Kept:
             for field in dataclasses.fields(part):
                 object.__setattr__(fresh, field.name, own(getattr(part, field.name)))
             return fresh
-        return copy.copy(part) if hasattr(type(part), "__copy__") else part
+        if hasattr(type(part), "__copy__"):
+            return copy.copy(part)
+        if hasattr(part, "__dict__") and not callable(part):
+            self.objects.append(part)
+        return part
+
+    def _own_tensor(self, tensor: Tensor) -> Tensor:
+        if self._clones:
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        # a gradient of the inputs stays with the pass that took it
+        return tensor.detach().requires_grad_(tensor.requires_grad) if type(tensor) is Tensor else tensor
 
 
 class _State:
