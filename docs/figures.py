@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from nusam.experiments.figures import LOOKS
+from nusam.experiments.looks import LOOKS
 from nusam.experiments.methods import METHODS
 from nusam.experiments.result import Curve, Result, read_all
 

@@ -13,7 +13,8 @@ from nusam.experiments.checkpoint import Checkpoint
 from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
 from nusam.experiments.machine import Machine, launched
-from nusam.experiments.training import Epoch, Recipe, Run, Stopped, train
+from nusam.experiments.runs import Epoch, Recipe, Run
+from nusam.experiments.training import Stopped, train
 
 RUN, RECIPE = Run("bert-tiny", "nusam", 0.01, 0), Recipe(4)
 

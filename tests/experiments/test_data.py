@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.datasets import cifar, mnist
 
 from nusam.experiments import data
+from nusam.experiments.building import build
 from nusam.experiments.errors import Refused
-from nusam.experiments.models import build
+from nusam.experiments.splits import split
 
 CPU = torch.device("cpu")
 
@@ -69,7 +70,7 @@ def test_digits_splits_are_disjoint_and_the_test_split_is_fixed(tmp_path):
     source = data.load("digits", tmp_path)
     assert (source.channels, source.image_size, source.classes) == (1, 8, 10)
     assert sum(source.sizes.values()) == 1797
-    splits = [data.split(source, seed, CPU) for seed in (0, 0, 1)]
+    splits = [split(source, seed, CPU) for seed in (0, 0, 1)]
     assert torch.equal(splits[0].train.pixels, splits[1].train.pixels)
     assert not torch.equal(splits[0].train.pixels, splits[2].train.pixels)
     assert torch.equal(splits[0].test.pixels, splits[2].test.pixels)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nusam.experiments.command import main
-from nusam.experiments.find_rho import draw
+from nusam.experiments.rho_search import draw
 from nusam.radius_search import RadiusSearch, Trial
 
 SETUP = """

@@ -6,11 +6,11 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 
-from nusam.experiments import fine_tuning
+from nusam.experiments import training
+from nusam.experiments.building import build
 from nusam.experiments.errors import Refused
 from nusam.experiments.experiment import Bench
 from nusam.experiments.fine_tuning import fine_tuning_settings
-from nusam.experiments.models import build
 from nusam.experiments.store import Store
 
 
@@ -57,7 +57,7 @@ def test_pretraining_takes_one_thread_whatever_the_machine_has(bench, monkeypatc
         keep.parent.mkdir()
         torch.save({}, keep)
 
-    monkeypatch.setattr(fine_tuning, "train", train)
+    monkeypatch.setattr(training, "train", train)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

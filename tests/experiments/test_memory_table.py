@@ -9,7 +9,8 @@ from torch import nn
 
 import nusam
 from nusam.experiments.errors import Refused
-from nusam.experiments.memory_table import BASES, METHODS, Memory, Network, costs, measured, network, table1
+from nusam.experiments.memory import Memory
+from nusam.experiments.memory_table import BASES, METHODS, Network, costs, measured, network, table1
 from nusam.experiments.result import read_all
 
 KIB = 2**10

@@ -9,8 +9,8 @@ from rich.console import Console
 from nusam.experiments import data, experiment
 from nusam.experiments.experiment import Bench
 from nusam.experiments.reproduce import experiment as recipe_of
+from nusam.experiments.runs import Epoch, Outcome
 from nusam.experiments.store import Store
-from nusam.experiments.training import Epoch, Outcome
 
 
 @pytest.fixture

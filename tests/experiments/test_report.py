@@ -12,7 +12,8 @@ from html.parser import HTMLParser
 import pytest
 
 from nusam.experiments.errors import Refused
-from nusam.experiments.report import Report, page
+from nusam.experiments.page import page
+from nusam.experiments.report import Report
 from nusam.experiments.result import Curve, Result
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"

@@ -4,25 +4,22 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
-from nusam.experiments.command import main
+from nusam.experiments import step_time
 from nusam.experiments.errors import Refused
 from nusam.experiments.reproduce import NAMES, experiment
 from nusam.experiments.result import read_all
-
-try:
-    import resource
-except ImportError:
-    resource = None
+from tests.experiments.commands import nusam
+from tests.experiments.full_disks import files_of_at_most
 
 
 def reproduce(*arguments, check=True, largest=None):
     """The command; with ``largest``, a longer file can't be written, as on a disk that is full."""
-    command = [sys.executable, "-m", "nusam.experiments.command", "reproduce", "--jobs", "1", *map(str, arguments)]
-    limit = None if largest is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    return subprocess.run(command, capture_output=True, text=True, check=check, preexec_fn=limit)
+    with nullcontext() if largest is None else files_of_at_most(largest):
+        return nusam("reproduce", "--jobs", "1", *arguments, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +29,8 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name, results):
+def test_smoke(name, results, monkeypatch):
+    monkeypatch.setattr(step_time, "ROUNDS", 1)  # of which table14 takes the medians
     said = reproduce(name, "--scale", "smoke", "--results", results).stdout
     assert "Saved as" in said
     (result,) = [result for result in read_all(results) if result.name == name]
@@ -42,6 +40,21 @@ def test_smoke(name, results):
     assert result.findings
     assert {"device", "date", "torch", "command"} <= result.circumstances.keys()
     assert any(re.search(r"\bours\b", note, re.IGNORECASE) for note in result.notes)
+
+
+def test_a_process_of_its_own_says_and_keeps_the_same(results, tmp_path):
+    """The other tests run commands in this process, which has imported everything before."""
+    here = reproduce("table3", "--scale", "smoke", "--results", results)
+    command = [sys.executable, "-W", "error", "-m", "nusam.experiments.command", "reproduce", "--jobs", "1"]
+    command += ["table3", "--scale", "smoke", "--results", str(tmp_path)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert there.stderr == here.stderr == ""
+    title = experiment("table3").title
+    tables = [done.stdout[done.stdout.index(title) : done.stdout.index("Saved as")] for done in (here, there)]
+    assert tables[0] == tables[1]
+    ours, theirs = ([json.loads(line) for line in (folder / "runs.jsonl").open()] for folder in (results, tmp_path))
+    kept = {row["key"]: (row["epochs"], row["validation_accuracy"]) for row in ours}
+    assert {row["key"]: (row["epochs"], row["validation_accuracy"]) for row in theirs}.items() <= kept.items()
 
 
 def test_a_second_time_nothing_is_run_again(results):
@@ -88,7 +101,6 @@ def assert_one_sentence(refused, *parts):
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(resource is None, reason="no limits on a file's size")
 @pytest.mark.parametrize("name", ["fig1", "table3"])
 def test_a_full_disk_keeps_what_was_finished(name, tmp_path):
     size = 3_000 if name == "table3" else 1_000  # some of the rows, or a part of the result
@@ -104,7 +116,6 @@ def test_a_full_disk_keeps_what_was_finished(name, tmp_path):
         assert result.circumstances["runs"] == f"{8 - kept} made here, {kept} found finished"
 
 
-@pytest.mark.skipif(resource is None, reason="no limits on a file's size")
 def test_a_full_disk_while_weights_are_written_leaves_none(tmp_path):
     refused = reproduce("table4", "--scale", "smoke", "--results", tmp_path, check=False, largest=20_000)
     assert_one_sentence(refused, "could not be written (File too large)")
@@ -134,7 +145,7 @@ def test_a_broken_file_is_named_by_the_list(content, tmp_path):
     assert_one_sentence(reproduce("--list", "--results", tmp_path, check=False), "fig1-smoke.json is no saved result")
 
 
-def test_download_is_passed_on(tmp_path, monkeypatch, capsys):
+def test_download_is_passed_on(tmp_path, monkeypatch):
     from nusam.experiments import filling
 
     asked = []
@@ -144,11 +155,8 @@ def test_download_is_passed_on(tmp_path, monkeypatch, capsys):
         raise Refused("enough.")
 
     monkeypatch.setattr(filling, "load", load)
-    command = ["nusam", "reproduce", "table3", "--scale", "smoke", "--results", str(tmp_path), "--jobs", "1"]
     for options in ([], ["--download"]):
-        monkeypatch.setattr(sys, "argv", [*command, *options])
-        with pytest.raises(SystemExit):
-            main()
+        assert reproduce("table3", "--scale", "smoke", "--results", tmp_path, *options, check=False).returncode == 2
     assert asked == [False, True]
 
 

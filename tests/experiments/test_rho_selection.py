@@ -8,7 +8,8 @@ import torch
 
 from nusam.experiments.data import load
 from nusam.experiments.rho_selection import Contest, Plan
-from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
+from nusam.experiments.runs import Epoch, Outcome, Recipe, Run
+from nusam.experiments.training import train
 
 CPU = torch.device("cpu")
 MIXER = Contest("mixer", "nusam")

@@ -16,8 +16,8 @@ import torch
 
 from nusam.experiments import store as store_module
 from nusam.experiments.errors import Refused
+from nusam.experiments.runs import Epoch, Outcome, Recipe, Run
 from nusam.experiments.store import Cell, Store
-from nusam.experiments.training import Epoch, Outcome, Recipe, Run
 
 CPU = torch.device("cpu")
 CELL = Cell("digits", Recipe(2), Run("mixer", "nusam", 0.1, seed=0), 64)

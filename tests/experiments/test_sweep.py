@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nusam.experiments import filling
+from nusam.experiments import training
 from nusam.experiments.command import main
 from nusam.experiments.sweep import Sweep
 
@@ -104,7 +104,7 @@ def test_what_a_worker_refuses_is_one_sentence_too(engine, tmp_path):
 def test_a_second_sweep_on_a_folder_is_refused_before_it_trains(sweep, tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     trained = []
-    monkeypatch.setattr(filling, "train", lambda *given, **more: trained.append(given))
+    monkeypatch.setattr(training, "train", lambda *given, **more: trained.append(given))
     hold = "import sys; from pathlib import Path; from nusam.experiments.store import Store\n"
     hold += "with Store(Path(sys.argv[1])).locked(): print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "results")]

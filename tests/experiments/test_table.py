@@ -9,8 +9,8 @@ from rich.console import Console
 from nusam.experiments import files, results
 from nusam.experiments.figures import learning_curves
 from nusam.experiments.rho_selection import Contest, Plan
+from nusam.experiments.runs import Epoch, Outcome, Run
 from nusam.experiments.table import rendered, rows
-from nusam.experiments.training import Epoch, Outcome, Run
 
 
 def plan_of(accuracies: dict[str, list[float]], loss: float = 0.5) -> Plan:

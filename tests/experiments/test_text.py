@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nusam.experiments import text
+from nusam.experiments.building import build
 from nusam.experiments.command import main
 from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
-from nusam.experiments.models import build
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,7 +111,7 @@ def test_glue_comes_from_the_hub(tmp_path, vocabulary, monkeypatch):
 )
 def test_what_is_missing_is_said(tmp_path, monkeypatch, action, sentence):
     monkeypatch.delenv("NUSAM_ENCODERS", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(Refused, match=sentence):
         action(tmp_path)
 

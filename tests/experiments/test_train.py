@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -20,18 +20,19 @@ import torch
 from rich.console import Console
 
 from nusam.experiments.checkpoint import Checkpoint, _generators, _set_generators
-from nusam.experiments.command import main
 from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import save_whole
 from nusam.experiments.machine import Machine
 from nusam.experiments.methods import BASES, kept_as, title
 from nusam.experiments.progress import Bars, describe
+from nusam.experiments.runs import Epoch, Recipe, Report, Run
 from nusam.experiments.scalars import Scalars
 from nusam.experiments.store import Cell
-from nusam.experiments.training import Epoch, Recipe, Run, Stopped, train
-from nusam.experiments.workers import Report
+from nusam.experiments.training import Stopped, train
 from tests.distributed.launching import torchrun
+from tests.experiments.commands import nusam
+from tests.experiments.full_disks import files_of_at_most
 
 SMALL = ["--train-size", "128", "--epochs", "4", "--rho", "0.1"]
 LONG = ["--epochs", "30"]
@@ -39,20 +40,23 @@ CPU = torch.device("cpu")
 IDENTITY = {"run": {"seed": 0}}
 
 
-def nusam(*arguments, check=True):
+def trained(*arguments):
+    """What the command says of a run."""
+    return nusam("train", *SMALL, *arguments)
+
+
+def in_a_process(*arguments):
+    """The same, where nothing is left of other tests."""
     command = [sys.executable, "-m", "nusam.experiments.command", "train", *SMALL, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
-def refused(monkeypatch, capsys, *arguments):
-    """What the command says on its one line of errors, without a process of its own."""
-    monkeypatch.setattr(sys, "argv", ["nusam", "train", *SMALL, *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2, said
-    assert len(said.strip().splitlines()) == 1
-    return said
+def refused(*arguments):
+    """What the command says on its one line of errors."""
+    done = nusam("train", *SMALL, *arguments, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    return done.stderr
 
 
 def epochs(folder):
@@ -62,7 +66,7 @@ def epochs(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert "Test accuracy" in nusam("--out", folder).stdout
+    assert "Test accuracy" in in_a_process("--out", folder).stdout
     return folder
 
 
@@ -85,7 +89,7 @@ def test_tensorboard_finds_both_losses_and_the_singular_values(undisturbed):
 @pytest.fixture(scope="module")
 def undisturbed_and_long(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
-    nusam("--out", folder, *LONG)
+    in_a_process("--out", folder, *LONG)
     return folder
 
 
@@ -102,14 +106,14 @@ def test_a_signal_saves_and_resume_is_bit_equal(number, tmp_path, undisturbed_an
     assert process.returncode == 130, said
     assert "with --resume goes on" in " ".join(said.split())
     assert not (tmp_path / "outcome.json").exists()
-    nusam("--out", tmp_path, *LONG, "--resume")
+    in_a_process("--out", tmp_path, *LONG, "--resume")
     assert epochs(tmp_path) == epochs(undisturbed_and_long)
 
 
 def test_a_finished_run_is_resumed_to_the_same_outcome(undisturbed, tmp_path):
     shutil.copy(undisturbed / "checkpoint.pt", tmp_path)  # killed after the last checkpoint: there is no outcome yet
     for _ in range(2):
-        done = nusam("--out", tmp_path, "--resume")
+        done = trained("--out", tmp_path, "--resume")
         assert "Test accuracy" in done.stdout
         assert done.stderr == ""
         assert epochs(tmp_path) == epochs(undisturbed)
@@ -201,8 +205,8 @@ def test_the_generator_of_the_device_is_resumed():
         (["--parallel", "fsdp2"], "parallel ddp and not fsdp2"),
     ],
 )
-def test_another_runs_checkpoint_is_refused(arguments, different, undisturbed, monkeypatch, capsys):
-    said = refused(monkeypatch, capsys, "--out", undisturbed, "--resume", *arguments)
+def test_another_runs_checkpoint_is_refused(arguments, different, undisturbed):
+    said = refused("--out", undisturbed, "--resume", *arguments)
     assert f"is of a run with {different}; give the same options, or another --out." in said
 
 
@@ -221,9 +225,9 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(part, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"half a file"])
-def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(content)
-    assert "is no whole checkpoint" in refused(monkeypatch, capsys, "--out", tmp_path, "--resume")
+    assert "is no whole checkpoint" in refused("--out", tmp_path, "--resume")
 
 
 def test_outcome_says_on_what_it_was_trained(undisturbed):
@@ -246,12 +250,9 @@ def test_outcome_says_on_what_it_was_trained(undisturbed):
     ],
 )
 def test_what_it_refuses(arguments, sentence, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     out = [] if "--out" in arguments else ["--out", str(tmp_path)]
-    done = nusam(*arguments, *out, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert sentence in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert sentence in refused(*arguments, *out)
 
 
 @pytest.mark.slow
@@ -259,7 +260,7 @@ def test_what_it_refuses(arguments, sentence, tmp_path, monkeypatch):
 def test_two_processes_train_as_one_does(options, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     accumulate = options if "--accumulate" in options else []
-    nusam("--out", alone, *accumulate)
+    trained("--out", alone, *accumulate)
     torchrun(2, "nusam.experiments.command", "train", *SMALL, *options, "--out", str(together), module=True)
     for ours, theirs in zip(epochs(together), epochs(alone), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
@@ -277,7 +278,7 @@ def test_accelerate_launches_it_too(tmp_path, undisturbed):
 
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp16"], ["--base", "sgd"]])
 def test_other_ways_to_train_learn_too(options, tmp_path):
-    nusam("--out", tmp_path, *options)
+    trained("--out", tmp_path, *options)
     losses = [epoch["train_loss"] for epoch in epochs(tmp_path)]
     assert losses[-1] < losses[0]
 
@@ -295,18 +296,6 @@ def test_augmentation_moves_images_and_leaves_the_global_generator_alone():
         assert first.min() >= -1
         assert first.max() <= 1
         assert torch.equal(torch.get_rng_state(), before)
-
-
-@contextmanager
-def files_of_at_most(size):
-    """The kernel refuses to let a file grow beyond that, as a full disk does."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
@@ -363,9 +352,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_unfinished(kilobytes, le
     assert re.search(rf"another file\n{left}\Z", done.stdout), done.stdout
 
 
-def test_an_outcome_that_can_not_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_an_outcome_that_can_not_be_written_is_one_sentence(tmp_path):
     (tmp_path / "outcome.json.partial").mkdir()
-    said = refused(monkeypatch, capsys, "--out", tmp_path)
+    said = refused("--out", tmp_path)
     assert re.fullmatch(r"nusam: --out .* can't be written to \(.*\); make room there, or name .*\n", said)
 
 
@@ -394,8 +383,8 @@ def test_scalars_say_that_the_disk_is_full_where_they_are_written(tmp_path):
         *((option, "0", "at least 1") for option in ("epochs", "batch-size", "accumulate", "power-iterations")),
     ],
 )
-def test_numbers_that_no_run_can_have_are_refused(option, value, allowed, tmp_path, monkeypatch, capsys):
-    said = refused(monkeypatch, capsys, f"--{option}", value, "--out", tmp_path)
+def test_numbers_that_no_run_can_have_are_refused(option, value, allowed, tmp_path):
+    said = refused(f"--{option}", value, "--out", tmp_path)
     assert re.fullmatch(rf"nusam: {option.replace('-', ' ')} .*must be .*{allowed}.*, got {value}(\.0)?\.\n", said)
     assert list(tmp_path.iterdir()) == []
 
@@ -410,7 +399,7 @@ def test_stored_runs_are_read_back_and_keep_their_keys():
 
 def test_none_is_the_base_optimizer_alone(tmp_path):
     source = load("digits", tmp_path, 128)
-    said = nusam("--out", tmp_path, "--method", "none", "--base", "sgd", "--delay", "0.5").stdout
+    said = trained("--out", tmp_path, "--method", "none", "--base", "sgd", "--delay", "0.5").stdout
     recipe = Recipe(4, base="sgd")
     outcome = train(Run("mixer", "adamw", 0.0, 0), recipe, source, CPU, lambda epoch: None)
     assert [epoch["test_accuracy"] for epoch in epochs(tmp_path)] == [e.test_accuracy for e in outcome.epochs]

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import nusam
+from nusam.experiments.building import build
 from nusam.experiments.data import load
 from nusam.experiments.methods import METHODS
-from nusam.experiments.models import SMALL, build
-from nusam.experiments.training import Recipe, Run, train
+from nusam.experiments.models import SMALL
+from nusam.experiments.runs import Recipe, Run
+from nusam.experiments.training import train
 
 CPU = torch.device("cpu")
 

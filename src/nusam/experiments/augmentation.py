@@ -1,12 +1,12 @@
 """Random crops, flips and AutoAugment, each image by itself."""
 
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
-from torchvision.transforms import v2
+from typing import TYPE_CHECKING, Any
 
 from nusam.experiments.errors import Refused
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AUGMENTATIONS", "augmented", "require_images"]
 
@@ -25,10 +25,12 @@ def require_images(name: str, data: str, channels: int) -> None:
         raise Refused(f"--augment {name} is for images, and {data} are sentences; leave it out.")
 
 
-def augmented(pixels: Tensor, name: str, noise: torch.Generator) -> Tensor:
+def augmented(pixels: "torch.Tensor", name: str, noise: "torch.Generator") -> "torch.Tensor":
     """A batch (B, C, S, S) of images in −1..1, each changed at random; drawn from ``noise`` alone."""
     if name == "none":
         return pixels
+    import torch
+
     change = _pipeline(name, pixels.shape[-1])
     state = torch.get_rng_state()
     try:
@@ -38,25 +40,23 @@ def augmented(pixels: Tensor, name: str, noise: torch.Generator) -> Tensor:
         torch.set_rng_state(state)
 
 
-def _pipeline(name: str, size: int) -> Callable[[Tensor], Tensor]:
-    steps: list[torch.nn.Module] = [v2.RandomCrop(size, padding=max(1, size // 8), fill=-1)]
+def _pipeline(name: str, size: int) -> "Callable[[torch.Tensor], torch.Tensor]":
+    from torchvision.transforms import v2
+
+    steps: list[Callable[..., Any]] = [v2.RandomCrop(size, padding=max(1, size // 8), fill=-1)]
     if "flip" in name:
         steps.append(v2.RandomHorizontalFlip())
     if "autoaugment" in name:
-        steps += [_Bytes(), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), _Floats()]
-    change: Callable[[Tensor], Tensor] = v2.Compose(steps)
+        steps += [_bytes, v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), _floats]
+    change: Callable[[torch.Tensor], torch.Tensor] = v2.Compose(steps)
     return change
 
 
-class _Bytes(torch.nn.Module):
+def _bytes(image: "torch.Tensor") -> "torch.Tensor":
     """From −1..1 to the bytes that AutoAugment takes."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image.add(1).mul(127.5).round().to(torch.uint8)
+    return image.add(1).mul(127.5).round().byte()
 
 
-class _Floats(torch.nn.Module):
+def _floats(image: "torch.Tensor") -> "torch.Tensor":
     """And back."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image.float().div(127.5).sub(1)
+    return image.float().div(127.5).sub(1)

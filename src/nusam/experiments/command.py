@@ -30,7 +30,7 @@ def _run() -> int:
     from nusam.experiments.demo import Demo
     from nusam.experiments.errors import Refused
     from nusam.experiments.find_rho import FindRho
-    from nusam.experiments.memory_table import Memory
+    from nusam.experiments.memory import Memory
     from nusam.experiments.report import Report
     from nusam.experiments.reproduce import Reproduce
     from nusam.experiments.sweep import Sweep

@@ -6,43 +6,43 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from nusam.experiments import results
-from nusam.experiments.data import Images, Source, split
+from nusam.experiments.data import Source
+from nusam.experiments.devices import device_name, jobs_on
 from nusam.experiments.errors import Refused
-from nusam.experiments.figures import learning_curves
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import TITLES
 from nusam.experiments.progress import Bars
 from nusam.experiments.rho_selection import Contest, Plan
-from nusam.experiments.step_time import step_seconds
+from nusam.experiments.runs import Outcome, Recipe
 from nusam.experiments.table import StepSeconds, rendered, rows
-from nusam.experiments.training import Outcome, Recipe
-from nusam.experiments.workers import Workers
 
 __all__ = ["Comparison"]
+
+MOST_JOBS = 8  # each worker takes about half a gigabyte
 
 
 class Comparison:
     """Methods compared on one data set.
 
     Args:
+        device: its name.
         options: of the command, for the record.
         out: the folder that gets results.json and demo.png.
     """
 
     def __init__(
-        self, source: Source, recipe: Recipe, device: torch.device, plan: Plan, out: Path, options: Mapping[str, Any]
+        self, source: Source, recipe: Recipe, device: str, plan: Plan, out: Path, options: Mapping[str, Any]
     ) -> None:
         self.source, self.recipe, self.device, self.plan, self.out = source, recipe, device, plan, out
         self.options = options
         self.console = Console(markup=False)
         self.step_seconds: StepSeconds = {}
 
-    def run(self, jobs: int) -> int:
-        """Do everything; the exit code."""
+    def run(self, jobs: int | None) -> int:
+        """Do everything, with so many runs side by side, or as many as the device takes; the exit code."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.save()
@@ -57,9 +57,14 @@ class Comparison:
         self.conclude()
         return 0
 
-    def train(self, jobs: int) -> None:
+    def train(self, jobs: int | None) -> None:
         """All runs of the plan, saving after each."""
-        workers = Workers(min(jobs, self.plan.runs()), self.recipe, self.source, self.device)
+        import torch
+
+        from nusam.experiments.workers import Workers
+
+        jobs = jobs or min(jobs_on(self.device), MOST_JOBS)
+        workers = Workers(min(jobs, self.plan.runs()), self.recipe, self.source, torch.device(self.device))
         bars = Bars(self.console, self.plan.runs(), self.recipe.epochs)
         with bars, workers:
             for report in workers.train(self.plan.pending):
@@ -71,6 +76,9 @@ class Comparison:
 
     def measure_steps(self) -> dict[str, dict[str, float]]:
         """Step times of every method with its ρ, and of AdamW to compare with."""
+        from nusam.experiments.splits import Images, split
+        from nusam.experiments.step_time import step_seconds
+
         self.console.print("Measuring step times …")
         train = split(self.source, 0, self.device).train
         size = self.recipe.batch_size
@@ -87,7 +95,7 @@ class Comparison:
             "options": self.options,
             "data": {"title": self.source.title, **self.source.sizes},
             "recipe": asdict(self.recipe),
-            "device": results.device_name(self.device),
+            "device": device_name(self.device),
             "step_seconds": self.step_seconds,
         }
         table = rows(self.plan, self.source.classes, self.step_seconds)
@@ -102,6 +110,8 @@ class Comparison:
         lines = rows(self.plan, self.source.classes, self.step_seconds)
         if lines:
             self.console.print(rendered(lines, self.title, self.caption))
+            from nusam.experiments.figures import learning_curves
+
             learning_curves(self.plan, self.title, self.out / "demo.png")
         for line in lines:
             if line.collapsed:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import t as student
-
 from nusam.experiments.methods import METHODS
+from nusam.experiments.runs import Outcome, Recipe, Run
 from nusam.experiments.store import Cell, Store
-from nusam.experiments.training import Outcome, Recipe, Run
 
 __all__ = ["Contender", "Contest", "Setting", "interval", "mean_and_error", "mean_and_half_width"]
 
@@ -132,8 +130,10 @@ def mean_and_half_width(values: list[float]) -> tuple[float, float]:
     """And half of the 95% confidence interval by Student's t; infinite for a single value."""
     if len(values) < 2:
         return fmean(values), math.inf
+    from scipy.special import stdtrit
+
     error = stdev(values) / math.sqrt(len(values))
-    return fmean(values), float(student.ppf(0.975, len(values) - 1)) * error
+    return fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
 
 
 def interval(values: list[float]) -> str:

@@ -1,4 +1,4 @@
-"""What the experiments learn from: small subsets, and validation examples carved from those for training."""
+"""What the experiments learn from: small subsets of known data sets, and data of one's own."""
 
 import errno
 import gzip
@@ -13,18 +13,13 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from torch import Tensor
-from torch.nn.functional import interpolate
-from torchvision import datasets
 
 from nusam.experiments import text
 from nusam.experiments.class_sizes import require_two_of_each
 from nusam.experiments.errors import Refused
 
-__all__ = ["DATASETS", "Dataset", "Images", "Source", "load", "split"]
+__all__ = ["DATASETS", "Labels", "Pixels", "Source", "Tokens", "load", "shuffled"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 # How much is used unless told otherwise.
@@ -71,26 +66,6 @@ class Source:
         return {"train": self.train_size, "validation": validation, "test": len(self.test_labels)}
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images in −1..1, or the tokens of sentences, with their classes."""
-
-    pixels: Tensor  # (N, C, S, S) float32, or (N, L) int64
-    labels: Tensor  # (N,) int64
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What one run learns from, chooses ρ with, and is judged by."""
-
-    train: Images
-    validation: Images
-    test: Images
-
-
 def load(name: str, root: Path, train_size: int | None = None, download: bool | None = None) -> Source:
     """Read a data set.
 
@@ -129,27 +104,13 @@ def _or_fetch(name: str, download: bool | None) -> str:
     return ", or let --download fetch them" if download is False and name in _FETCHED else ""
 
 
-def split(source: Source, seed: int, device: torch.device) -> Dataset:
-    """Training and validation images are drawn from the pool by the seed; the test images are always the same."""
-    order = _shuffled(len(source.pool_labels), seed)
-
-    def images(pixels: Pixels | Tokens, labels: Labels) -> Images:
-        given = torch.from_numpy(pixels).to(device)
-        scaled = given if source.channels == 0 else given.to(torch.float32).div_(127.5).sub_(1)
-        return Images(scaled, torch.from_numpy(labels).to(device))
-
-    train, validation = (
-        images(source.pool[chosen], source.pool_labels[chosen])
-        for chosen in (order[: source.train_size], order[source.train_size :])
-    )
-    return Dataset(train, validation, images(source.test, source.test_labels))
-
-
 def _digits(root: Path, train_size: int | None, download: bool | None) -> Source:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = digits.target.astype(np.int64)
-    order = _shuffled(len(labels), seed=0)
+    order = shuffled(len(labels), seed=0)
     pool, test = order[:1000], order[1000:]
     size = 300 if train_size is None else _at_most(train_size, len(pool), validation=100)
     return Source("digits", 10, size, pixels[pool], labels[pool], pixels[test], labels[test])
@@ -157,6 +118,9 @@ def _digits(root: Path, train_size: int | None, download: bool | None) -> Source
 
 def _digits_28(root: Path, train_size: int | None, download: bool | None) -> Source:
     """The digits, enlarged to the size of Fashion-MNIST's images."""
+    import torch
+    from torch.nn.functional import interpolate
+
     small = _digits(root, train_size, download)
 
     def enlarged(pixels: Pixels | Tokens) -> Pixels:
@@ -168,7 +132,7 @@ def _digits_28(root: Path, train_size: int | None, download: bool | None) -> Sou
 
 def _fashion_mnist(root: Path, train_size: int | None, download: bool | None) -> Source:
     if (root / "FashionMNIST" / "raw").is_dir() or (download and not DEBIAN_FASHION_MNIST.is_dir()):
-        parts = _of_torchvision(datasets.FashionMNIST, root, download)
+        parts = _of_torchvision("FashionMNIST", root, download)
         train, test = ((part.data.numpy(), part.targets.numpy()) for part in parts)
     elif DEBIAN_FASHION_MNIST.is_dir():
         train, test = (_idx_files(DEBIAN_FASHION_MNIST, part) for part in ("train", "t10k"))
@@ -189,7 +153,7 @@ def _idx_files(folder: Path, part: str) -> tuple[Pixels, Labels]:
 
 def _cifar10(root: Path, train_size: int | None, download: bool | None) -> Source:
     if (root / "cifar-10-batches-py").is_dir() or (download and not (root / "train").is_dir()):
-        return _subset("CIFAR-10", train_size, *_cifar(datasets.CIFAR10, root, download))
+        return _subset("CIFAR-10", train_size, *_cifar("CIFAR10", root, download))
     return _folders("cifar10", root, "CIFAR-10 (JPEG re-encoded)", train_size, download)
 
 
@@ -199,16 +163,19 @@ def _cifar100(root: Path, train_size: int | None, download: bool | None) -> Sour
             f"--data cifar100 needs the files of the folder cifar-100-python in --data-root, which is {root}; point "
             f"--data-root to them{_or_fetch('cifar100', download)}."
         )
-    return _subset("CIFAR-100", train_size, *_cifar(datasets.CIFAR100, root, download))
+    return _subset("CIFAR-100", train_size, *_cifar("CIFAR100", root, download))
 
 
-def _cifar(kind: Any, root: Path, download: bool | None) -> list[tuple[Pixels, Labels]]:
-    parts = _of_torchvision(kind, root, download)
+def _cifar(name: str, root: Path, download: bool | None) -> list[tuple[Pixels, Labels]]:
+    parts = _of_torchvision(name, root, download)
     return [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in parts]
 
 
-def _of_torchvision(kind: Any, root: Path, download: bool | None) -> list[Any]:
+def _of_torchvision(name: str, root: Path, download: bool | None) -> list[Any]:
     """The training and the test part; what torchvision prints of failed attempts is left to our sentence."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, name)
     with redirect_stdout(StringIO()):
         try:
             return [kind(root, train, download=bool(download)) for train in (True, False)]
@@ -229,6 +196,8 @@ def _folders(name: str, root: Path, title: str, train_size: int | None, download
             f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
             f"--data-root, which is {root}, and found neither; point --data-root to them{_or_fetch(name, download)}."
         )
+    from torchvision import datasets
+
     folders = [datasets.ImageFolder(str(root / part)) for part in ("train", "test")]
     if folders[0].classes != folders[1].classes:
         raise Refused(f"--data {name} needs the same classes in {root}/train and {root}/test; complete them.")
@@ -247,8 +216,8 @@ def _folders(name: str, root: Path, title: str, train_size: int | None, download
     return _subset(title, train_size, *stacked)
 
 
-def _decoded(folder: datasets.ImageFolder, most: int | None) -> tuple[list[Pixels], Labels]:
-    chosen = _shuffled(len(folder), seed=0)[:most]
+def _decoded(folder: Any, most: int | None) -> tuple[list[Pixels], Labels]:
+    chosen = shuffled(len(folder), seed=0)[:most]
     return [np.asarray(folder[index][0]) for index in chosen], np.array(folder.targets)[chosen]
 
 
@@ -256,7 +225,7 @@ def _sentences(name: str, title: str, root: Path, train_size: int | None, downlo
     if name in ("tsv", *text.GLUE):
         return _subset(title, train_size, *(text.tsv(root) if name == "tsv" else text.glue(name)))
     tokens, labels = text.movie_reviews(root) if name == "movie-reviews" else text.tiny_sentences()
-    order = _shuffled(len(labels), seed=0)
+    order = shuffled(len(labels), seed=0)
     held_out = min(TEST // 2, len(labels) // 5)
     if not held_out:
         raise ValueError(f"{len(labels)} rated sentences are too few")
@@ -267,8 +236,8 @@ def _sentences(name: str, title: str, root: Path, train_size: int | None, downlo
 def _subset(title: str, train_size: int | None, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source:
     every = len(train[1])
     size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
-    pool = _shuffled(every, seed=0)[: size + VALIDATION]
-    held_out = _shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
+    pool = shuffled(every, seed=0)[: size + VALIDATION]
+    held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
     return Source(
         title,
         classes=int(train[1].max()) + 1,
@@ -285,7 +254,8 @@ def _at_most(wanted: int, every: int, validation: int) -> int:
     return min(wanted or every, every - validation)
 
 
-def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
+def shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """The numbers below ``count`` in the seed's order."""
     return np.random.default_rng(seed).permutation(count)
 
 

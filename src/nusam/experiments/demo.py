@@ -6,23 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from nusam.experiments.comparison import Comparison
 from nusam.experiments.data import load
+from nusam.experiments.devices import require_device
 from nusam.experiments.errors import Refused
-from nusam.experiments.machine import chosen_device
 from nusam.experiments.methods import METHODS
-from nusam.experiments.models import SMALL
+from nusam.experiments.models import SMALL, require_fit
 from nusam.experiments.rho_selection import Contest, Plan
-from nusam.experiments.training import Recipe
+from nusam.experiments.runs import Recipe
 
 __all__ = ["Demo"]
 
 EPOCHS = {"digits": 40, "digits-28": 40}  # 30 of the others
 TRIAL_SEEDS = 2
-MOST_JOBS = 8  # each worker takes about half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -54,18 +52,20 @@ class Demo:
 
     def __call__(self) -> int:
         """Run it; the exit code."""
-        device = chosen_device(self.device)
         methods = _methods(self.methods)
         for option, value in (("--seeds", self.seeds), ("--epochs", self.epochs), ("--jobs", self.jobs)):
             if value is not None and value < 1:
                 raise Refused(f"{option} must be at least 1, got {value}.")
         if self.rho is not None and not (math.isfinite(self.rho) and self.rho > 0):
             raise Refused(f"--rho must be a positive number, got {self.rho}; leave it out to have it chosen.")
+        require_device(self.device)
         source = load(self.data, self.data_root)
+        for model in SMALL:
+            require_fit(model, source.image_size, source.channels)
         recipe = Recipe(self.epochs or EPOCHS.get(self.data, 30))
-        jobs = self.jobs or (min(torch.get_num_threads(), MOST_JOBS) if device.type == "cpu" else 1)
         plan = Plan(_radii(methods, self.rho), self.seeds, TRIAL_SEEDS)
-        return Comparison(source, recipe, device, plan, self.out, {**asdict(self), "methods": methods}).run(jobs)
+        options = {**asdict(self), "methods": methods}
+        return Comparison(source, recipe, self.device, plan, self.out, options).run(self.jobs)
 
 
 def _methods(given: Sequence[str]) -> list[str]:

@@ -11,17 +11,16 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from nusam.experiments.augmentation import AUGMENTATIONS
 from nusam.experiments.contest import Contest, Setting
 from nusam.experiments.data import load
+from nusam.experiments.devices import device_name
 from nusam.experiments.filling import fill
 from nusam.experiments.result import Curve, Result
-from nusam.experiments.results import device_name
+from nusam.experiments.runs import Recipe
 from nusam.experiments.store import Cell, Store
-from nusam.experiments.training import Recipe
 
 __all__ = ["SCALES", "Bench", "Experiment", "Scale"]
 
@@ -83,14 +82,19 @@ SCALES = {
 
 @dataclass
 class Bench:
-    """Where an experiment runs: a store of finished runs, and how to fill it."""
+    """Where an experiment runs: a store of finished runs, and how to fill it.
+
+    Attributes:
+        jobs: runs side by side; None for as many as the device takes.
+        device: its name.
+    """
 
     store: Store
     scale_name: str
     data: str
     data_root: Path
-    jobs: int
-    device: torch.device
+    jobs: int | None
+    device: str
     console: Console
     download: bool = False
     began: float = field(default_factory=time.perf_counter)
@@ -175,6 +179,8 @@ class Bench:
 
     def circumstances(self) -> dict[str, Any]:
         """Where, when and with what."""
+        import torch
+
         runs = f"{len(self.made)} made here, {len(self.found)} found finished"
         return {
             "device": device_name(self.device),

@@ -8,22 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from nusam.experiments.looks import LOOKS
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import TITLES
 from nusam.experiments.rho_selection import Plan
 
 __all__ = ["learning_curves"]
-
-# Okabe and Ito's colours and distinct dashes, told apart by every kind of colour vision and in grey.
-LOOKS = {
-    "adamw": ("#000000", (0, (1, 1))),
-    "sam": ("#E69F00", (0, (5, 1.5))),
-    "sam-on": ("#009E73", (0, (4, 1.5, 1, 1.5))),
-    "nusam": ("#0072B2", "solid"),
-    "nusam-2": ("#56B4E9", (0, (6, 1))),
-    "nusam-5": ("#CC79A7", (0, (2, 1))),
-    "nusam-10": ("#D55E00", (0, (6, 1, 1, 1, 1, 1))),
-}
 
 
 def learning_curves(plan: Plan, title: str, path: Path) -> None:

@@ -6,9 +6,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
+from nusam.experiments.errors import Refused
 
-__all__ = ["save_whole", "write_whole"]
+__all__ = ["save_whole", "write_whole", "writing_to"]
+
+
+@contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Refuse, inside, what the system does not let one write into the folder that --out names."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise Refused(f"--out {out} can't be written to ({why}); make room there, or name another folder.") from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -23,6 +33,8 @@ def save_whole(path: Path, content: object) -> None:
     Raises:
         OSError: on a full disk too, where torch's writer ends with a RuntimeError about its own position.
     """
+    import torch
+
     try:
         with _replacing(path) as file:
             torch.save(content, file)

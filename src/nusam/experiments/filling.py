@@ -5,19 +5,21 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from nusam.experiments.augmentation import require_images
 from nusam.experiments.data import Source, load
+from nusam.experiments.devices import jobs_on
 from nusam.experiments.errors import Refused
+from nusam.experiments.models import require_fit
 from nusam.experiments.progress import Bars, describe
+from nusam.experiments.runs import Epoch, Outcome, Recipe, Report, Run
 from nusam.experiments.store import Cell, Store
-from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
-from nusam.experiments.workers import Report, Workers
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ENGINES", "fill"]
 
@@ -26,15 +28,16 @@ def fill(
     store: Store,
     cells: Iterable[Cell],
     data_root: Path,
-    jobs: int,
-    device: torch.device,
+    jobs: int | None,
+    device: str,
     console: Console,
     engine: str = "local",
     download: bool = False,
 ) -> None:
-    """Run what is missing.
+    """Run what is missing, so many runs side by side, or as many as the device takes.
 
-    A finished run is added when all before it are, so the store is the same wherever it was interrupted.
+    A finished run is added when all before it are, so the store is the same wherever it was interrupted. torch is
+    waited for when what the runs need has been found.
 
     Raises:
         Refused: if another process fills the store, or something that the runs need is not at hand.
@@ -52,10 +55,14 @@ def fill(
             wanted = deque(group)
             source = load(data, data_root, size, download)
             require_images(recipe.augment, data, source.channels)
-            initial = store.pretrained(pretrained) if pretrained else None
+            for cell in wanted:
+                require_fit(cell.run.model, source.image_size, source.channels)
+            import torch
+
+            job = Job(recipe, source, torch.device(device), store.pretrained(pretrained) if pretrained else None)
             done: dict[Run, Outcome] = {}
             runs = [cell.run for cell in wanted]
-            for outcome in ENGINES[engine](Job(recipe, source, device, initial), runs, jobs, console):
+            for outcome in ENGINES[engine](job, runs, jobs or jobs_on(device), console):
                 done[outcome.run] = outcome
                 while wanted and wanted[0].run in done:
                     cell = wanted.popleft()
@@ -67,8 +74,8 @@ class Job(NamedTuple):
 
     recipe: Recipe
     source: Source
-    device: torch.device
-    initial: dict[str, Tensor] | None
+    device: "torch.device"
+    initial: "dict[str, torch.Tensor] | None"
 
 
 def _in_workers(job: Job, runs: list[Run], jobs: int, console: Console) -> Iterator[Outcome]:
@@ -76,6 +83,8 @@ def _in_workers(job: Job, runs: list[Run], jobs: int, console: Console) -> Itera
     if min(jobs, len(runs)) == 1:
         yield from _here(job, runs, console)
         return
+    from nusam.experiments.workers import Workers
+
     workers = Workers(min(jobs, len(runs)), *job)
     with Bars(console, len(runs), job.recipe.epochs, job.recipe.base) as bars, workers:
         for report in workers.train(deque(runs)):
@@ -85,6 +94,8 @@ def _in_workers(job: Job, runs: list[Run], jobs: int, console: Console) -> Itera
 
 
 def _here(job: Job, runs: list[Run], console: Console) -> Iterator[Outcome]:
+    from nusam.experiments.training import train
+
     with Bars(console, len(runs), job.recipe.epochs, job.recipe.base) as bars:
         for run in runs:
 
@@ -121,6 +132,10 @@ def _on_ray(job: Job, runs: list[Run], jobs: int, console: Console) -> Iterator[
 
 def _alone(run: Run, job: Job) -> Outcome | Refused:
     """A refusal is returned: what a task raises, Ray prints with a traceback."""
+    import torch
+
+    from nusam.experiments.training import train
+
     torch.set_num_threads(1)
 
     def silent(epoch: Epoch) -> None:

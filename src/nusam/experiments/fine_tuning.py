@@ -4,15 +4,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nusam.experiments.contest import Setting
 from nusam.experiments.data import load
 from nusam.experiments.experiment import SCALES, Bench
-from nusam.experiments.machine import one_thread
+from nusam.experiments.runs import Epoch, Recipe, Run
 from nusam.experiments.store import Cell
-from nusam.experiments.training import Epoch, Recipe, Run, train
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["PUBLISHED", "fine_tuning_data", "fine_tuning_ours", "fine_tuning_settings"]
 
@@ -106,11 +107,16 @@ def _pretrain(bench: Bench, cell: Cell, path: Path) -> None:
     def tell(epoch: Epoch) -> None:
         bench.console.print(f"  loss {epoch.train_loss:.3f}, test accuracy {epoch.test_accuracy:.1%}")
 
+    import torch
+
+    from nusam.experiments.machine import one_thread
+    from nusam.experiments.training import train
+
     with one_thread():
-        train(cell.run, cell.recipe, source, bench.device, tell, keep=path)
+        train(cell.run, cell.recipe, source, torch.device(bench.device), tell, keep=path)
 
 
-def _content(weights: Mapping[str, Tensor]) -> str:
+def _content(weights: "Mapping[str, Tensor]") -> str:
     """The same for the same weights, so that runs from weights that were lost and trained anew are told apart."""
     digest = hashlib.sha256()
     for name, weight in weights.items():

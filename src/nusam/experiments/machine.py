@@ -12,12 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from nusam.experiments.errors import Refused
+__all__ = ["Machine", "launched", "one_thread"]
 
-__all__ = ["PARALLEL", "PRECISIONS", "Machine", "chosen_device", "launched", "one_thread"]
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARALLEL = ("ddp", "fsdp2")
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Machine:
@@ -35,7 +32,7 @@ class Machine:
     ) -> None:
         self.device, self.compiled, self.parallel = device, compiled, parallel
         self.processes = dist.get_world_size() if dist.is_initialized() else 1
-        self._low = PRECISIONS[precision]
+        self._low = _AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def wrapped(self, model: nn.Module) -> nn.Module:
@@ -73,22 +70,6 @@ def launched(device: str) -> Iterator[torch.device]:
         dist.barrier()  # a process that leaves early takes what the others still wait for
     finally:
         dist.destroy_process_group()
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        Refused: if this machine has none.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    allowed = ["cpu"]
-    if accelerator is not None:
-        indices = range(torch.accelerator.device_count())
-        allowed += [accelerator.type, *(f"{accelerator.type}:{index}" for index in indices)]
-    if name not in allowed:
-        raise Refused(f"--device must be {' or '.join(allowed)} on this machine, got {name}.")
-    return torch.device(name)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
-"""``nusam memory``: what ε costs for any model, counted and measured (Table 1)."""
+"""What ε costs for any model, counted and measured (Table 1)."""
 
-import difflib
 import gc
 import importlib.util
 import math
@@ -9,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 import torch
-import tyro
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.measure import Measurement
@@ -24,11 +22,12 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 import nusam
 from nusam.experiments.allocations import mark, moments
 from nusam.experiments.errors import Refused
+from nusam.experiments.published_models import DEFAULTS_OF, unknown
 from nusam.experiments.result import Result
 from nusam.memory import Footprint, footprint, perturbation_numel
 from nusam.sharpness_aware import SharpnessAware
 
-__all__ = ["BASES", "Base", "Cost", "Memory", "Network", "costs", "measured", "network", "table1"]
+__all__ = ["BASES", "Base", "Cost", "Network", "costs", "measured", "network", "show", "table1"]
 
 SCALAR = 4  # bytes of the float32 in which AdamW and Adafactor count each parameter's steps
 
@@ -165,14 +164,7 @@ def network(name: str) -> Network:
     kind = DEFAULTS_OF.get(name, name)
     if _has_transformers() and kind in _transformers_module().CONFIG_MAPPING:
         return _transformers(name, lambda transformers: transformers.AutoConfig.for_model(kind))
-    close = difflib.get_close_matches(name, timm.list_models(), 1)
-    raise Refused(
-        f"NAME must be a timm model, a transformers model type such as bert, or a folder with a transformers "
-        f"config.json, got {name}" + (f"; did you mean {close[0]}?" if close else "; choose from timm.list_models().")
-    )
-
-
-DEFAULTS_OF = {"bert-base-uncased": "bert", "gpt2": "gpt2"}  # models that their configuration's defaults describe
+    raise unknown(name, timm.list_models())
 
 
 def _has_transformers() -> bool:
@@ -268,40 +260,23 @@ def _brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Count the memory that sharpness-aware minimization needs for a model.
-
-    Floats of ε for SAM, SAM-ON and νSAM, and total bytes with the base optimizer relative to it alone. SSAM and FSAM
-    by the sparsity that the paper states.
-    """
-
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    """A timm model, a transformers model type such as bert, or a folder with a transformers config.json."""
-    base: str | None = None
-    """sgd, adamw or adafactor; all three unless given."""
-    measure: bool = False
-    """Also build the model on the CPU and measure a step on one sample with each method."""
-
-    def __call__(self) -> int:
-        """Run it; the exit code."""
-        if self.base is not None and self.base not in BASES:
-            raise Refused(f"--base must be one of {', '.join(BASES)}, got {self.base}.")
-        net = network(self.name)
-        model = net.on_meta()
-        if not any(p.requires_grad for p in model.parameters()):
-            raise Refused(f"{self.name} has no trainable parameter, so nothing to perturb; name another.")
-        lines = costs(model)
-        chosen = list(BASES) if self.base is None else [self.base]
-        measurements = _measurements(net, chosen, lines) if self.measure else None
-        floats = perturbation_numel(model, nusam.SAM)
-        table = _rendered(f"{self.name}, {floats:,} trainable parameters", chosen, lines, measurements)
-        console = Console(markup=False)
-        # Rather too wide for the terminal than with numbers cut short.
-        needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-        console.width = max(console.width, needed)
-        console.print(table)
-        return 0
+def show(name: str, base: str | None, measure: bool) -> int:
+    """Print what every method needs for a model, with one base optimizer or all; the exit code."""
+    net = network(name)
+    model = net.on_meta()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise Refused(f"{name} has no trainable parameter, so nothing to perturb; name another.")
+    lines = costs(model)
+    chosen = list(BASES) if base is None else [base]
+    measurements = _measurements(net, chosen, lines) if measure else None
+    floats = perturbation_numel(model, nusam.SAM)
+    table = _rendered(f"{name}, {floats:,} trainable parameters", chosen, lines, measurements)
+    console = Console(markup=False)
+    # Rather too wide for the terminal than with numbers cut short.
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
+    return 0
 
 
 Measurements = dict[tuple[str, str], Measured]  # for a base optimizer and a method

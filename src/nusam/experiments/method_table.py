@@ -9,7 +9,7 @@ from nusam.experiments.experiment import Bench, Experiment
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import TITLES
 from nusam.experiments.result import Curve, Result
-from nusam.experiments.training import Outcome
+from nusam.experiments.runs import Outcome
 
 __all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable"]
 

@@ -2,28 +2,41 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
-
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 import nusam
 from nusam.experiments.errors import Refused
+from nusam.experiments.runs import Run
 
 if TYPE_CHECKING:
-    from nusam.experiments.training import Run
+    from torch import nn
+    from torch.optim import Optimizer
 
-__all__ = ["ALONE", "BASES", "METHODS", "METHOD_NAMES", "Method", "kept_as", "require_one_base", "title"]
+__all__ = ["ALONE", "BASES", "METHODS", "METHOD_NAMES", "Base", "Method", "kept_as", "require_one_base", "title"]
 
-BASES: dict[str, Callable[[nn.Module, float, float], Optimizer]] = {  # model, learning rate, weight decay
-    "sgd": lambda model, rate, decay: torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay),
-    "adam": lambda model, rate, decay: torch.optim.Adam(model.parameters(), rate, weight_decay=decay),
-    "adamw": lambda model, rate, decay: torch.optim.AdamW(model.parameters(), rate, weight_decay=decay),
-    "adafactor": lambda model, rate, decay: torch.optim.Adafactor(model.parameters(), rate, weight_decay=decay),
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer of ``torch.optim``, by its name there."""
+
+    title: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, model: "nn.Module", rate: float, decay: float) -> "Optimizer":
+        """The optimizer of a model's parameters."""
+        import torch
+
+        kind = getattr(torch.optim, self.title)
+        optimizer: Optimizer = kind(model.parameters(), lr=rate, weight_decay=decay, **self.options)
+        return optimizer
+
+
+BASES = {
+    "sgd": Base("SGD", {"momentum": 0.9}),
+    "adam": Base("Adam"),
+    "adamw": Base("AdamW"),
+    "adafactor": Base("Adafactor"),
 }
-_BASE_TITLES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "adafactor": "Adafactor"}
 
 
 @dataclass(frozen=True)
@@ -31,21 +44,23 @@ class Method:
     """A sharpness-aware method around a base optimizer, or that alone."""
 
     title: str
-    perturb: Callable[..., nusam.SharpnessAware] | None = None
+    kind: str = ""  # of nusam; none is the base optimizer alone
     delay: float = 0.0  # the share of training that the base optimizer takes alone
     radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # worth trying, for each model
     low_rank: bool = False  # whether it takes power_iterations
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def delay_steps(self, run: "Run", steps: int) -> int:
+    def delay_steps(self, run: Run, steps: int) -> int:
         """How many of so many steps the base optimizer takes alone."""
         return int((self.delay if run.delay is None else run.delay) * steps)
 
-    def wrap(self, base: Optimizer, run: "Run", steps: int, model: nn.Module) -> Optimizer:
+    def wrap(self, base: "Optimizer", run: Run, steps: int, model: "nn.Module") -> "Optimizer":
         """The optimizer for a training of so many steps."""
-        if self.perturb is None:
+        if not self.kind:
             return base
-        iterations = {"power_iterations": run.power_iterations} if self.low_rank else {}
-        return self.perturb(base, rho=run.rho, delay=self.delay_steps(run, steps), model=model, **iterations)
+        options = {**self.options, **({"power_iterations": run.power_iterations} if self.low_rank else {})}
+        kind: Callable[..., nusam.SharpnessAware] = getattr(nusam, self.kind)
+        return kind(base, rho=run.rho, delay=self.delay_steps(run, steps), model=model, **options)
 
 
 # νSAM's ρ is the radius of each matrix, SAM's that of all parameters together, so their ranges differ. SAM-ON gets
@@ -58,14 +73,14 @@ ALONE = "adamw"  # under this name the base optimizer alone is kept, whichever i
 
 METHODS = {
     ALONE: Method("AdamW"),
-    "sam": Method("SAM", nusam.SAM, 0.1, _SAM_RADII),
-    "sam-on": Method("SAM-ON", nusam.SAMON, 0.0, {"mixer": (0.5, 1.0, 2.0), "vit": (0.3, 1.0, 3.0)}),
-    "nusam": Method("νSAM", nusam.NuSAM, 0.1, _NUSAM_RADII, low_rank=True),
-    "nusam-norm": Method("νSAM-Norm", nusam.NuSAMNorm, 0.1, _NORM_RADII, low_rank=True),
-    "gauss": Method("GaussSAM", nusam.GaussSAM, 0.1, _SAM_RADII),
+    "sam": Method("SAM", "SAM", 0.1, _SAM_RADII),
+    "sam-on": Method("SAM-ON", "SAMON", 0.0, {"mixer": (0.5, 1.0, 2.0), "vit": (0.3, 1.0, 3.0)}),
+    "nusam": Method("νSAM", "NuSAM", 0.1, _NUSAM_RADII, low_rank=True),
+    "nusam-norm": Method("νSAM-Norm", "NuSAMNorm", 0.1, _NORM_RADII, low_rank=True),
+    "gauss": Method("GaussSAM", "GaussSAM", 0.1, _SAM_RADII),
     **{
         f"nusam-{every}": Method(
-            f"νSAM, ascent_every={every}", partial(nusam.NuSAM, ascent_every=every), 0.1, _NUSAM_RADII, low_rank=True
+            f"νSAM, ascent_every={every}", "NuSAM", 0.1, _NUSAM_RADII, low_rank=True, options={"ascent_every": every}
         )
         for every in (2, 5, 10)
     },
@@ -87,4 +102,4 @@ def require_one_base(option: str, method: str, base: str) -> None:
 
 def title(method: str, base: str = "adamw") -> str:
     """A method's name for readers; of the base optimizer alone, that of the base."""
-    return _BASE_TITLES[base] if method == ALONE else METHODS[method].title
+    return BASES[base].title if method == ALONE else METHODS[method].title

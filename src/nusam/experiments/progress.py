@@ -5,8 +5,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from nusam.experiments.methods import title
 from nusam.experiments.models import TITLES
-from nusam.experiments.training import Epoch, Run
-from nusam.experiments.workers import Report
+from nusam.experiments.runs import Epoch, Report, Run
 
 __all__ = ["Bars", "describe"]
 

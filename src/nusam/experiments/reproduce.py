@@ -6,16 +6,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from nusam.experiments.devices import require_device
 from nusam.experiments.errors import Refused
 from nusam.experiments.experiment import SCALES, Bench, Experiment
-from nusam.experiments.machine import chosen_device
 from nusam.experiments.result import Result, read_all
 from nusam.experiments.store import Store
 
@@ -79,15 +78,14 @@ class Reproduce:
             raise Refused(f"--scale must be one of {', '.join(SCALES)}, got {self.scale}.")
         if self.jobs is not None and self.jobs < 1:
             raise Refused(f"--jobs must be at least 1, got {self.jobs}.")
-        device = chosen_device(self.device)
-        jobs = self.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
         every = wanted.data(self.scale)
         known = every + wanted.on_request(self.scale)
         if self.data is not None and self.data not in known:
             raise Refused(f"--data must be one of {', '.join(filter(None, known)) or 'none'} here, got {self.data}.")
+        require_device(self.device)
         store = Store(self.results)
         for data in every if self.data is None else (self.data,):
-            bench = Bench(store, self.scale, data, self.data_root, jobs, device, console, self.download)
+            bench = Bench(store, self.scale, data, self.data_root, self.jobs, self.device, console, self.download)
             with store.locked() if data else nullcontext():
                 result = wanted.run(bench)
                 result = replace(result, circumstances={**bench.circumstances(), **result.circumstances})

@@ -10,15 +10,13 @@ from platform import python_version
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from nusam.experiments.files import write_whole
 from nusam.experiments.methods import METHODS
 from nusam.experiments.rho_selection import Plan
+from nusam.experiments.runs import Outcome
 from nusam.experiments.table import Row
-from nusam.experiments.training import Outcome
 
-__all__ = ["device_name", "write"]
+__all__ = ["write"]
 
 
 def write(path: Path, settings: Mapping[str, Any], plan: Plan, table: Sequence[Row]) -> None:
@@ -33,11 +31,6 @@ def write(path: Path, settings: Mapping[str, Any], plan: Plan, table: Sequence[R
         "runs": [_run(outcome) for outcome in plan.outcomes],
     }
     write_whole(path, json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
-
-
-def device_name(device: torch.device) -> str:
-    """The device and, where torch knows it, what it is."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _selection(plan: Plan) -> list[dict[str, Any]]:

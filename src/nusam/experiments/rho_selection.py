@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from nusam.experiments.training import Outcome, Run
+from nusam.experiments.runs import Outcome, Run
 
 __all__ = ["Contest", "Plan"]
 

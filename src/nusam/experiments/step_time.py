@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
-from nusam.experiments.data import Images
+from nusam.experiments.building import build
 from nusam.experiments.machine import one_thread
 from nusam.experiments.methods import METHODS
-from nusam.experiments.models import build
-from nusam.experiments.training import Run
+from nusam.experiments.runs import Run
+from nusam.experiments.splits import Images
 
 __all__ = ["step_seconds"]
 

@@ -11,14 +11,14 @@ from datetime import date
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from nusam.experiments.devices import device_name
 from nusam.experiments.errors import Refused
-from nusam.experiments.results import device_name
-from nusam.experiments.training import Epoch, Outcome, Recipe, Run
+from nusam.experiments.runs import Epoch, Outcome, Recipe, Run
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import fcntl
@@ -77,16 +77,18 @@ class Store:
     def __len__(self) -> int:
         return len(self._outcomes)
 
-    def pretrained(self, key: str) -> dict[str, Tensor]:
+    def pretrained(self, key: str) -> "dict[str, torch.Tensor]":
         """The weights of a pretrained model.
 
         Raises:
             Refused: if they can't be read.
         """
+        import torch
+
         path = self.weights(key)
         try:
             weights = torch.load(path, map_location="cpu")
-            if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
                 raise TypeError("no weights")
         except Exception as error:  # whatever pickle finds wrong with it
             raise Refused(f"{path} holds no weights that can be read; remove it, and they are trained anew.") from error
@@ -119,7 +121,7 @@ class Store:
             self._file.close()
             self._file = None
 
-    def add(self, cell: Cell, outcome: Outcome, device: torch.device) -> None:
+    def add(self, cell: Cell, outcome: Outcome, device: "torch.device | str") -> None:
         """Append a finished run; a disk that is full leaves what was there."""
         row = {
             "key": cell.key,

@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import torch
 import tyro
 from rich.box import HORIZONTALS
 from rich.console import Console
@@ -15,14 +14,14 @@ from rich.table import Table
 from nusam.experiments.augmentation import AUGMENTATIONS
 from nusam.experiments.contest import mean_and_error
 from nusam.experiments.data import DATASETS
+from nusam.experiments.devices import require_device
 from nusam.experiments.errors import Refused
 from nusam.experiments.filling import ENGINES, fill
 from nusam.experiments.limits import at_least
-from nusam.experiments.machine import chosen_device
 from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, METHODS, kept_as, require_one_base, title
 from nusam.experiments.models import TITLES
+from nusam.experiments.runs import Recipe, Run
 from nusam.experiments.store import Cell, Store
-from nusam.experiments.training import Recipe, Run
 
 __all__ = ["Sweep"]
 
@@ -79,13 +78,12 @@ class Sweep:
     def __call__(self) -> int:
         """Run it; the exit code."""
         self._check()
-        device = chosen_device(self.device)
-        jobs = (torch.get_num_threads() if device.type == "cpu" else 1) if self.jobs is None else self.jobs
-        console = Console(markup=False)
         cells = self.cells()
+        require_device(self.device)
+        console = Console(markup=False)
         store = Store(self.results)
         console.print(f"{len(cells)} runs, {sum(cell in store for cell in cells)} of them finished.", highlight=False)
-        fill(store, cells, self.data_root, jobs, device, console, self.engine, self.download)
+        fill(store, cells, self.data_root, self.jobs, self.device, console, self.engine, self.download)
         console.print(_table(store, cells))
         return 0
 

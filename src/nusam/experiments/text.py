@@ -1,4 +1,4 @@
-"""Sentences to classify, as token ids, and encoders with a new head.
+"""Sentences to classify, as token ids, and the encoders that there are for them.
 
 A machine without a network keeps encoders in the folder that the environment variable ``NUSAM_ENCODERS`` names, each in
 a folder of its own: ``all-MiniLM-L6-v2``, ``bert-base-uncased``.
@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from nusam.experiments.class_sizes import require_two_of_each
 from nusam.experiments.errors import Refused
 
-__all__ = ["ENCODERS", "GLUE", "glue", "movie_reviews", "sentence_model", "tiny_sentences", "tsv"]
+__all__ = ["ENCODERS", "END", "GLUE", "glue", "movie_reviews", "needed", "of_hub", "tiny_sentences", "tsv"]
 
 Labelled = tuple[NDArray[np.int64], NDArray[np.int64]]  # (N, L) token ids, 0 behind a sentence's end, and (N,) classes
 
@@ -39,38 +38,6 @@ GLUE = {
     "glue-rte": (("sentence1", "sentence2"), "validation"),
 }
 MOVIE_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
-
-
-class SentenceClassifier(nn.Module):
-    """Token ids (B, L), 0 where there is none, to logits (B, classes)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        there = tokens != 0
-        longest = int(there.sum(1).max())  # what all sentences of a batch lack is left out
-        tokens, there = tokens[:, :longest], there[:, :longest]
-        ends = tokens == END
-        second = (ends.cumsum(1) > ends.long()).long()  # behind the first sentence's end
-        logits: Tensor = self.encoder(tokens, attention_mask=there.long(), token_type_ids=second).logits
-        return logits
-
-
-def sentence_model(name: str, classes: int) -> nn.Module:
-    """A pretrained encoder of :data:`ENCODERS` with a new head.
-
-    Raises:
-        Refused: if transformers or the weights are not at hand.
-    """
-    transformers = _needed("transformers")
-    if name == "bert-tiny":
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        encoder = transformers.BertForSequenceClassification(transformers.BertConfig(**shape, num_labels=classes))
-        return SentenceClassifier(encoder)
-    encoder = _pretrained(transformers.AutoModelForSequenceClassification, name, num_labels=classes)
-    return SentenceClassifier(encoder)
 
 
 def tiny_sentences() -> Labelled:
@@ -139,7 +106,7 @@ def tsv(root: Path) -> tuple[Labelled, Labelled]:
 def glue(name: str) -> tuple[Labelled, Labelled]:
     """A task's training sentences and those of its split with known labels, through Hugging Face ``datasets``."""
     columns, split = GLUE[name]
-    datasets = _needed("datasets")
+    datasets = needed("datasets")
     try:
         task = datasets.load_dataset("nyu-mll/glue", name.removeprefix("glue-"))
     except Exception as error:  # whatever the hub raises without a network
@@ -156,8 +123,8 @@ def glue(name: str) -> tuple[Labelled, Labelled]:
 
 def _tokenized(sentences: list[tuple[str, ...]], length: int = LENGTH) -> NDArray[np.int64]:
     """With the uncased vocabulary that all of :data:`ENCODERS` share."""
-    transformers = _needed("transformers")
-    tokenizer = _pretrained(transformers.AutoTokenizer, "minilm" if _folder("minilm") else "bert-base")
+    transformers = needed("transformers")
+    tokenizer = of_hub(transformers.AutoTokenizer, "minilm" if _folder("minilm") else "bert-base")
     columns = [list(column) for column in zip(*sentences, strict=True)]
     return _padded(tokenizer(*columns, truncation=True, max_length=length)["input_ids"])
 
@@ -176,9 +143,14 @@ def _folder(name: str) -> Path | None:
     return folder if "NUSAM_ENCODERS" in os.environ and folder.is_dir() else None
 
 
-def _pretrained(kind: Any, name: str, **options: Any) -> Any:
+def of_hub(kind: Any, name: str, **options: Any) -> Any:
+    """An encoder or its tokenizer, from a folder of this machine or from where it is kept.
+
+    Raises:
+        Refused: if it can't be had.
+    """
     title, folder, keeper = ENCODERS[name]
-    logging = _needed("transformers").utils.logging
+    logging = needed("transformers").utils.logging
     logging.set_verbosity_error()  # a report of the new head, for every run
     logging.disable_progress_bar()
     try:
@@ -190,7 +162,12 @@ def _pretrained(kind: Any, name: str, **options: Any) -> Any:
         ) from error
 
 
-def _needed(package: str) -> Any:
+def needed(package: str) -> Any:
+    """A package of the extra ``text``.
+
+    Raises:
+        Refused: if it is not installed.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -1,30 +1,21 @@
 """``nusam train``: one run, watched, and taken up again where it was stopped."""
 
-import json
-import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch.distributed as dist
 import tyro
-from rich.console import Console
 
 from nusam.experiments.augmentation import AUGMENTATIONS, require_images
-from nusam.experiments.checkpoint import Checkpoint
-from nusam.experiments.data import load
+from nusam.experiments.data import Source, load
+from nusam.experiments.devices import PARALLEL, PRECISIONS, require_device
 from nusam.experiments.errors import Refused
-from nusam.experiments.files import write_whole
+from nusam.experiments.files import writing_to
 from nusam.experiments.limits import at_least
-from nusam.experiments.machine import PARALLEL, PRECISIONS, Machine, chosen_device, launched
 from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, kept_as, require_one_base
-from nusam.experiments.models import TITLES
-from nusam.experiments.progress import Bars
-from nusam.experiments.results import device_name
-from nusam.experiments.scalars import Scalars
-from nusam.experiments.training import Epoch, Outcome, Recipe, Run, Stopped, train
-from nusam.experiments.workers import Report
+from nusam.experiments.models import TITLES, require_fit
+from nusam.experiments.runs import Recipe, Run
 
 __all__ = ["Train"]
 
@@ -92,53 +83,16 @@ class Train:
         """Run it; the exit code: 0 done, 130 stopped and saved."""
         self._check()
         run, recipe = self._wanted()
-        chosen_device(self.device)
-        with launched(self.device) as device:
-            return self._run(run, recipe, Machine(device, self.precision, self.compile, self.parallel))
-
-    def _run(self, run: Run, recipe: Recipe, machine: Machine) -> int:
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        console = Console(markup=False, quiet=not first)
+        require_device(self.device)
         source = load(self.data, self.data_root, self.train_size, self.download)
         require_images(self.augment, self.data, source.channels)
-        identity: dict[str, dict[str, object]] = {
-            "run": asdict(run),
-            "recipe": asdict(recipe),
-            "data": {"data": self.data, "title": source.title, "train_size": self.train_size},
-            "machine": {"precision": self.precision, "compile": self.compile, "parallel": self.parallel},
-        }
-        checkpoint = Checkpoint(self.out / "checkpoint.pt", identity, self.resume)
-        bars = Bars(console, 1, recipe.epochs, recipe.base)
-
-        def show(news: Epoch | Outcome) -> None:
-            bars.show(Report(0, run, news))
-
-        scalars = None
-        try:
+        require_fit(self.model, source.image_size, source.channels)
+        with writing_to(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            scalars = Scalars(self.out) if first else None
-            with bars, checkpoint.stopping_on_signals():
-                outcome = train(run, recipe, source, machine.device, show, machine, checkpoint, scalars)
-                show(outcome)
-            if first:
-                self._save(outcome, identity, machine)
-        except Stopped:
-            console.print(f"Stopped, and saved as {checkpoint.path}; the same command with --resume goes on.")
-            return 130
-        except OSError as error:
-            why = error.strerror or error
-            raise Refused(
-                f"--out {self.out} can't be written to ({why}); make room there, or name another folder."
-            ) from error
-        finally:
-            if scalars:
-                scalars.close()
-        console.print(
-            f"Test accuracy {outcome.test_accuracy:.2%} after the last epoch, validation accuracy "
-            f"{outcome.validation_accuracy:.2%}; {self.out / 'outcome.json'} has every epoch.",
-            highlight=False,
-        )
-        return 0
+        from nusam.experiments.watched import Watched
+
+        identity = self._identity(run, recipe, source)
+        return Watched(run, recipe, source, identity, self.out, self.resume).train(self.device)
 
     def _wanted(self) -> tuple[Run, Recipe]:
         """What to train, and how. The base optimizer alone has no other options."""
@@ -156,18 +110,14 @@ class Train:
             self.accumulate,
         )
 
-    def _save(self, outcome: Outcome, identity: dict[str, dict[str, object]], machine: Machine) -> None:
-        where = {"device": device_name(machine.device), "processes": machine.processes}
-        content = {
-            **identity,
-            "machine": {**identity["machine"], **where},
-            "command": " ".join(["nusam", *sys.argv[1:]]),
-            "test_accuracy": outcome.test_accuracy,
-            "validation_accuracy": outcome.validation_accuracy,
-            "seconds": round(outcome.seconds, 2),
-            "epochs": [asdict(epoch) for epoch in outcome.epochs],
+    def _identity(self, run: Run, recipe: Recipe, source: Source) -> dict[str, dict[str, object]]:
+        """What a checkpoint must be of to be gone on from."""
+        return {
+            "run": asdict(run),
+            "recipe": asdict(recipe),
+            "data": {"data": self.data, "title": source.title, "train_size": self.train_size},
+            "machine": {"precision": self.precision, "compile": self.compile, "parallel": self.parallel},
         }
-        write_whole(self.out / "outcome.json", json.dumps(content, indent=1) + "\n")
 
     def _check(self) -> None:
         choices: dict[str, Collection[str]] = {

@@ -6,24 +6,16 @@ from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nusam.experiments.data import Source
 from nusam.experiments.errors import Refused
-from nusam.experiments.training import Epoch, Outcome, Recipe, Run, train
+from nusam.experiments.runs import Outcome, Recipe, Report, Run
+from nusam.experiments.training import train
 
-__all__ = ["Report", "Workers"]
-
-
-class Report(NamedTuple):
-    """What a worker says about its run: an epoch that it finished, or the outcome."""
-
-    worker: int
-    run: Run
-    news: Epoch | Outcome
+__all__ = ["Workers"]
 
 
 class Workers:

@@ -1,7 +1,6 @@
 """Table 1: floats of the perturbation."""
 
 from nusam.experiments.experiment import Bench, Experiment
-from nusam.experiments.memory_table import table1
 from nusam.experiments.result import Result
 
 
@@ -19,6 +18,8 @@ class Table1(Experiment):
 
     def run(self, bench: Bench) -> Result:
         """Count."""
+        from nusam.experiments.memory_table import table1
+
         return table1(bench.scale_name)
 
 

@@ -2,14 +2,11 @@
 
 from dataclasses import replace
 
-import torch
-
-from nusam.experiments.data import Images, load, split
+from nusam.experiments.data import load
 from nusam.experiments.experiment import Bench, Experiment
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import TITLES
 from nusam.experiments.result import Result
-from nusam.experiments.step_time import step_seconds
 
 _METHODS = ("adamw", "sam", "sam-on", "nusam", "nusam-norm")
 
@@ -29,6 +26,11 @@ class Table14(Experiment):
     def run(self, bench: Bench) -> Result:
         """Measure."""
         source = load(bench.data, bench.data_root, bench.scale.train_size[bench.data], bench.download)
+        import torch
+
+        from nusam.experiments.splits import Images, split
+        from nusam.experiments.step_time import step_seconds
+
         train = split(source, 0, bench.device).train
         size = bench.scale.recipes[bench.data].batch_size
         batch = Images(train.pixels[:size], train.labels[:size])

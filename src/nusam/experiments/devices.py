@@ -1,0 +1,51 @@
+"""What a run can be computed on, by name. Only a name that needs looking up waits for torch."""
+
+from typing import TYPE_CHECKING
+
+from nusam.experiments.errors import Refused
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PARALLEL", "PRECISIONS", "device_name", "jobs_on", "require_device"]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+PARALLEL = ("ddp", "fsdp2")
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that this machine lacks.
+
+    Raises:
+        Refused: if it has none of that name.
+    """
+    if name == "cpu":  # which every machine has
+        return
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    allowed = ["cpu"]
+    if accelerator is not None:
+        indices = range(torch.accelerator.device_count())
+        allowed += [accelerator.type, *(f"{accelerator.type}:{index}" for index in indices)]
+    if name not in allowed:
+        raise Refused(f"--device must be {' or '.join(allowed)} on this machine, got {name}.")
+
+
+def device_name(device: "torch.device | str") -> str:
+    """The device and, where torch knows it, what it is."""
+    name = str(device)
+    if not name.startswith("cuda"):
+        return name
+    import torch
+
+    return f"{name} ({torch.cuda.get_device_name(name)})"
+
+
+def jobs_on(name: str) -> int:
+    """How many runs go side by side: one for each core of a processor, one at a time elsewhere."""
+    if name != "cpu":
+        return 1
+    import torch
+
+    return torch.get_num_threads()

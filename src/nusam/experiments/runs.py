@@ -1,0 +1,80 @@
+"""What a run is, what it says while it trains, and what it came to: plain data, which need no torch."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nusam.experiments.limits import at_least, not_negative, shares
+
+__all__ = ["Epoch", "Outcome", "Recipe", "Report", "Run"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all runs of a comparison have in common; numbers that can't be are Refused."""
+
+    epochs: int
+    batch_size: int = 32
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    warm_up: float = 0.1  # share of the steps
+    base: str = "adamw"
+    augment: str = "none"
+    accumulate: int = 1  # micro-batches of a step, each perturbed on its own
+
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
+        not_negative(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        shares(warm_up=self.warm_up)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells one run from another. The base optimizer alone has ρ = 0; numbers that can't be are Refused."""
+
+    model: str
+    method: str
+    rho: float
+    seed: int
+    delay: float | None = None  # share of the steps before the perturbation starts; None is the method's own
+    power_iterations: int = 1
+    stretch: float = 1.0  # of the epochs
+    rate: float = 1.0  # of the learning rate
+
+    def __post_init__(self) -> None:
+        not_negative(rho=self.rho, stretch=self.stretch, rate=self.rate)
+        at_least(0, seed=self.seed)
+        at_least(1, power_iterations=self.power_iterations)
+        shares(delay=self.delay)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known after an epoch."""
+
+    train_loss: float
+    test_accuracy: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    run: Run
+    epochs: list[Epoch]
+    validation_accuracy: float
+    delay_steps: int
+    perturbation_numel: int
+    seconds: float
+
+    @property
+    def test_accuracy(self) -> float:
+        """That of the last epoch; no epoch is picked."""
+        return self.epochs[-1].test_accuracy
+
+
+class Report(NamedTuple):
+    """What a worker says about its run: an epoch that it finished, or the outcome."""
+
+    worker: int
+    run: Run
+    news: Epoch | Outcome
