@@ -26,6 +26,7 @@ __all__ = ["Replay"]
 CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
 LONG = 10_000  # entries above which a container is data, rather than what a step keeps
 MANY = 1_000  # entries above which nobody looks into each of them
+FEW = 32  # entries of a list up to which tensors are copied; a longer one is a record, whose tensors stay as they are
 LARGE = 2**20  # entries above which a tensor is not copied
 OF_MODULES = frozenset(vars(nn.Module()))  # parameters, buffers and hooks are the model's
 
@@ -249,7 +250,7 @@ class _State:
             self._undo.append(partial(_refill, value, copy.copy(value)))
             inside = value.values() if isinstance(value, dict) else value
             for inner in inside if len(value) <= MANY else ():
-                self._remember(name, inner, seen, copied=isinstance(value, dict))
+                self._remember(name, inner, seen, copied=isinstance(value, dict) or len(value) <= FEW)
         elif isinstance(value, _Drawn):
             self._undo.append(value.rewind)
         else:
