@@ -49,6 +49,7 @@ def test_the_core_imports_no_integration():
     """Imports run one way: an integration's framework must not be paid for by those who don't use it."""
     import subprocess
 
-    script = "import sys; from nusam import *; print('nusam.methods' in sys.modules, [m for m in sys.modules if 'integrations' in m or 'lightning' in m])"
+    script = "import sys; from nusam import *; print('nusam.methods' in sys.modules, "
+    script += "[m for m in sys.modules if 'integrations' in m or 'lightning' in m])"
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "True []"
