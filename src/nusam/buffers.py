@@ -26,7 +26,7 @@ class Buffers:
 
     Large buffers that never move (masks, tables of angles) are not copied in every step, but those that were seen to
     move: by the host in any step, by their values where everything is looked at. Frozen parameters are held to the
-    same, since a forward may write a slowly moving copy of a network; of these, norms are compared in place of values.
+    same, since a forward may write a slowly moving copy of a network; of large ones, norms are compared, not values.
 
     Numbers that are attributes of a module with buffers (a position in a queue, whether a codebook was begun) follow
     its buffers.
@@ -63,10 +63,25 @@ class Buffers:
     @contextmanager
     def second_pass(self) -> Iterator[None]:
         """Inside, the buffers start from where the ascent started; afterwards they are those that it left."""
-        step, self._step = self._step, None
+        step = self._completed()
         if step is None:
             yield
             return
+        with always(step.finish):
+            step.rewind()
+            yield
+
+    def rewind(self) -> None:
+        """Go back to where the ascent started, which is to be run again."""
+        step = self._completed()
+        if step is not None:
+            step.rewind()
+
+    def _completed(self) -> "_Step | None":
+        """The step whose ascent is over, with what that left."""
+        step, self._step = self._step, None
+        if step is None:
+            return None
         moved = step.moved(self._deaf)
         if moved:
             self._moving |= moved
@@ -76,9 +91,7 @@ class Buffers:
             known = set(self._owners)
             newcomers = [module for module in self._tree.modules if module._buffers and module not in known]
         step.remember(moved, newcomers)
-        with always(step.finish):
-            step.rewind()
-            yield
+        return step
 
 
 class _Plan:
@@ -140,7 +153,8 @@ class _Step:
         self._large = Watch(plan.large)
         self._still = Watch(still, norms=everything)
         with torch.no_grad():
-            self._copies = {t: here(t).clone() for t in plan.large} if everything else {}
+            looked_at = [*plan.large, *(p for p in still if p.numel() <= SMALL)] if everything else []
+            self._copies = {t: here(t).clone() for t in looked_at}
         plan.copy(plan.before, plan.tensors, {})
 
     def moved(self, deaf: set[Tensor]) -> set[Tensor]:

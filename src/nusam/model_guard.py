@@ -41,6 +41,12 @@ class ModelGuard:
             self._buffers.before_ascent(everything)
             self._random_state = RandomState(self.tree.parameters())
 
+    def rewind(self) -> None:
+        """Go back to where the last ascent started, which is to be run again."""
+        if self._buffers is not None and self._random_state is not None:
+            self._buffers.rewind()
+            self._random_state.replay()
+
     def after_ascent(self) -> None:
         """The ascent is complete: the next descent is its second pass."""
         self._ascended = True

@@ -100,7 +100,7 @@ class _RankOneInWeights(InWeights):
 
     @torch.no_grad()
     def remove(self) -> None:
-        if self._marker.item():
+        if len(self._written) > 1 and self._marker.item():
             torch._foreach_addcmul_(self._written, self._columns, self._rows, value=-1)
             torch.clear_autocast_cache()
 

@@ -293,7 +293,11 @@ class SharpnessAware(Wrapper):
         # processes with perturbations of their own would drift apart by the rounding of a subtraction
         bit_exact = self.m_sam is not False
         others = [] if self._in_backward else self._parameters()  # those are written by the base optimizer
-        perturbed = self._written.in_weights(in_place, [perturbations[p] for p in in_place], bit_exact, others=others)
+        epsilons = [perturbations[parameter] for parameter in in_place]
+        structure = self._structure_now()
+        unknown = set() if structure is None else {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
+        perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others)
+        del epsilons
         workers = self._workers()
         self._check_processes(workers)
         workers.reshard()
@@ -313,8 +317,7 @@ class SharpnessAware(Wrapper):
             self._ledger.begin_pass()
             self._ledger.open(self._ascended, perturbations)
             guards.enter_context(self._guard.descent(bool(perturbations)))
-            structure = self._structure_now() if forward else None
-            if structure is not None:
+            if forward and structure is not None:
                 handlers: dict[Tensor, Handler] = {**forward}
                 guards.enter_context(rerouted(structure.uses, handlers))
             if self._in_backward:

@@ -58,6 +58,10 @@ class WrittenWeights:
             self._late |= (changed - self._written) & self._subtracted
             self._written |= changed
 
+    def writes(self, parameter: Tensor) -> bool:
+        """Whether the model was seen to write the weight."""
+        return parameter in self._written
+
     def in_weights(
         self,
         parameters: Sequence[Tensor],
