@@ -1,13 +1,19 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
 PYTHON ?= python3
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-slow check docs bench clean
+
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 demo: .venv/installed
 	.venv/bin/nusam demo $(ARGS)
 
 test: .venv/installed .venv/test-data
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# What a change need not wait for: killed processes, clusters, whole demos, long trainings. The gate, .ci/run, runs both.
+test-slow: .venv/installed .venv/test-data
+	$(PYTEST) -m slow $(ARGS)
 
 check: .venv/installed
 	.venv/bin/ruff check

@@ -24,14 +24,14 @@ def answers(tmp_path_factory):
     return ask
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("processes", "name"), [(size, name) for size in CHECKS for name in CHECKS[size]])
 def test_in_processes(processes, name, answers):
     answer = answers(processes)[name]
     assert "error" not in answer, answer.get("trace")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_support_matrix_is_what_the_methods_do(document, answers):
     assert written(document) == table([answers(processes)["support"]["value"] for processes in (2, 4)])

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -117,7 +118,10 @@ def walked(site, pages, words, profile):
             stderr=subprocess.DEVNULL,
         )
         try:
-            found = told.get(timeout=120)
+            while told.empty():
+                assert browser.poll() is None, "the browser has ended"
+                time.sleep(0.1)
+            found = told.get()
         finally:
             browser.kill()
             browser.wait()

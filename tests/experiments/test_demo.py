@@ -21,7 +21,7 @@ def finished(tmp_path_factory):
     """A small demo's folder and what it printed."""
     out = tmp_path_factory.mktemp("demo")
     options = ["--methods", "adamw,nusam", "--seeds", "2", "--epochs", "3", "--rho", "0.05", "--out", out / "deep"]
-    done = subprocess.run([NUSAM, "demo", *options], capture_output=True, text=True, cwd=out, timeout=200)
+    done = subprocess.run([NUSAM, "demo", *options], capture_output=True, text=True, cwd=out)
     assert done.returncode == 0, done.stderr
     return out / "deep", done
 
@@ -78,7 +78,7 @@ def running(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell would have it ignored
     )
     try:
-        wait_until(lambda: process.poll() is not None or runs_finished(tmp_path) >= 1, seconds=120)
+        wait_until(lambda: process.poll() is not None or runs_finished(tmp_path) >= 1)
         assert process.poll() is None, process.stderr.read()
         yield process, tmp_path
     finally:
@@ -95,7 +95,7 @@ class TestStopping:
     def test_ctrl_c_keeps_what_was_finished(self, running):
         process, out = running
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate()
         assert process.returncode == 130
         assert stderr == ""
         assert "Stopped after" in stdout
@@ -104,13 +104,13 @@ class TestStopping:
         assert 1 <= results["runs_finished"] == len(results["runs"]) < results["runs_planned"] == 2000
         assert results["table"]
         assert (out / "demo.png").exists()
-        wait_until(lambda: not process_group_exists(process.pid), seconds=20)
+        wait_until(lambda: not process_group_exists(process.pid))
 
     def test_workers_end_with_a_killed_parent(self, running):
         process, _ = running
         process.kill()
         process.wait()
-        wait_until(lambda: not process_group_exists(process.pid), seconds=60)
+        wait_until(lambda: not process_group_exists(process.pid))
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,7 @@ def process_group_exists(group: int) -> bool:
     return True
 
 
-def wait_until(condition, seconds: float) -> None:
-    """Poll; fail when it takes too long."""
-    deadline = time.monotonic() + seconds
+def wait_until(condition) -> None:
+    """Poll; how long is too long depends on who else is at work, and is left to the limit of every test."""
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)

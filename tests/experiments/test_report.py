@@ -304,7 +304,6 @@ def _in_chromium(tmp_path, html, width):
         [CHROMIUM, *options, "--virtual-time-budget=20000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
     )
     reported = re.search(r"<pre>(\{.*\})</pre>", done.stdout, re.DOTALL)
     assert reported, done.stdout[-2000:] + done.stderr[-2000:]

@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,11 +17,12 @@ from nusam.experiments import store as store_module
 from nusam.experiments.errors import Refused
 from nusam.experiments.runs import Epoch, Outcome, Recipe, Run
 from nusam.experiments.store import Cell, Store
+from tests.experiments.commands import nusam
 
 CPU = torch.device("cpu")
 CELL = Cell("digits", Recipe(2), Run("mixer", "nusam", 0.1, seed=0), 64)
 SECOND = replace(CELL, run=replace(CELL.run, seed=1))
-SWEEP = ["-m", "nusam.experiments.command", "sweep", "--methods", "adamw", "nusam", "--rhos", "0.1", "--seeds", "4"]
+SWEEP = ["sweep", "--methods", "adamw", "nusam", "--rhos", "0.1", "--seeds", "4"]
 SWEEP += ["--train-size", "64", "--epochs", "12", "--jobs", "2"]
 
 
@@ -183,30 +183,30 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+KILLED = """
+import os, signal
+from nusam.experiments.command import main
+from nusam.experiments.store import Store
+
+add = Store.add
+
+def add_and_die(*given):
+    add(*given)
+    os.killpg(0, signal.SIGKILL)
+
+Store.add = add_and_die
+main()
+"""
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ends_with_the_same_store(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([sys.executable, *SWEEP, "--results", str(whole)], check=True, capture_output=True)
+    nusam(*SWEEP, "--results", whole)
     assert len(rows(whole)) == 8
-    command = [sys.executable, *SWEEP, "--results", str(killed)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not ((killed / "runs.jsonl").exists() and rows(killed)):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", KILLED, *SWEEP, "--results", str(killed)]
+    assert subprocess.run(command, start_new_session=True, capture_output=True).returncode == -signal.SIGKILL
     assert 0 < len(rows(killed)) < 8
-    subprocess.run(command, check=True, capture_output=True)
+    nusam(*SWEEP, "--results", killed)
     assert rows(killed) == rows(whole)
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "8 runs, 8 of them finished" in again.stdout
-
-
-@pytest.mark.slow
-def test_a_cluster_fills_the_store_as_this_machine_does(tmp_path):
-    pytest.importorskip("ray")
-    here, there = tmp_path / "here", tmp_path / "there"
-    small = [argument if argument != "12" else "2" for argument in SWEEP]
-    subprocess.run([sys.executable, *small, "--results", str(here)], check=True, capture_output=True)
-    cluster = [sys.executable, *small, "--engine", "ray", "--results", str(there)]
-    subprocess.run(cluster, check=True, capture_output=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
-    assert rows(there) == rows(here)
+    assert "8 runs, 8 of them finished" in nusam(*SWEEP, "--results", killed).stdout

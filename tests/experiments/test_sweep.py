@@ -1,6 +1,5 @@
 """nusam sweep: what its options mean, and what it refuses."""
 
-import os
 import subprocess
 import sys
 
@@ -85,20 +84,13 @@ def test_what_it_refuses(sweep, arguments, sentence, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_what_a_worker_refuses_is_one_sentence_too(engine, tmp_path):
-    if engine == "ray":
-        pytest.importorskip("ray")
+def test_what_a_worker_refuses_is_one_sentence_too(sweep, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # of the workers
     small = ["--train-size", "64", "--epochs", "1", "--methods", "sam", "--rhos", "0.1", "--seeds", "2", "--jobs", "2"]
-    command = [sys.executable, "-m", "nusam.experiments.command", "sweep", "--models", "vit-s/16", *small]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
-    refused = subprocess.run(
-        [*command, "--engine", engine, "--results", str(tmp_path)], capture_output=True, text=True, env=environment
-    )
-    assert refused.returncode == 2
-    assert "could not be loaded" in refused.stderr
-    lines = [line for line in refused.stderr.splitlines() if "ray" not in line.lower()]  # that says where it started
-    assert len(lines) == 1, refused.stderr
+    code, _, complaint = sweep("--models", "vit-s/16", *small)
+    assert code == 2
+    assert "could not be loaded" in complaint
+    assert len(complaint.splitlines()) == 1, complaint
 
 
 def test_a_second_sweep_on_a_folder_is_refused_before_it_trains(sweep, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import pairwise
@@ -93,18 +92,31 @@ def undisturbed_and_long(tmp_path_factory):
     return folder
 
 
+SIGNALLED = """
+import os
+from nusam.experiments.checkpoint import Checkpoint
+from nusam.experiments.command import main
+
+save = Checkpoint.save
+
+def save_and_signal(self, state):
+    save(self, state)
+    if not self.stop_asked:  # at the end of an epoch, with nearly all to come
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+Checkpoint.save = save_and_signal
+main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_resume_is_bit_equal(number, tmp_path, undisturbed_and_long):
-    command = [sys.executable, "-m", "nusam.experiments.command", "train", *SMALL, *LONG, "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (tmp_path / "checkpoint.pt").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(number)  # at its first checkpoint, with nearly all epochs to come
-    said, _ = process.communicate()
-    assert process.returncode == 130, said
-    assert "with --resume goes on" in " ".join(said.split())
+    command = [sys.executable, "-c", SIGNALLED, "train", *SMALL, *LONG, "--out", str(tmp_path)]
+    environment = {**os.environ, "SIGNAL": str(int(number))}
+    stopped = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
+    assert "with --resume goes on" in " ".join(stopped.stdout.split())
     assert not (tmp_path / "outcome.json").exists()
     in_a_process("--out", tmp_path, *LONG, "--resume")
     assert epochs(tmp_path) == epochs(undisturbed_and_long)
