@@ -13,10 +13,12 @@ from nusam.matrix_free import Job, LayerPass, Record
 from nusam.parts import part_of, shared_part
 from nusam.power_iteration import Matrix, TopPair, power_iteration
 from nusam.sharding import DataParallel, Ranks, complete, compute_device, is_sharded, local, route
-from nusam.structure import Structure
+from nusam.structure import HOOKED, Structure
 from nusam.verification import ONE_USE, SEVERAL_USES, Verification, compared
 
 __all__ = ["Ascent", "Target"]
+
+LARGE = 2**26  # entries of all matrices from which a gradient that was formed to be compared does not stay
 
 
 class Target(NamedTuple):
@@ -42,6 +44,7 @@ class Ascent:
         self.measured: dict[Tensor, dict[str, Tensor]] = {}
         self.verification = Verification()
         self._fell_back: dict[Tensor, str] = {}  # in the last pass
+        self.unreachable: dict[Tensor, str] = {}  # by an ε in the forward in this step, and why
         self._compiles = False  # whether compiled graphs were seen
 
     def state_of(self, target: Target) -> State:
@@ -74,6 +77,7 @@ class Ascent:
             workers: the processes that share the pass.
             frees: whether a gradient that is formed to be compared goes as soon as it has been.
         """
+        self.unreachable = {}
         if structure is None or not isinstance(self.lmo, Nuclear) or not targets:
             return None
         if self.serve_from is None and not in_forward:
@@ -89,12 +93,16 @@ class Ascent:
         self._fell_back |= {t.parameter: r for t in worth if (r := self.verification.reasons.get(t.parameter))}
         if workers.must_reduce:
             return None
+        frees |= sum(t.parameter.numel() for t in concerned) >= LARGE
         keeps = workers.splits_the_batch or any(workers.is_tensor_parallel(t.parameter) for t in targets)
+        self.unreachable = {p: HOOKED for p in in_forward if reasons.get(p) == HOOKED}
         serves = {target.parameter for target in worth if target.parameter not in reasons}
         jobs = {}
         for target in concerned:
-            if target.parameter in serves or (target.parameter in in_forward and structure.uses_of(target.parameter)):
-                job = self._job(target, target.parameter in serves, keeps, frees)
+            watched = in_forward - self.unreachable.keys()
+            if target.parameter in serves or (target.parameter in watched and structure.uses_of(target.parameter)):
+                is_in_forward = target.parameter in in_forward
+                job = self._job(target, target.parameter in serves, is_in_forward, keeps, frees)
                 if job is not None:
                     jobs[target.parameter] = job
         # What a process learned by itself must not decide whether it takes part in what all do together.
@@ -102,25 +110,28 @@ class Ascent:
             return None
         checks = any(job.checks for job in jobs.values())
         needed = {target.parameter for target in targets}
-        around = structure.idle.watched() if checks else structure.idle.detached(needed)
-        return LayerPass(structure.uses, jobs, self.lmo.power_iterations, self._compiles or checks, around)
+        compiles = self._compiles or checks
+        return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed)
 
     def _is_worth(self, parameter: Tensor) -> bool:
         least = self.serve_from
         return least is not None and (matrix_shape(parameter).numel() >= least or not parameter.requires_grad)
 
-    def _job(self, target: Target, serves: bool, keeps: bool, frees: bool) -> Job | None:
+    def _job(self, target: Target, serves: bool, in_forward: bool, keeps: bool, frees: bool) -> Job | None:
+        """What a pass is to do for a matrix; nothing if its gradient is formed as if nobody watched."""
         parameter = target.parameter
         found = self.verification.of(parameter)
+        known = found in (ONE_USE, SEVERAL_USES)
         frozen = not parameter.requires_grad
         comparable = not frozen or (not keeps and type(parameter) is nn.Parameter and parameter.is_floating_point())
-        checks = comparable and (found is None or (self.verification.is_due() and found in (ONE_USE, SEVERAL_USES)))
+        checks = comparable and (found is None or (known and self.verification.is_due()))
         several = frozen and found == SEVERAL_USES
-        is_served = serves and (found == ONE_USE or several or not comparable or (keeps and found == SEVERAL_USES))
-        if not (checks or is_served):
+        served = serves and (found == ONE_USE or several or not comparable or (keeps and found == SEVERAL_USES))
+        if not checks and not served and not (in_forward and known and not keeps):
             return None
-        known = found in (ONE_USE, SEVERAL_USES)
-        return Job(self.state_of(target), known, checks, keeps or several, (frees or frozen) and not keeps)
+        forms = not served and not checks
+        frees = (frees or frozen) and not keeps and not several
+        return Job(self.state_of(target), known, checks, forms, keeps or several, frees, in_forward)
 
     # ------------------------------------------------------------ after the pass
 
@@ -139,20 +150,19 @@ class Ascent:
         """Matrices that were served though this step used them otherwise than the steps that were compared."""
         reasons = {}
         for parameter, record in pass_.records.items():
-            if record.job.checks or record.job.keeps or record.formed is not None or not record.reached_layers:
-                continue
-            if not record.once:
-                reasons[parameter] = f"used {max(record.takes, record.calls)} times"
-            elif parameter.grad is not None:
+            if record.is_lost():
+                reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
+            elif record.has_more and (record.pair is not None or record.job.in_forward):
                 reasons[parameter] = "also used outside its layer"
         return reasons
 
-    def mistrust(self, reasons: dict[Tensor, str]) -> None:
-        """Serve these by their gradients from now on; those that have none by the sum over their uses."""
-        self.verification.refuse({p: reason for p, reason in reasons.items() if p.requires_grad})
+    def mistrust(self, pass_: LayerPass, reasons: dict[Tensor, str]) -> None:
+        """Compare these anew before they are served again; those that have no gradient by the sum over their uses."""
         for parameter, reason in reasons.items():
-            if not parameter.requires_grad:
+            if pass_.records[parameter].frozen:
                 self.verification.serve_by_sum(parameter, reason)
+            else:
+                self.verification.forget(parameter)
         self._fell_back |= reasons
 
     @torch.no_grad()

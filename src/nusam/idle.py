@@ -30,6 +30,7 @@ class IdleLayers:
             and "forward" not in vars(module)
         ]
         self._wanted: set[Tensor] = set()  # by the loss itself, as by autograd.grad(loss, norm.weight)
+        self._hidden: set[Tensor] = set()  # in the running pass
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -62,13 +63,30 @@ class IdleLayers:
         layers = [layer for layer in self._layers if not any(p in needed for p in _own(layer))]
 
         def undo() -> None:
+            self._hidden = set()
             for layer in layers:
                 vars(layer).pop("forward", None)
 
         with always(undo):
+            self._hidden = {parameter for layer in layers for parameter in _own(layer)}
             for layer in layers:
                 vars(layer)["forward"] = _with_detached_parameters(layer)
             yield
+
+    def refuse_hidden(self, inputs: Iterable[Any]) -> None:
+        """Refuse a gradient that the loss itself asks for and that nobody forms in the running pass.
+
+        Raises:
+            RuntimeError: once; from then on it is formed.
+        """
+        hidden = [x for x in inputs if isinstance(x, Tensor) and x in self._hidden]
+        if hidden:
+            self._wanted.update(hidden)
+            raise RuntimeError(
+                f"The loss asks for the gradient of a parameter of shape {tuple(hidden[0].shape)} inside the ascent, "
+                "as it did in no step before, so that its layer does not form it; take the step again, or use "
+                "ascent='gradient'."
+            )
 
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for layer in self._layers for parameter in _own(layer))

@@ -7,13 +7,14 @@ the gradient is formed as ever, and the products beside it.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nusam.idle import IdleLayers
 from nusam.interrupts import always
 from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted
 from nusam.lmo import State, matrix_shape
@@ -76,8 +77,10 @@ class Job(NamedTuple):
     state: State  # its warm start
     known: bool  # its products have agreed with its gradient before
     checks: bool  # form the gradient too, and compare
+    forms: bool  # form the gradient and nothing else, by the layers' uses apart from others
     keeps: bool  # keep each use's input and output gradient, to be multiplied after the pass
     frees: bool  # compare and free the gradient as soon as it is complete
+    in_forward: bool  # ε is to live in the layers' forward
 
 
 class LayerPass:
@@ -88,7 +91,8 @@ class LayerPass:
         jobs: what to do for every matrix.
         iterations: T of Algorithm 2.
         compiles: whether the model may be compiled; if it is though this is False, its gradients are formed.
-        around: what else the pass runs in.
+        idle: layers whose gradients nobody needs.
+        needed: parameters whose gradients somebody does.
     """
 
     def __init__(
@@ -97,15 +101,18 @@ class LayerPass:
         jobs: dict[Tensor, Job],
         iterations: int,
         compiles: bool,
-        around: AbstractContextManager[None],
+        idle: IdleLayers,
+        needed: set[Tensor],
     ) -> None:
         self._uses = uses
-        self._around = around
+        self._idle = idle
+        self._needed = needed
+        self._stand_ins: dict[Tensor, Tensor] = {}
         self._tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self._tap).node
         us = meeting([job.state["u"] for job in jobs.values()])
         self.records = {
-            parameter: Record(parameter, job, u, iterations, self._tap, self._tap_node)
+            parameter: Record(parameter, job, u, iterations, self._stand_ins, self._tap, self._tap_node)
             for (parameter, job), u in zip(jobs.items(), us, strict=True)
         }
         if compiles:
@@ -135,13 +142,20 @@ class LayerPass:
             for hook in hooks:
                 hook.remove()
 
-        with always(undo), rerouted(self._uses, handlers), self._around:
+        checks = any(record.job.checks for record in self.records.values())
+        around = self._idle.watched() if checks else self._idle.detached(self._needed)
+        with always(undo), rerouted(self._uses, handlers), around, _standing_in(self._stand_ins, self._idle):
             for parameter in thawed:
                 parameter.requires_grad_(True)
             for parameter, record in self.records.items():
                 if record.job.checks and parameter.is_leaf:
                     hooks.append(parameter.register_post_accumulate_grad_hook(record.complete))
             yield
+
+    def settle(self) -> None:
+        """The backwards are over: put the gradients that stand-ins have into the parameters."""
+        for record in self.records.values():
+            record.settle()
 
     def saw_gradients(self) -> bool:
         """Whether any backward has passed through one of the layers."""
@@ -160,6 +174,8 @@ class LayerPass:
         """Let go of what was kept, which a loss that lives on would keep alive."""
         for record in self.records.values():
             record.kept, record.formed = [], None
+            if record.frozen and record.job.checks:
+                record.parameter.grad = None
 
 
 class Record:
@@ -169,10 +185,20 @@ class Record:
     gradient of ``probe`` = [u, 0 (m), 0, 0 (m)] is [Gv, v, 1, Gᵀr] of the use, summed over uses.
     """
 
-    def __init__(self, parameter: Tensor, job: Job, u: Tensor, iterations: int, tap: Tensor, tap_node: Any) -> None:
+    def __init__(
+        self,
+        parameter: Tensor,
+        job: Job,
+        u: Tensor,
+        iterations: int,
+        stand_ins: dict[Tensor, Tensor],
+        tap: Tensor,
+        tap_node: Any,
+    ) -> None:
         shape = matrix_shape(parameter)
         device = compute_device(parameter)
         self.parameter = parameter
+        self.frozen = not parameter.requires_grad  # outside of the pass
         self.job = job
         self.iterations = iterations
         self.u = u.to(device)
@@ -189,6 +215,11 @@ class Record:
         self.wanted_elsewhere = False  # whether the loss itself asks for the gradient
         self.dtypes: set[torch.dtype] = set()
         self.in_pieces = False
+        self._bias: Tensor | None = None
+        self._stand_ins = stand_ins  # leaves with the entries of parameters, which served uses compute with
+        if parameter.requires_grad and not job.checks and not job.keeps and not is_sharded(parameter):
+            stand_ins[parameter] = parameter.detach().requires_grad_()
+        self.has_more = False  # whether uses were seen that are not the layers'
         self._tap, self._tap_node = tap, tap_node
         self._probe: Tensor | None = None
         self.r = signs(shape[0], device, self.u.dtype) if job.checks else None
@@ -225,6 +256,23 @@ class Record:
             return self.takes == 0
         return self.takes == 1 and self.calls <= 1 and self.pair is not None
 
+    def is_lost(self) -> bool:
+        """Whether only a part of the gradient is here, in a form that can't be added to."""
+        if self.job.keeps:
+            return False
+        if self.job.checks:
+            return self.gradient_checked is not None and self.completed > 1
+        return self.pair is not None and not self.once
+
+    def settle(self) -> None:
+        """Look for uses that were not the layers', and give the parameter what its stand-in got."""
+        parameter, stand_in = self.parameter, self._stand_ins.get(self.parameter)
+        own = None if stand_in is None else stand_in.grad
+        if not self.job.checks and not self.job.keeps:
+            self.has_more = parameter.grad is not None or (own is not None and not self.job.forms)
+        if own is not None:
+            parameter.grad = own if parameter.grad is None else parameter.grad + own
+
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Gv and v of the one use, or zeros where a compiled graph counted another number of them."""
         device = self.job.state["u"].device
@@ -257,7 +305,11 @@ class Record:
         compiling = torch.compiler.is_compiling()
         if compiling:
             return self._compiled_use(kind, x, W, extra) if rows is None else kind.apply(x, W, extra)
-        if not torch.is_grad_enabled() or not is_plain(x):
+        if not torch.is_grad_enabled():
+            return kind.apply(x, W, extra)
+        if self.job.forms and rows is None and kind is not Own:
+            return kind.apply(x, self._stand_in_for(W), extra)
+        if not is_plain(x):
             return kind.apply(x, W, extra)
         # recomputation by activation checkpointing is no new use
         self.calls += torch._C._current_graph_task_id() == -1
@@ -267,7 +319,10 @@ class Record:
         if rows is not None and not self.job.checks and not self.job.keeps:
             return kind.apply(x, W, extra)
         x = _as_multiplied(kind, x)
-        return _layer(kind, x, W, extra, self.job.checks, self._tap, None, None, self.iterations, (self, rows, W))
+        given = W
+        if not self.job.checks:
+            given, extra = self._stand_in_for(W), self._stand_in_for_bias(extra)
+        return _layer(kind, x, given, extra, self._tap, None, None, self.iterations, (self, rows, W))
 
     def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         if self.job.keeps and not W.requires_grad:
@@ -276,21 +331,44 @@ class Record:
                 "torch.compile, or use m_sam=True."
             )
         probe = self._probe
-        if self.job.keeps or is_sharded(W) or kind is Own or probe is None:
+        if self.job.keeps or self.job.forms or is_sharded(W) or kind is Own or probe is None:
             return kind.apply(x, W, extra)  # its gradient will be formed
         x = _as_multiplied(kind, x)
-        return _layer(
-            kind, x, W, extra, self.job.checks, probe, self.u, self.r, self.iterations, None
-        )  # fmt: skip
+        if not self.job.checks:
+            W, extra = W.detach(), extra.detach() if isinstance(extra, Tensor) else extra
+        return _layer(kind, x, W, extra, probe, self.u, self.r, self.iterations, None)
+
+    def _stand_in_for(self, W: Tensor) -> Tensor:
+        """What a served use computes with: no hook of the weight's sees a gradient that is not there."""
+        return self._stand_ins.get(W, W.detach()) if W is self.parameter else W.detach()
+
+    def _stand_in_for_bias(self, bias: Any) -> Any:
+        if not isinstance(bias, Tensor) or self.parameter not in self._stand_ins or not bias.requires_grad:
+            return bias.detach() if isinstance(bias, Tensor) else bias
+        if bias not in self._stand_ins:
+            self._bias = bias
+            self._stand_ins[bias] = bias.detach().requires_grad_()
+        return self._stand_ins[bias]
 
     def make_probe(self) -> None:
         """Make the leaf whose gradient a compiled graph hands the products out by."""
         n, m = self.block.shape
         self._probe = self.u.new_zeros(n + m + 1 + m).requires_grad_()
 
+    def accumulates(self) -> bool:
+        """Whether the running backward accumulates; if not, it returns gradients that the loss itself asks for."""
+        return bool(torch._C._will_engine_execute_node(self._tap_node))
+
+    def forms_now(self) -> bool:
+        """Whether gradients of weight and bias are formed in the running backward."""
+        if self.job.checks or self.accumulates():
+            return self.job.checks
+        own = (self._stand_ins.get(p) for p in (self.parameter, self._bias) if p is not None)
+        return any(stand_in is not None and _is_wanted(stand_in) for stand_in in own)
+
     def take(self, kind: type[Kind], X: Tensor, D: Tensor, n: int, rows: slice | None) -> None:
         """Take the products of one use, if autograd accumulates in this backward."""
-        if not torch._C._will_engine_execute_node(self._tap_node):
+        if not self.accumulates():
             self.wanted_elsewhere |= self.job.checks and _is_wanted(self.parameter)
             return
         self.takes += 1
@@ -373,21 +451,40 @@ def _layer(
     x: Tensor,
     W: Tensor,
     extra: Any,
-    checks: bool,
     probe: Tensor,
     u: Tensor | None,
     r: Tensor | None,
     iterations: int,
     reports: Any,
 ) -> Tensor:
-    """A layer whose backward hands out products. A served weight and its bias are no inputs of it."""
+    """A layer whose backward hands out products."""
     bias = extra if isinstance(extra, Tensor) else None
-    if not checks:
-        bias = None if bias is None else bias.detach()
     extra = None if isinstance(extra, Tensor) else extra
-    W = W if checks else W.detach()
     output: Tensor = _Products.apply(x, W, bias, probe, u, r, kind, extra, iterations, reports)
     return output
+
+
+@contextmanager
+def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[None]:
+    """Inside, the loss may ask for the gradient of a served weight: its stand-in answers.
+
+    This is where torch.autograd.grad and Tensor.backward(inputs=...) hand over to the engine.
+    """
+    module: Any = torch.autograd
+    run = module._engine_run_backward
+
+    def run_with_stand_ins(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        grad_outputs, retain_graph, create_graph, inputs, *rest = args
+        idle.refuse_hidden(inputs)
+        inputs = tuple(stand_ins.get(x, x) if isinstance(x, Tensor) else x for x in inputs)
+        return run(outputs, grad_outputs, retain_graph, create_graph, inputs, *rest, **kwargs)
+
+    def undo() -> None:
+        module._engine_run_backward = run
+
+    with always(undo):
+        module._engine_run_backward = run_with_stand_ins
+        yield
 
 
 class _Tapped(torch.autograd.Function):
@@ -433,9 +530,10 @@ class _Products(torch.autograd.Function):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
             if ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W).view(x.shape)
-            if ctx.needs_input_grad[1]:
+            forms = ctx.reports is None or ctx.reports[0].forms_now()
+            if ctx.needs_input_grad[1] and forms:
                 weight_gradient = kind.gradient(X, D, n)
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[2] and forms:
                 bias_gradient = D.sum(0)
             with torch.no_grad():
                 if ctx.reports is not None:

@@ -30,6 +30,8 @@ class ModelGuard:
         self._refusal = None if self.tree is None else _Refusal(self.tree)
         self._random_state: RandomState | None = None
         self._ascended = False
+        self._walk = 0
+        self._on_each_device: list[nn.Parameter] = []
 
     def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
         return ModelGuard, (self.model,)  # what is remembered belongs to one step, and steps are not copied
@@ -39,7 +41,10 @@ class ModelGuard:
         self._ascended = False
         if self.tree is not None and self._buffers is not None:
             self._buffers.before_ascent(everything)
-            self._random_state = RandomState(self.tree.parameters())
+            if everything or self._walk != self.tree.walks:
+                self._walk = self.tree.walks
+                self._on_each_device = list({compute_device(p): p for p in self.tree.parameters()}.values())
+            self._random_state = RandomState(self._on_each_device)
 
     def rewind(self) -> None:
         """Go back to where the last ascent started, which is to be run again."""

@@ -219,6 +219,7 @@ class SharpnessAware(Wrapper):
                 with self.ascent(accumulate):
                     yield "ascent"
                 if self._repeats:
+                    self._guard.rewind()
                     with self.ascent(accumulate):
                         yield "ascent"
             finally:
@@ -266,6 +267,8 @@ class SharpnessAware(Wrapper):
             yield
             self._guard.after_ascent()
             self._written.after_ascent()
+            if pass_:
+                pass_.settle()
             reached = bool(pass_ and pass_.saw_gradients())
             self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters))
             self._pending = self._perturb(targets, pass_, workers)
@@ -694,8 +697,7 @@ class SharpnessAware(Wrapper):
         if pass_ is not None:
             self._ascent.compare(pass_, workers, self._everyone(workers))
             surprises = self._ascent.surprises(pass_)
-            self._ascent.mistrust(surprises)
-            self._refuse_unreachable(targets)
+            self._ascent.mistrust(pass_, surprises)
             if surprises and self._may_repeat and not (workers.replicates or workers.shards):
                 self._repeats, self._may_repeat = True, False
                 return {}
@@ -703,6 +705,7 @@ class SharpnessAware(Wrapper):
             self._ledger.tell(list(surprises), self._names, "was used otherwise than in the steps in which it was "
                               "compared with its gradient, and was not perturbed in this step; its gradient is formed "
                               "from now on")  # fmt: skip
+        self._refuse_unreachable(targets)
         found = self._ascent.perturbations(targets, pass_, _mix(self.seed, self._progress.steps), workers)
         self._ascent.verification.advance()
         if found:
@@ -711,12 +714,17 @@ class SharpnessAware(Wrapper):
 
     def _refuse_unreachable(self, targets: list[Target]) -> None:
         """Refuse an ε in the forward where it would not be all of ε."""
-        for target in targets:
-            verdict = self._ascent.verification.found.get(target.parameter)
-            if verdict and verdict.found == OTHERWISE and self._in_forward(target.parameter):
+        for parameter in (target.parameter for target in targets if self._in_forward(target.parameter)):
+            verdict = self._ascent.verification.found.get(parameter)
+            reason = self._ascent.unreachable.get(parameter)
+            if verdict and verdict.found == OTHERWISE:
+                reason = verdict.reason
+            if self._written.writes(parameter):
+                reason = "written in the passes themselves"
+            if reason:
                 raise RuntimeError(
-                    f"{self._names()[target.parameter]} is {verdict.reason}, where an ε in the forward can't reach it; "
-                    "exclude it with targets= or use placement='weights'."
+                    f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
+                    "with targets= or use placement='weights'."
                 )
 
     def _close_ledger(self, forward: dict[Tensor, InForward]) -> None:
@@ -727,7 +735,7 @@ class SharpnessAware(Wrapper):
         for parameter in missed:
             self._ascent.measured.pop(parameter, None)
         used = [p for p in missed if p.grad is not None or p in stepped]
-        self._ascent.mistrust(dict.fromkeys(used, "not reached by its ε in the forward"))
+        self._ascent.verification.refuse(dict.fromkeys(used, "not reached by its ε in the forward"))
         self._ledger.tell(used, self._names, "got a gradient in the descent, where no layer added its perturbation; "
                           "exclude it with targets= or use placement='weights'")  # fmt: skip
 
@@ -739,6 +747,7 @@ class SharpnessAware(Wrapper):
         if known is None or known.model is not self.model or not known.is_current():
             self._structure = known = Structure(self.model)
             self._ascent.verification.ask()
+            self._check_targets()
         return known
 
     def _everyone(self, workers: DataParallel) -> DataParallel:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,7 +10,9 @@ from nusam.idle import IdleLayers
 from nusam.layers import Use, find_uses
 from nusam.sharding import has_replicas
 
-__all__ = ["Structure"]
+__all__ = ["HOOKED", "Structure"]
+
+HOOKED = "given a hook on its gradient"
 
 
 class Structure:
@@ -49,12 +52,12 @@ class Structure:
             elif count > 1:
                 reasons[parameter] = f"tied: used by {count} layers"
             elif has_hooks(parameter):
-                reasons[parameter] = "its gradient has a hook"
+                reasons[parameter] = HOOKED
         return reasons
 
 
 def has_hooks(parameter: Tensor) -> bool:
-    """Whether somebody's hook changes or reads the parameter's gradient, which is then another thing than the layer's."""
-    hooks = parameter._post_accumulate_grad_hooks or {}
-    foreign = [h for h in hooks.values() if not getattr(h, "__module__", "").startswith("nusam.")]  # type: ignore[attr-defined]
+    """Whether somebody's hook changes or reads the parameter's gradient, which then is not that of its layer."""
+    hooks: dict[int, Any] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    foreign = [hook for hook in hooks.values() if not getattr(hook, "__module__", "").startswith("nusam.")]
     return bool(parameter._backward_hooks or foreign)

@@ -81,6 +81,10 @@ class Verification:
         """Never serve these again."""
         self.learn({parameter: Verdict(OTHERWISE, reason) for parameter, reason in reasons.items()})
 
+    def forget(self, parameter: Tensor) -> None:
+        """Compare a matrix anew before it is served again."""
+        self.found.pop(parameter, None)
+
     def serve_by_sum(self, parameter: Tensor, reason: str) -> None:
         """Serve a matrix that has no gradient by the sum over its uses."""
         self.found[parameter] = Verdict(SEVERAL_USES, reason)
@@ -136,8 +140,10 @@ def _verdict(record: Record, agrees: bool, count: int) -> Verdict:
         return Verdict(OTHERWISE, "also used outside its layer" if count else "reached in pieces or by another way")
     if not is_sharded(record.parameter) and record.parameter.is_leaf and not record.completed:
         return Verdict(OTHERWISE, "given its gradient by the loop itself")
-    if record.job.keeps or (count == 1 and record.completed <= 1):
+    if count == 1 and record.completed <= 1:
         return Verdict(ONE_USE, "")
+    if record.job.keeps:  # and can be summed
+        return Verdict(SEVERAL_USES, "")
     return Verdict(SEVERAL_USES, "used repeatedly in a graph" if record.probed is not None else f"used {count} times")
 
 

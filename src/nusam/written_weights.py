@@ -28,6 +28,7 @@ class WrittenWeights:
         self._written: set[Tensor] = set()
         self._parameters: list[Tensor] = []
         self._watchable: set[Tensor] = set()
+        self._watched: list[Tensor] = []
         self._subtracted: set[Tensor] = set()  # which had no copy in the last descent
         self._late: set[Tensor] = set()
         self._check = False
@@ -42,11 +43,14 @@ class WrittenWeights:
         parameters = list(parameters)
         if not same(parameters, self._parameters):
             self._parameters = parameters
-            self._watchable = {parameter for parameter in parameters if is_here(parameter)}
+            self._watched = [parameter for parameter in parameters if is_here(parameter)]
+            self._watchable = set(self._watched)
         self._check, self._ascended = check, False
         if check and tree is not None:
             self._written.update(_with_maximal_norm(tree))
-        self._watch = Watch([p for p in parameters if p in self._watchable and p not in self._written], check)
+        if check:
+            self._watched = [parameter for parameter in parameters if parameter in self._watchable - self._written]
+        self._watch = Watch(self._watched, check)
 
     def after_ascent(self) -> None:
         """What was written in the ascent is kept by a copy from this step's descent on."""
