@@ -38,7 +38,6 @@ def sgd(model=None):
         ({"targets": "frozen"}, ValueError, "targets='frozen' needs model= to reach the layers"),
         ({"targets": "all"}, ValueError, "targets must be one of 'trainable', 'frozen', got 'all'"),
         ({"targets": lambda name, p: True}, ValueError, "A predicate for targets needs model= for the names"),
-        ({"ascent_every": 0}, ValueError, "ascent_every must be a whole number of at least 1, got 0"),
         ({"m_sam": True}, ValueError, "m_sam=True needs model= to be the module wrapped by DistributedDataParallel"),
     ],
 )
@@ -106,7 +105,7 @@ def test_nothing_to_perturb(make, sentence):
 
 @pytest.mark.parametrize("kind", [nusam.SAM, nusam.SAMON, nusam.GaussSAM])
 @pytest.mark.parametrize(
-    "options", [{"ascent": "matrix-free"}, {"placement": "forward"}, {"targets": "frozen"}, {"ascent_every": 2}]
+    "options", [{"ascent": "matrix-free"}, {"placement": "forward"}, {"targets": "frozen"}]
 )
 def test_options_that_work_on_layers_need_a_rank_one_perturbation(kind, options):
     model = mlp()

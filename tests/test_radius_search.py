@@ -182,7 +182,7 @@ def test_a_method_that_can_not_wrap_the_base_is_refused_before_the_first_trainin
 
 def test_two_methods_of_one_name_are_refused(setup):
     with pytest.raises(ValueError, match=r"Two methods are called NuSAM; give one of them a __name__ of its own\.$"):
-        nusam.find_rho(**setup, methods=(nusam.NuSAM, partial(nusam.NuSAM, ascent_every=2)), steps=2)
+        nusam.find_rho(**setup, methods=(nusam.NuSAM, partial(nusam.NuSAM, power_iterations=2)), steps=2)
 
 
 def test_radii_may_be_an_array(setup):
@@ -213,7 +213,7 @@ def test_what_it_refuses(setup, change, sentence):
 
 
 def test_a_partial_with_a_name_is_a_method(setup):
-    reused = partial(nusam.NuSAM, ascent_every=2)
-    reused.__name__ = "NuSAM, ascent_every=2"
-    found = nusam.find_rho(**setup, methods=(reused,), rhos=(0.1,), steps=2, seeds=1)
-    assert found.trials[0].method == "NuSAM, ascent_every=2"
+    twice = partial(nusam.NuSAM, power_iterations=2)
+    twice.__name__ = "NuSAM, two iterations"
+    found = nusam.find_rho(**setup, methods=(twice,), rhos=(0.1,), steps=2, seeds=1)
+    assert found.trials[0].method == "NuSAM, two iterations"

@@ -36,7 +36,7 @@ class Demo:
     data_root: Path = Path("data")
     """Folder with FashionMNIST/raw, cifar-10-batches-py, or train/CLASS/*.jpg and test/CLASS/*.jpg."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD")] = ("adamw", "sam", "sam-on", "nusam")
-    """Which to compare, separated by spaces or commas; also nusam-2, nusam-5 and nusam-10, which reuse ε."""
+    """Which to compare, separated by spaces or commas."""
     rho: float | None = None
     """One radius for every method and model, instead of choosing it."""
     seeds: int = 4

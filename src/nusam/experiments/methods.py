@@ -78,12 +78,6 @@ METHODS = {
     "nusam": Method("νSAM", "NuSAM", 0.1, _NUSAM_RADII, low_rank=True),
     "nusam-norm": Method("νSAM-Norm", "NuSAMNorm", 0.1, _NORM_RADII, low_rank=True),
     "gauss": Method("GaussSAM", "GaussSAM", 0.1, _SAM_RADII),
-    **{
-        f"nusam-{every}": Method(
-            f"νSAM, ascent_every={every}", "NuSAM", 0.1, _NUSAM_RADII, low_rank=True, options={"ascent_every": every}
-        )
-        for every in (2, 5, 10)
-    },
 }
 
 METHOD_NAMES = ("none", *METHODS)  # as they can be given

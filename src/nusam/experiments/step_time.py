@@ -19,7 +19,7 @@ from nusam.experiments.splits import Images
 __all__ = ["step_seconds"]
 
 ROUNDS = 10
-STEPS = 10  # whole periods of every ascent_every
+STEPS = 10
 
 
 def step_seconds(model_name: str, radii: Mapping[str, float], batch: Images, classes: int) -> dict[str, float]:

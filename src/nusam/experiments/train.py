@@ -32,7 +32,7 @@ class Train:
     """mixer or vit (small), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained vit-s/16, vit-b/16, mixer-b/16.
     For sentences: bert-base, minilm, bert-tiny."""
     method: str = "nusam"
-    """none (the base optimizer alone), sam, sam-on, nusam, nusam-norm, gauss, or nusam-2, -5, -10 (ascent_every)."""
+    """none (the base optimizer alone), sam, sam-on, nusam, nusam-norm or gauss."""
     rho: float = 0.05
     """The radius."""
     delay: float | None = None
