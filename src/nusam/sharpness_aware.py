@@ -731,7 +731,8 @@ class SharpnessAware(Wrapper):
         """Hold what got a gradient in the descent against what had an ε there."""
         stepped = self._in_backward.stepped if self._in_backward else set()
         self._ledger.close(stepped, self._names)
-        missed = not_added(forward)
+        workers = self._workers()
+        missed = [] if workers.replicates or workers.shards else not_added(forward)  # gradients come from elsewhere too
         for parameter in missed:
             self._ascent.measured.pop(parameter, None)
         used = [p for p in missed if p.grad is not None or p in stepped]

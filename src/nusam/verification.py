@@ -111,36 +111,50 @@ def compared(records: Sequence[Record], workers: DataParallel, everyone: DataPar
         workers: the processes that share the pass.
         everyone: all processes that split the batch, over which gradients may be averaged already.
     """
+    together: Ranks | None = None
     reached = [record for record in records if record.parameter.grad is not None or record.gradient_checked is not None]
     if workers.splits_the_batch or any(is_sharded(record.parameter) for record in records):
-        by_uses, by_gradients = _joint(records, workers, everyone)
+        by_uses, by_gradients, together = _joint(records, workers, everyone)
         reached = list(records)  # the others may have reached what this process did not
     else:
         by_uses = [_or_zeros(record.products_of_uses(), record) for record in reached]
         by_gradients = [_gradient_times_r(record) for record in reached]
     if not reached:
         return {}
-    rows = [
-        torch.stack([norm_of(a - b).float(), norm_of(b).float(), record.count().float()]).to(by_uses[0].device)
-        for a, b, record in zip(by_uses, by_gradients, reached, strict=True)
+    device = by_uses[0].device
+    sizes = [
+        torch.stack([norm_of(a - b).float(), norm_of(b).float()]).to(device)
+        for a, b in zip(by_uses, by_gradients, strict=True)
     ]
+    facts = [_facts(record) for record in reached]
+    if together is not None:
+        together.max_(facts)  # all processes must come to one verdict
+    rows = torch.stack([torch.cat([size, fact.to(device)]) for size, fact in zip(sizes, facts, strict=True)]).tolist()
     verdicts = {}
-    for record, (difference, size, count) in zip(reached, torch.stack(rows).tolist(), strict=True):
+    for record, (difference, size, tolerance, *known) in zip(reached, rows, strict=True):
         if math.isfinite(size) and size > 0:
-            verdicts[record.parameter] = _verdict(record, difference <= _tolerance(record) * size, round(count))
+            verdicts[record.parameter] = _verdict(record, difference <= tolerance * size, *map(round, known))
     return verdicts
 
 
-def _verdict(record: Record, agrees: bool, count: int) -> Verdict:
-    if record.wanted_elsewhere:
+def _facts(record: Record) -> Tensor:
+    """What this process saw of the matrix, the more the less it is to be trusted."""
+    known = [_tolerance(record), float(record.completed), float(record.wanted_elsewhere), float(record.in_pieces)]
+    return torch.cat([record.u.new_tensor(known), record.count().reshape(1).to(record.u.dtype)]).float()
+
+
+def _verdict(
+    record: Record, agrees: bool, completed: int, wanted_elsewhere: int, in_pieces: int, count: int
+) -> Verdict:
+    if wanted_elsewhere:
         return Verdict(OTHERWISE, "asked for its gradient inside the loss")
-    if record.in_pieces:
+    if in_pieces:
         return Verdict(SEVERAL_USES if agrees else OTHERWISE, "reached in pieces or by another way")
     if not agrees:
         return Verdict(OTHERWISE, "also used outside its layer" if count else "reached in pieces or by another way")
-    if not is_sharded(record.parameter) and record.parameter.is_leaf and not record.completed:
+    if not is_sharded(record.parameter) and record.parameter.is_leaf and not completed:
         return Verdict(OTHERWISE, "given its gradient by the loop itself")
-    if count == 1 and record.completed <= 1:
+    if count == 1 and completed <= 1:
         return Verdict(ONE_USE, "")
     if record.job.keeps:  # and can be summed
         return Verdict(SEVERAL_USES, "")
@@ -149,8 +163,11 @@ def _verdict(record: Record, agrees: bool, count: int) -> Verdict:
 
 def _joint(
     records: Sequence[Record], workers: DataParallel, everyone: DataParallel
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Both products over all processes, in one collective: gradients may be summed or averaged already."""
+) -> tuple[list[Tensor], list[Tensor], Ranks]:
+    """Both products over all processes, in one collective: gradients may be summed or averaged already.
+
+    And the processes that had a part in each matrix.
+    """
     products, routes = [], []
     for record in records:
         in_summands = workers.splits_the_batch
@@ -158,7 +175,7 @@ def _joint(
             matrix, route = by_layers(record.parameter, record, workers, in_summands)
             products.append(matrix.rmatvec(_r(record)))
         else:
-            here = averaged(record.block, everyone.summands(record.parameter))
+            here = averaged(everyone.block(record.parameter, in_layer=True), everyone.summands(record.parameter))
             products.append(_or_zeros(record.products_of_uses(), record) * here.share)
             route = here.route
         routes.append(route)
@@ -169,7 +186,7 @@ def _joint(
         products.append(_or_zeros(matrix and matrix.rmatvec(_r(record)), record))
         routes.append(route)
     Ranks(routes).sum_(products)
-    return products[: len(records)], products[len(records) :]
+    return products[: len(records)], products[len(records) :], Ranks(routes[: len(records)])
 
 
 def _gradient_times_r(record: Record) -> Tensor:
