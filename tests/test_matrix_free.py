@@ -275,7 +275,7 @@ def test_a_matrix_used_outside_its_layer_is_noticed_and_served_by_its_gradient_f
     reference = nusam.NuSAM(
         torch.optim.SGD(reference_model.parameters(), lr=0.0), model=reference_model, ascent="gradient"
     )
-    for step in range(3):
+    for _step in range(3):
         for m, o in ((model, opt), (reference_model, reference)):
             for _ in o.passes():
                 square_loss()(m).backward()

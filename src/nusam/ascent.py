@@ -1,7 +1,7 @@
 """The ascent: from one pass over a sample to ε of every target, and what is remembered from step to step."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast
 
 import torch
@@ -207,12 +207,19 @@ class Ascent:
     ) -> dict[Tensor, Perturbation]:
         """All that is needed is in this process."""
         lmo = self.lmo
-        records = pass_.records if pass_ else {}
+        if pass_ is None:
+            reached = [target for target in targets if target.parameter.grad is not None]
+            dense = [cast(Tensor, target.parameter.grad) for target in reached]
+            states, radii = [self.state_of(target) for target in reached], [target.radius for target in reached]
+            perturbations = lmo(dense, radii, states, seed) if reached else []
+            return {target.parameter: epsilon for target, epsilon in zip(reached, perturbations, strict=True)}
+        lmo = cast(Nuclear, lmo)
+        records = pass_.records
         found: dict[Tensor, TopPair] = {}
         trusted = [p for p, r in records.items() if r.once and not r.job.keeps and self._trusts(r, ONE_USE)]
-        if sharded and pass_:  # m-SAM: gradients are averaged over processes, the layers' pairs are this one's
-            trusted = [p for p, record in records.items() if record.once]
-        found |= pass_.top_pairs(trusted) if pass_ else {}
+        if sharded:  # m-SAM: gradients are averaged over processes, the layers' pairs are this one's
+            trusted = [p for p, r in records.items() if r.once and self.verification.of(p) in (ONE_USE, None)]
+        found |= pass_.top_pairs(trusted)
         found |= {p: r.gradient_pair for p, r in records.items() if p not in found and r.gradient_pair is not None}
         gradients: dict[Tensor, Tensor | Matrix] = {}
         for target in targets:
@@ -224,7 +231,7 @@ class Ascent:
         reached = [t for t in targets if t.parameter in found or t.parameter in gradients]
         if not reached:
             return {}
-        if sharded and pass_ and gradients:
+        if sharded and gradients:
             raise RuntimeError(
                 "m_sam=True under FSDP2 needs every perturbed matrix to be served by its layer, and the gradient "
                 f"of one of shape {tuple(next(iter(gradients)).shape)} was formed, which FSDP2 averages; exclude it "
@@ -232,14 +239,10 @@ class Ascent:
             )
         states = [self.state_of(target) for target in reached]
         radii = [target.radius for target in reached]
-        if not isinstance(lmo, Nuclear):
-            dense = [cast(Tensor, gradients[target.parameter]) for target in reached]
-            perturbations = lmo(dense, radii, states, seed)
-        else:
-            us = [self.states[p]["u"] for p in gradients]
-            iterated = power_iteration(list(gradients.values()), us, lmo.power_iterations)
-            found |= dict(zip(gradients, iterated, strict=True))
-            perturbations = lmo.from_pairs([found[target.parameter] for target in reached], radii, states)
+        us = [self.states[p]["u"] for p in gradients]
+        iterated = power_iteration(list(gradients.values()), us, lmo.power_iterations)
+        found |= dict(zip(gradients, iterated, strict=True))
+        perturbations = lmo.from_pairs([found[target.parameter] for target in reached], radii, states)
         return {target.parameter: epsilon for target, epsilon in zip(reached, perturbations, strict=True)}
 
     def _from_parts(
@@ -269,5 +272,7 @@ class Ascent:
 
 def _full_precision(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
     """Whatever autocast surrounds the passes."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     kinds = {d.type for p in parameters for d in (p.device, compute_device(p))}
     return entered(*(torch.autocast(kind, enabled=False) for kind in kinds - {"meta"}))

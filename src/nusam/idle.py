@@ -51,8 +51,9 @@ class IdleLayers:
         with always(undo):
             for parameter in self._parameters():
                 if parameter.requires_grad and parameter.is_leaf:
-                    hooks.append(parameter.register_hook(count(parameter, 1)))
-                    hooks.append(parameter.register_post_accumulate_grad_hook(count(parameter, -1)))
+                    hooks.append(parameter.register_hook(count(parameter, 1)))  # type: ignore[no-untyped-call]
+                    complete = parameter.register_post_accumulate_grad_hook
+                    hooks.append(complete(count(parameter, -1)))  # type: ignore[no-untyped-call]
             yield
             self._wanted |= {parameter for parameter, times in asked.items() if times}
 

@@ -88,6 +88,6 @@ def _count_backwards() -> int:
     seen: list[int] = []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         root = torch.zeros((), requires_grad=True, device="cpu")
-        root.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
-        root.backward()
+        root.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))  # type: ignore[no-untyped-call]
+        root.backward()  # type: ignore[no-untyped-call]
     return seen[0]

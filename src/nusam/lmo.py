@@ -134,14 +134,18 @@ class Nuclear(LMO):
         """ε from top pairs that are known already, however they were found."""
         for state, pair in zip(states, pairs, strict=True):
             state["u"] = pair.u
-        scales = self._scales([pair.sigma for pair in pairs])
-        return [
-            RankOne(pair.u, pair.v.mul_(radius * scale), pair.sigma, abs(radius) * scale * pair.alive)
-            for pair, radius, scale in zip(pairs, radii, scales, strict=True)
-        ]
+        vs, alive = [pair.v for pair in pairs], [pair.alive.to(pair.sigma.dtype) for pair in pairs]
+        shares = self._shares([pair.sigma for pair in pairs])
+        torch._foreach_mul_(vs, list(radii))
+        norms = torch._foreach_mul(alive, [abs(radius) for radius in radii])
+        if shares is not None:
+            torch._foreach_mul_(vs, shares)
+            norms = torch._foreach_mul(norms, shares)
+        return [RankOne(pair.u, pair.v, pair.sigma, norm) for pair, norm in zip(pairs, norms, strict=True)]
 
-    def _scales(self, sigmas: list[Tensor]) -> list[Tensor]:
-        return [torch.ones_like(sigma) for sigma in sigmas]
+    def _shares(self, sigmas: list[Tensor]) -> list[Tensor] | None:
+        """What each matrix gets of its radius; None is all of it."""
+        return None
 
 
 class NuclearNormalized(Nuclear):
@@ -152,7 +156,7 @@ class NuclearNormalized(Nuclear):
 
     joint = True
 
-    def _scales(self, sigmas: list[Tensor]) -> list[Tensor]:
+    def _shares(self, sigmas: list[Tensor]) -> list[Tensor] | None:
         together = torch.stack([sigma.to(sigmas[0]) for sigma in sigmas])
         shares, _ = _unit([together])
         return [share.to(sigma) for share, sigma in zip(shares[0], sigmas, strict=True)]
@@ -171,11 +175,8 @@ class L2(LMO):
         seed: int,
         together: Together = ALONE,
     ) -> list[Perturbation]:
-        directions, norms = _unit(gradients, together)
-        return [
-            Dense(direction.mul_(radius), norm * abs(radius))
-            for direction, norm, radius in zip(directions, norms, radii, strict=True)
-        ]
+        directions, norms = _unit(gradients, together, radii)
+        return [Dense(*pair) for pair in zip(directions, norms, strict=True)]
 
 
 class Gaussian(LMO):
@@ -238,12 +239,40 @@ def matrix_shape(parameter: Tensor) -> torch.Size:
     return parameter.shape if packed is None else torch.Size(packed.shape)
 
 
-def _unit(tensors: Sequence[Tensor], together: Together = ALONE) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors divided in place by their joint ℓ2 norm, and the norm of each quotient.
+def _unit(
+    tensors: Sequence[Tensor], together: Together = ALONE, radii: Sequence[float] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors divided in place by their joint ℓ2 norm, times a radius each, and the norm of each result.
 
     All zero where that norm is zero or not finite. Scaled by the largest entry first, so that the squares
     neither under- nor overflow.
     """
+    tensors, radii = list(tensors), [1.0] * len(tensors) if radii is None else list(radii)
+    if len({(x.device, x.dtype) for x in tensors}) > 1 or not all(x.numel() for x in tensors):
+        return _unit_of_many_kinds(tensors, together, radii)
+    maxima = list(torch._foreach_norm(tensors, float("inf")))
+    together.max_(maxima)
+    largest = torch.stack(maxima).amax()
+    torch._foreach_div_(tensors, largest)
+    squares = list(torch._foreach_norm(tensors, 2, dtype=working_dtype(tensors[0])))
+    torch._foreach_mul_(squares, squares)
+    together.sum_(squares)
+    norms = torch.stack(squares).sqrt()
+    total = torch.linalg.vector_norm(norms)  # NaN where the largest entry is zero, infinite or NaN
+    dead = ~total.isfinite()
+    torch._foreach_div_(tensors, total.to(tensors[0].dtype))
+    torch._foreach_mul_(tensors, radii)
+    for x in tensors:
+        x.masked_fill_(dead, 0)
+    shares = list((norms / total).masked_fill_(dead, 0).unbind())
+    torch._foreach_mul_(shares, [abs(radius) for radius in radii])
+    return tensors, shares
+
+
+def _unit_of_many_kinds(
+    tensors: list[Tensor], together: Together, radii: list[float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`_unit` of tensors on several devices, of several dtypes, or some of them empty."""
     device, dtype = tensors[0].device, working_dtype(tensors[0])
 
     def joint(norms: Sequence[Tensor]) -> Tensor:
@@ -252,16 +281,16 @@ def _unit(tensors: Sequence[Tensor], together: Together = ALONE) -> tuple[list[T
     maxima = [_largest_entry(x) for x in tensors]
     together.max_(maxima)
     largest = joint(maxima).amax()
-    dead = ~(largest.isfinite() & (largest > 0))
-    scaled = [x.div_(largest.to(x.device)).masked_fill_(dead.to(x.device), 0) for x in tensors]
+    scaled = [x.div_(largest.to(x.device)) for x in tensors]
     squares = [torch.linalg.vector_norm(x, dtype=working_dtype(x)).square() for x in scaled]
     together.sum_(squares)
     norms = joint(squares).sqrt()
     total = torch.linalg.vector_norm(norms)
-    dead |= ~total.isfinite()  # a maximum over processes may miss a NaN, a sum does not
-    total = _or_one(total)
-    unit = [x.div_(total.to(x.device)).masked_fill_(dead.to(x.device), 0) for x in scaled]
-    return unit, [norm.to(x.device) for norm, x in zip((norms / total).masked_fill(dead, 0), unit, strict=True)]
+    dead = ~(total.isfinite() & (largest > 0))
+    for x, radius in zip(scaled, radii, strict=True):
+        x.div_(total.to(x.device)).mul_(radius).masked_fill_(dead.to(x.device), 0)
+    shares = (norms / total).masked_fill_(dead, 0)
+    return scaled, [share.to(x.device) * abs(radius) for share, x, radius in zip(shares, scaled, radii, strict=True)]
 
 
 def _largest_entry(x: Tensor) -> Tensor:

@@ -149,7 +149,8 @@ class LayerPass:
                 parameter.requires_grad_(True)
             for parameter, record in self.records.items():
                 if record.job.checks and parameter.is_leaf:
-                    hooks.append(parameter.register_post_accumulate_grad_hook(record.complete))
+                    complete = parameter.register_post_accumulate_grad_hook
+                    hooks.append(complete(record.complete))  # type: ignore[no-untyped-call]
             yield
 
     def settle(self) -> None:
@@ -443,7 +444,8 @@ def _as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
     device = x.device.type
     if kind is Embedding or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x
-    return x.to(torch.get_autocast_dtype(device))
+    multiplied: Tensor = x.to(torch.get_autocast_dtype(device))
+    return multiplied
 
 
 def _layer(

@@ -89,4 +89,5 @@ class Nothing:
 
 def norm_of(x: Tensor) -> Tensor:
     """‖x‖₂ in the working dtype."""
-    return torch.linalg.vector_norm(x, dtype=working_dtype(x))
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=working_dtype(x))
+    return norm

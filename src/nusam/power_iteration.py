@@ -109,9 +109,7 @@ def meeting(us: Sequence[Tensor]) -> list[Tensor]:
     """
     if not us:
         return []
-    sizes = [torch.finfo(u.dtype).eps ** 2 * u.numel() ** -0.5 for u in us]
-    small = torch._foreach_mul([signs(u.numel(), u.device, u.dtype) for u in us], sizes)
-    return list(torch._foreach_add(list(us), small))
+    return list(torch._foreach_add(list(us), [_small_signs(u.numel(), u.device, u.dtype) for u in us]))
 
 
 @lru_cache(maxsize=256)
@@ -120,6 +118,12 @@ def signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(n)
     signs = torch.randint(0, 2, (n,), generator=generator, device="cpu", dtype=torch.int8)
     return signs.to(device, dtype).mul_(2).sub_(1)
+
+
+@lru_cache(maxsize=256)
+def _small_signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    small: Tensor = signs(n, device, dtype) * (torch.finfo(dtype).eps ** 2 * n**-0.5)
+    return small
 
 
 def products(
@@ -143,28 +147,54 @@ def products(
     return current, vs
 
 
-def normalized(us: list[Tensor], vs: list[Tensor], warm_starts: Sequence[Tensor]) -> list[TopPair]:
-    """The triples of :func:`products`' vectors, which are overwritten."""
-    u_norms, u_largest = _normalize(us)
-    v_norms, v_largest = _normalize(vs)
-    pairs = []
-    for i, (warm, u, v) in enumerate(zip(warm_starts, us, vs, strict=True)):
-        sigma = u_norms[i] / v_norms[i] * (u_largest[i] / v_largest[i])
-        alive = sigma.isfinite()  # 0/0, inf/inf and NaN all end up as a NaN norm
-        v, sigma = v.masked_fill_(~alive, 0), sigma.masked_fill(~alive, 0)
-        pairs.append(TopPair(torch.where(alive, u, warm), v, sigma, alive))
+def normalized(us: Sequence[Tensor], vs: Sequence[Tensor], warm_starts: Sequence[Tensor]) -> list[TopPair]:
+    """The triples of :func:`products`' vectors."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, u in enumerate(us):
+        kinds.setdefault((u.device, u.dtype), []).append(i)
+    pairs: list[TopPair] = [None] * len(us)  # type: ignore[list-item]
+    for indices in kinds.values():
+        chosen = ([xs[i] for i in indices] for xs in (us, vs, warm_starts))
+        for i, pair in zip(indices, _normalized(*chosen), strict=True):
+            pairs[i] = pair
     return pairs
+
+
+def _normalized(us: list[Tensor], vs: list[Tensor], warm_starts: list[Tensor]) -> list[TopPair]:
+    """The same for vectors of one device and dtype, all of which go through each operation together."""
+    u, u_norms, u_largest, u_owner = _unit(us)
+    v, v_norms, v_largest, v_owner = _unit(vs)
+    sigmas = u_norms / v_norms * (u_largest / v_largest)
+    alive = sigmas.isfinite()  # 0/0, inf/inf and NaN all end up as a NaN norm
+    u = torch.where(alive[u_owner], u, torch.cat(warm_starts))
+    v = v.masked_fill_(~alive[v_owner], 0)
+    sigmas = sigmas.masked_fill(~alive, 0)
+    pieces = zip(
+        torch.split(u, [x.numel() for x in us]),
+        torch.split(v, [x.numel() for x in vs]),
+        sigmas.unbind(),
+        alive.unbind(),
+        strict=True,
+    )
+    return [TopPair(*piece) for piece in pieces]
+
+
+def _unit(xs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x/(‖x‖ + τ) for every x, one behind the other, free of under- and overflow; the norms in two factors."""
+    owner = _owner(tuple(x.numel() for x in xs), xs[0].device)
+    largest = torch.stack(torch._foreach_norm(xs, float("inf")))
+    flat = torch.cat(xs).div_(largest[owner])
+    norms = torch.stack(torch._foreach_norm(list(torch.split(flat, [x.numel() for x in xs]))))
+    return flat.div_((norms + TAU)[owner]), norms, largest, owner
+
+
+@lru_cache(maxsize=64)
+def _owner(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """For every entry of vectors one behind the other, the number of its vector."""
+    numbers = torch.arange(len(lengths), device="cpu")
+    return numbers.repeat_interleave(torch.tensor(lengths, device="cpu")).to(device)
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which products with ``tensor`` are computed: its own, but at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _normalize(xs: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """x/(‖x‖ + τ) for every x in place, free of under- and overflow; the norms in two factors."""
-    largest = torch._foreach_norm(xs, float("inf"))
-    torch._foreach_div_(xs, largest)
-    norms = torch._foreach_norm(xs)
-    torch._foreach_div_(xs, torch._foreach_add(norms, TAU))
-    return norms, largest

@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from operator import is_
 from types import SimpleNamespace
 from typing import Any, TypedDict, cast
 
@@ -184,11 +185,13 @@ class SharpnessAware(Wrapper):
         self._in_backward: StepInBackward | None = None
         self._guard = ModelGuard(model)
         self._written = WrittenWeights()
+        self._first_ascent: int | None = None  # the step of it, since the start or the last load
         self._ledger = Ledger()
         self._structure: Structure | None = None
         self._ascended: list[Tensor] = []  # the targets of the ascent that the next descent belongs to
         self._progress = _Progress()
         self._holders = Holders()
+        self._target_list: _TargetList | None = None
         self._check_targets()
         for group in base_optimizer.param_groups:
             group.setdefault("rho", rho)
@@ -246,7 +249,10 @@ class SharpnessAware(Wrapper):
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
-        check = self._progress.ascents & (self._progress.ascents - 1) == 0  # the first, and 1, 2, 4, 8, … after it
+        if self._first_ascent is None:
+            self._first_ascent = self._progress.steps
+        age = self._progress.steps - self._first_ascent
+        check = age & (age - 1) == 0  # the first, and 1, 2, 4, 8, … steps after it
 
         def undo() -> None:
             for parameter, gradient in zip(parameters, kept, strict=True):
@@ -553,6 +559,7 @@ class SharpnessAware(Wrapper):
         self._ascent.states, self._ascent.measured, self._pending = states, {}, None
         self._ascent.verification.load({outside.get(key, key): code for key, code in saved.found.items()})
         self._progress.steps, self._progress.ascents = saved.steps, max(0, saved.steps - self.delay)
+        self._first_ascent = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -565,7 +572,7 @@ class SharpnessAware(Wrapper):
         left_out = ("step", "_hook_for_profile")
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
         kept = {name: value for name, value in state.items() if name not in left_out}
-        return {**kept, "_pending": None, "_structure": None, "_ascended": []}
+        return {**kept, "_pending": None, "_structure": None, "_ascended": [], "_target_list": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -614,11 +621,15 @@ class SharpnessAware(Wrapper):
         A radius is negative where the base optimizer maximizes: the worst neighbour is then the lowest.
         """
         factor = self._factor() if factor is None else factor
-        targets = []
-        for index, (parameter, radius, left_out) in enumerate(self._candidates()):
-            if radius * factor != 0 and left_out is None and self._perturbs(parameter):
-                targets.append(Target(parameter, radius * factor, _mix(self.seed, index)))
-        return targets
+        known = self._target_list
+        if known is None or callable(self.targets) or not known.holds(self, factor):
+            chosen = [
+                Target(parameter, radius * factor, _mix(self.seed, index))
+                for index, (parameter, radius, left_out) in enumerate(self._candidates())
+                if radius * factor != 0 and left_out is None and self._perturbs(parameter)
+            ]
+            self._target_list = known = _TargetList(self, factor, chosen)
+        return known.targets
 
     def _candidates(self) -> list[Candidate]:
         """Every parameter that the optimizer holds, and those beside it that may be perturbed."""
@@ -691,7 +702,8 @@ class SharpnessAware(Wrapper):
         for target in targets:
             gradient = target.parameter.grad
             if gradient is not None:
-                check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
+                if gradient.layout != torch.strided:
+                    check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
                 if gradient.requires_grad:
                     target.parameter.grad = gradient.detach()  # create_graph=True leaves a graph on it
         if pass_ is not None:
@@ -836,6 +848,38 @@ def step_in_backward(opt: SharpnessAware) -> None:
     if opt._in_backward is None:
         opt._in_backward = StepInBackward(opt.base_optimizer)
         weakref.finalize(opt, opt._in_backward.remove)
+
+
+class _TargetList:
+    """The targets as they were chosen, and what they were chosen by."""
+
+    def __init__(self, opt: SharpnessAware, factor: float, targets: list[Target]) -> None:
+        self.targets = targets
+        self._by = self._inputs(opt, factor)
+        self._parameters = self._among(opt)
+        self._trainable = [parameter.requires_grad for parameter in self._parameters]
+
+    def holds(self, opt: SharpnessAware, factor: float) -> bool:
+        """Whether they would be chosen again."""
+        parameters = self._among(opt)
+        return (
+            self._by == self._inputs(opt, factor)
+            and len(parameters) == len(self._parameters)
+            and all(map(is_, parameters, self._parameters))
+            and self._trainable == [parameter.requires_grad for parameter in parameters]
+        )
+
+    @staticmethod
+    def _inputs(opt: SharpnessAware, factor: float) -> tuple[Any, ...]:
+        groups = [
+            (group.get("rho", opt._rho), bool(group.get("maximize", False)), len(group["params"]))
+            for group in opt.param_groups
+        ]
+        return factor, opt._rho, turns_round(opt.base_optimizer), groups
+
+    @staticmethod
+    def _among(opt: SharpnessAware) -> list[Tensor]:
+        return [*opt._parameters(), *opt._outside().values()]
 
 
 class _Progress:

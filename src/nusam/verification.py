@@ -182,9 +182,8 @@ def _joint(
     for record in records:
         found = by_gradient(record.parameter, everyone, in_summands=True)
         here = averaged(everyone.block(record.parameter, in_layer=True), everyone.summands(record.parameter))
-        matrix, route = found or (None, here.route)
-        products.append(_or_zeros(matrix and matrix.rmatvec(_r(record)), record))
-        routes.append(route)
+        products.append(_or_zeros(found and found[0].rmatvec(_r(record)), record))
+        routes.append(found[1] if found else here.route)
     Ranks(routes).sum_(products)
     return products[: len(records)], products[len(records) :], Ranks(routes[: len(records)])
 
