@@ -5,7 +5,7 @@ before it under a scaler, by itself for a micro-batch that only accumulates. So 
 passes, and the step that runs none.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -113,7 +113,7 @@ class SharpnessAwareCallback(Callback):
             )
         for opt in optimizers:
             self._traces.enter_context(_wrapped_model(opt, trainer, pl_module))
-            if not _is_default("on_after_backward", pl_module, self._callbacks):
+            if not _is_default("on_after_backward", pl_module):
                 self._traces.enter_context(_by_gradients(opt))
         self._is_automatic = pl_module.automatic_optimization
         if self._is_automatic and not self._has_closures:
@@ -161,6 +161,11 @@ class SharpnessAwareCallback(Callback):
     ) -> Callable[..., Any]:
         one_pass, zero_grad, batch = closure.closure, closure._zero_grad_fn, kwargs["batch"]
 
+        def clear() -> None:
+            if zero_grad is not None:
+                with self._replay.for_good():
+                    zero_grad()
+
         def passes(*_: Any, **__: Any) -> Any:
             self._to_log = {"active": float(opt.active), "rho": max(opt._radii())}
             hooks = ("on_before_zero_grad", "optimizer_zero_grad")
@@ -168,17 +173,17 @@ class SharpnessAwareCallback(Callback):
                 opt.zero_grad()  # what is cleared in the descent anyway takes no room in the ascent
             first: Any = None
             last: Any = None
-            for name, kwargs["batch"] in self._replay.passes(opt.passes(accumulate=True), self._owners, batch):
-                # its hooks run once a batch, and find the gradients of the step before
-                closure._zero_grad_fn = zero_grad if name == "descent" else None
-                with _silent(pl_module, self._replay.later):
+            with _logging_once(pl_module, self._replay):
+                for name, kwargs["batch"] in self._replay.passes(opt.passes(accumulate=True), self._owners, batch):
+                    # its hooks run once a batch, and find the gradients of the step before
+                    closure._zero_grad_fn = clear if name == "descent" else None
                     last = one_pass()
-                first = last if first is None else first
-                if last.closure_loss is None:  # training_step skips the batch
-                    break
+                    first = last if first is None else first
+                    if last.closure_loss is None:  # training_step skips the batch
+                        break
             if last.closure_loss is None:
-                if closure._zero_grad_fn is None and zero_grad is not None:
-                    zero_grad()
+                if closure._zero_grad_fn is None:
+                    clear()
                 return last
             if last is not first:
                 self._to_log["sharpness_gap"] = (last.loss - first.loss) * trainer.accumulate_grad_batches
@@ -217,8 +222,8 @@ class SharpnessAwareCallback(Callback):
 
         def passes() -> Any:
             losses: list[Any] = []
-            for _ in self._replay.passes(opt.passes(), self._owners, None):
-                with torch.enable_grad(), _silent(pl_module, self._replay.later):
+            with torch.enable_grad(), _logging_once(pl_module, self._replay):
+                for _ in self._replay.passes(opt.passes(), self._owners, None):
                     losses.append(closure())
             return losses[0]
 
@@ -237,8 +242,8 @@ class SharpnessAwareCallback(Callback):
         return args[:1], {}
 
 
-def _is_default(hook: str, pl_module: LightningModule, callbacks: list[Callback]) -> bool:
-    """Whether neither the module nor a callback has a hook of this name of its own."""
+def _is_default(hook: str, pl_module: LightningModule, callbacks: Iterable[Callback] = ()) -> bool:
+    """Whether neither the module nor one of the callbacks has a hook of this name of its own."""
     if getattr(getattr(pl_module, hook), "__func__", None) is not getattr(LightningModule, hook):
         return False
     return all(getattr(type(c), hook) is getattr(Callback, hook, None) for c in callbacks if hasattr(c, hook))
@@ -275,15 +280,13 @@ def _wrapped_model(opt: SharpnessAware, trainer: Trainer, pl_module: LightningMo
 
 
 @contextmanager
-def _silent(pl_module: LightningModule, silent: bool) -> Iterator[None]:
-    """Log nothing: the batch has been logged in its ascent pass."""
-    own = pl_module.__dict__
+def _logging_once(pl_module: LightningModule, replay: Replay) -> Iterator[None]:
+    """Log nothing in a later pass: the batch has been logged in its first one."""
+    own, log = pl_module.__dict__, pl_module.log
     before = {name: own[name] for name in ("log",) if name in own}
-    if silent:
-        own["log"] = lambda *_, **__: None
+    own["log"] = lambda *args, **kwargs: None if replay.later else log(*args, **kwargs)
     try:
         yield
     finally:
-        if silent:
-            del own["log"]
-            own.update(before)
+        del own["log"]
+        own.update(before)

@@ -13,6 +13,7 @@ import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ class Replay:
         """Whether the pass that runs is not the first one over its batch."""
         self._step = step
         self._clones = True  # until a step has been seen to leave its batch alone
+        self._owners: list[object] = []
+        self._after: _State | None = None  # what the first of several passes left
         self._kept: list[_Kept] | None = None  # while the first of several passes runs
         self._prepared: list[tuple[_Kept, RandomState | None]] = []
         self._asked_for: Iterator[tuple[_Kept, RandomState | None]] = iter(())
@@ -59,7 +62,6 @@ class Replay:
             RuntimeError: if the first pass changed what can't be brought back for the next.
         """
         before: _State | None = None
-        after: _State | None = None
         kept: _Kept | None = None
         try:
             for name in passes:
@@ -73,17 +75,32 @@ class Replay:
                 else:
                     self._kept, self._prepared = [], []
                     kept = self._keep(batch)
-                    owners = [*owners, *kept.objects]
-                    before = _State(owners, draws=True)
+                    self._owners = [*owners, *kept.objects]
+                    before = _State(self._owners, draws=True)
                     yield name, batch
                     self._learn(before)
-                    after = _State(owners)
+                    self._after = _State(self._owners)
         finally:
-            self._kept, self._prepared, self.later = None, [], False
+            after, self._after = self._after, None
+            self._kept, self._prepared, self._owners, self.later = None, [], [], False
             if after is not None:
                 after.restore()
             if before is not None:
                 before.release()
+
+    @contextmanager
+    def for_good(self) -> Iterator[None]:
+        """For what runs once a batch, though inside a later pass: it finds what the first pass left, and is kept."""
+        if self._after is None:
+            yield
+            return
+        self._after.restore()
+        later, self.later = self.later, False
+        try:
+            yield
+        finally:
+            self.later = later
+            self._after = _State(self._owners)
 
     def once(self, prepare: Callable[..., Any], model: nn.Module | None = None) -> Callable[..., Any]:
         """The function, called in the first pass alone; later ones get what it returned.
