@@ -53,11 +53,11 @@ class Buffers:
         if everything or self._walk != self._tree.walks or self._sizes != list(map(len, self._tree.buffers)):
             self._find()
         frozen = [parameter for parameter in self._parameters if not parameter.requires_grad]
-        moving = [parameter for parameter in frozen if parameter in self._moving]
+        moving = [parameter for parameter in frozen if parameter in self._moving] if self._moving else []
         if self._plan is None or not self._plan.fits(self._owners, moving):
             self._moving.intersection_update([*_entries(self._owners), *self._parameters])
             self._plan = _Plan(self._owners, moving, self._moving)
-        still = [parameter for parameter in frozen if parameter not in self._moving]
+        still = [parameter for parameter in frozen if parameter not in self._moving] if moving else frozen
         self._step = _Step(self._plan, still, everything)
 
     @contextmanager
@@ -97,6 +97,7 @@ class Buffers:
 class _Plan:
     """Which tensors are copied, and where to; holds from step to step while none is replaced or reshaped."""
 
+    @torch.no_grad()
     def __init__(self, owners: Sequence[nn.Module], frozen: Sequence[Tensor], moving: set[Tensor]) -> None:
         self.owners = list(owners)
         self.frozen = list(frozen)
@@ -105,10 +106,9 @@ class _Plan:
         buffers = [t for t in dict.fromkeys(self.entries) if t is not None and is_here(t)]
         self.large = [t for t in buffers if t.numel() > SMALL and t not in moving]
         copied = [t for t in buffers if t.numel() <= SMALL or t in moving]
-        with torch.no_grad():
-            self.tensors = [here(t) for t in copied + self.frozen]
-            self.before = [torch.empty_like(t) for t in self.tensors]
-            self.after = [torch.empty_like(t) for t in self.tensors]
+        self.tensors = [here(t) for t in copied + self.frozen]
+        self.before = [torch.empty_like(t) for t in self.tensors]
+        self.after = [torch.empty_like(t) for t in self.tensors]
         self.shapes = [t.shape for t in self.tensors]
         self.with_numbers = [owner for owner in owners if _has_own_forward(owner)]
         kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -146,24 +146,25 @@ class _Late(NamedTuple):
 class _Step:
     """The buffers of one step: before the ascent, and after it."""
 
+    @torch.no_grad()
     def __init__(self, plan: _Plan, still: Sequence[Tensor], everything: bool) -> None:
         self._plan = plan
         self._everything = everything
+        self._finished = False
         self._numbers_before = [_numbers(owner) for owner in plan.with_numbers]
         self._large = Watch(plan.large)
         self._still = Watch(still, norms=everything)
-        with torch.no_grad():
-            looked_at = [*plan.large, *(p for p in still if p.numel() <= SMALL)] if everything else []
-            self._copies = {t: here(t).clone() for t in looked_at}
+        looked_at = [*plan.large, *(p for p in still if p.numel() <= SMALL)] if everything else []
+        self._copies = {t: here(t).clone() for t in looked_at}
         plan.copy(plan.before, plan.tensors, {})
 
+    @torch.no_grad()
     def moved(self, deaf: set[Tensor]) -> set[Tensor]:
         """Large tensors that the ascent moved. ``deaf``: those whose version says nothing; brought up to date."""
         stirred = {*self._large.stirred(), *self._still.stirred()}
         if not self._everything:
             return stirred - deaf
-        with torch.no_grad():
-            unequal = {t for t, copy in self._copies.items() if not _equal(here(t), copy)}
+        unequal = {t for t, copy in self._copies.items() if not _equal(here(t), copy)}
         moved = unequal.union(self._still.changed())
         deaf |= stirred - moved
         return moved
@@ -203,9 +204,12 @@ class _Step:
 
     def finish(self) -> None:
         """Make the buffers what the ascent left; bears repetition."""
+        if self._finished:
+            return
         plan = self._plan
-        for owner, after in self._after or zip(plan.owners, plan.buffers, strict=True):
-            _fill(owner, after)
+        if self._after or not plan.holds():
+            for owner, after in self._after or zip(plan.owners, plan.buffers, strict=True):
+                _fill(owner, after)
         for owner, numbers in zip(plan.with_numbers, self._numbers_after, strict=True):
             _set(owner, numbers)
         for i, resized in self._resized.items():
@@ -216,6 +220,7 @@ class _Step:
         plan.copy(plan.tensors, plan.after, self._resized)
         for late in self._late:
             _put(late.tensor, late.after)
+        self._finished = True
 
 
 def _entries(owners: Sequence[nn.Module]) -> list[Tensor | None]:
