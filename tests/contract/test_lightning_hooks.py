@@ -546,3 +546,32 @@ def test_the_loader_of_the_battery_is_untouched():
     """The images that other tests share are not written into by a step that writes into its batch."""
     x, _ = next(iter(loader(Run())))
     assert x.max() <= 1
+
+
+def test_an_ascent_that_the_optimizer_repeats_counts_once():
+    """A wide layer that its loop uses beside itself for the first time in the seventh batch."""
+
+    class Changing(Model):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.net = nn.Sequential(nn.Linear(6, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 3))
+            self.names, self.kept = [], []
+
+        def training_step(self, batch, batch_idx):
+            names.append(batch_idx)
+            loss = super().training_step(batch, batch_idx)
+            self.kept.append(loss.item())
+            return loss + 0.1 * self.net[2].weight.square().sum() if batch_idx == 6 else loss
+
+    names = []
+    ours = fit(Changing(0.3))
+    assert [names.count(index) for index in range(12)] == [2] * 6 + [3] + [2] * 5
+    assert len(ours.kept) == 12
+    names.clear()
+    expected = Changing(0.3)
+    opt = expected.configure_optimizers()
+    for index, batch in enumerate(BATCHES):
+        for _ in opt.passes():
+            expected.training_step(batch, index).backward()
+        opt.step()
+    assert_same(ours, expected, tolerance=1e-6)
