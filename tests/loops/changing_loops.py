@@ -278,6 +278,30 @@ class WeightsMayBeTiedMidway(_Plain):
         super().step(step)
 
 
+class AParameterMayBeReplacedMidway(_Plain):
+    """A layer's weight is another parameter from the fourth step on, in the optimizer's group too"""
+
+    dtypes = DOUBLE
+
+    def step(self, step):
+        if step == 3:
+            old = self.model[2].weight
+            self.model[2].weight = new = nn.Parameter(0.7 * old.detach())
+            for group in self.driver.base.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+        super().step(step)
+
+
+class AGroupMayBeLeftAlone(_Plain):
+    """A group with rho=0 beside one that is perturbed"""
+
+    dtypes = DOUBLE
+
+    def base(self):
+        groups = [{"params": self.model[:4].parameters()}, {"params": self.model[4:].parameters(), "rho": 0.0}]
+        return torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
+
+
 class LearningRatesAndRadiiMayBeScheduled(_Plain):
     """A scheduler on the optimizer, and gradients clipped by their norm"""
 

@@ -97,6 +97,32 @@ class CompleteGradientsMayBeChanged(_Hooked):
         return weight.register_post_accumulate_grad_hook(scale)
 
 
+class GradientsMayBeMaskedAtTheirNode(_Hooked):
+    """A pre-hook on the node that accumulates a weight's gradient"""
+
+    dtypes = DOUBLE
+
+    def hook(self, weight):
+        self.node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+        mask = (weight.detach() > -0.1).to(self.dtype)
+        return self.node.register_prehook(lambda gradients: (gradients[0] * mask,))
+
+
+class AllGradientsMayBeWatchedTogether(_Hooked):
+    """register_multi_grad_hook over all parameters"""
+
+    dtypes = DOUBLE
+
+    def hook(self, weight):
+        self.seen = []
+        parameters = list(self.model.parameters())
+
+        def watch(gradients):
+            self.seen.append([g is not None for g in gradients])
+
+        return torch.autograd.graph.register_multi_grad_hook(parameters, watch)
+
+
 class HooksOnFeaturesMayScale(_Hooked):
     """A hook on hidden features that scales their gradient, in the fifth and sixth step"""
 

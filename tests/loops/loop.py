@@ -83,6 +83,10 @@ class Loop:
     def loss(self, step: int) -> Tensor:
         raise NotImplementedError
 
+    def as_it_writes(self, weight: Tensor) -> Tensor:
+        """What a pass itself makes of a weight, ε apart."""
+        return weight
+
     # ------------------------------------------------------------ what loops use
 
     @property

@@ -230,6 +230,16 @@ class AttentionMayTurnFromOneToTheOther(_Attention):
         return self.model["attention"](x, memory, memory, need_weights=False)[0]
 
 
+class AttentionMayHaveThreeWidths(_Attention):
+    """nn.MultiheadAttention whose keys and values are of other widths, in matrices of their own"""
+
+    dtypes = DOUBLE
+    kind = {"kdim": 6, "vdim": 5, "add_bias_kv": True}  # noqa: RUF012
+
+    def attend(self, step, x):
+        return self.model["attention"](x, self.normal(step + 50, 4, 5, 6), self.normal(step + 90, 4, 5, 5))[0]
+
+
 class EncodersDropTheSameTwice(Loop):
     """nn.TransformerEncoderLayer with dropout"""
 

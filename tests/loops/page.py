@@ -14,7 +14,9 @@ from tests.loops.running import MODES, Outcome, outcome
 
 KINDS = (
     "several_backwards",
+    "by_hand",
     "gradients_inside",
+    "adversaries",
     "weights_elsewhere",
     "made_weights",
     "odd_layers",
@@ -22,8 +24,10 @@ KINDS = (
     "unreached",
     "checkpoints",
     "without_gradients",
+    "frozen_weights",
     "changing_state",
     "hooks",
+    "surroundings",
     "changing_loops",
 )
 MODULES = [importlib.import_module(f"tests.loops.{kind}") for kind in KINDS]

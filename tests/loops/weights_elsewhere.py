@@ -1,9 +1,11 @@
 """Weights used otherwise than by their layer"""
 
+import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from tests.loops.loop import ALL, DOUBLE, Loop, mlp, to_target
 
@@ -277,3 +279,72 @@ class AWeightMayBeATarget(Loop):
     def loss(self, step):
         h = self.model[:4](self.normal(step, 8, 6))
         return to_target(self.model[4](h)) + F.mse_loss(h, self.model[4].weight.detach()[:1].expand_as(h))
+
+
+class AWeightMayBeReadWithoutGradients(Loop):
+    """F.linear(x, layer.weight.detach()) beside the layer"""
+
+    dtypes = DOUBLE
+    begins = 0
+
+    def loss(self, step):
+        h = self.model[:2](self.normal(step, 8, 6))
+        extra = F.linear(h, self.model[2].weight.detach()) if step >= self.begins else 0
+        return to_target(self.model[3:](self.model[2](h) + extra))
+
+
+class AWeightMayBeReadWithoutGradientsMidway(AWeightMayBeReadWithoutGradients):
+    """The same, from the fourth step on"""
+
+    begins = 3
+
+
+class ALayersClassMayChangeMidway(Loop):
+    """layer.__class__ is assigned in the fourth step, as conversions do"""
+
+    def step(self, step):
+        if step == 3:
+            self.model[2].__class__ = _Doubled
+        super().step(step)
+
+    def loss(self, step):
+        return to_target(self.model(self.normal(step, 8, 6)))
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * F.linear(x, self.weight, self.bias)
+
+
+class AClassMayBePatchedMidway(Loop):
+    """nn.Linear.forward is patched from the fourth step on"""
+
+    dtypes = DOUBLE
+
+    def backward(self, step):
+        with pytest.MonkeyPatch.context() as patch:
+            if step >= 3:
+                patch.setattr(nn.Linear, "forward", lambda layer, x: 1.3 * F.linear(x, layer.weight, layer.bias))
+            super().backward(step)
+
+    def loss(self, step):
+        return to_target(self.model(self.normal(step, 8, 6)))
+
+
+class AParametrizationMayComeMidway(Loop):
+    """A weight is parametrized in the fourth step"""
+
+    dtypes = DOUBLE
+
+    def step(self, step):
+        if step == 3:
+            parametrize.register_parametrization(self.model[2], "weight", _Bounded())
+        super().step(step)
+
+    def loss(self, step):
+        return to_target(self.model(self.normal(step, 8, 6)))
+
+
+class _Bounded(nn.Module):
+    def forward(self, W):
+        return (2 * W).tanh()
