@@ -337,6 +337,9 @@ def test_no_gradient_of_a_base_weight_is_formed():
     shapes_of_base = {tuple(p.shape) for p in base_matrices(model).values()}
     assert shapes_of_base == {(24, 24), (56, 24), (24, 56)}
     opt = nusam.NuSAM(torch.optim.SGD(trained(model), lr=0.1), RHO, model=model, targets="frozen")
+    for _ in opt.passes():  # the step in which layers are compared with gradients, one at a time
+        loss_of(model).backward()
+    assert all(p.grad is None for p in base_matrices(model).values())
     for name in opt.passes():
         loss = loss_of(model)
         with Shapes(model) as shapes:

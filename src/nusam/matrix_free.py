@@ -424,9 +424,9 @@ class Record:
                 self.take(kind, *inputs, self.block.shape[0], None)
 
         # the tap is an input of what follows, so that it is reached where autograd accumulates
-        y = _Tapped.apply(y, self._tap)
-        y.register_hook(take)
-        return y
+        tapped: Tensor = _Tapped.apply(y, self._tap)
+        tapped.register_hook(take)  # type: ignore[no-untyped-call]
+        return tapped
 
 
 def _is_wanted(parameter: Tensor) -> bool:
