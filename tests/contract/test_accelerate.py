@@ -1,10 +1,13 @@
 """What accelerate's wrapper around an optimizer does to ours."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -118,3 +121,41 @@ def test_deepspeed_is_refused():
     opt = DeepSpeedOptimizerWrapper(nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1)))
     with pytest.raises(NotImplementedError, match=r"DeepSpeed steps inside its backward.*use DDP, or FSDP2"):
         next(passes(opt, model))
+
+
+@pytest.mark.parametrize("launch", [DistributedType.XLA, DistributedType.MEGATRON_LM])
+def test_launches_that_add_up_gradients_behind_the_passes_are_refused(prepared, launch, monkeypatch):
+    trained, _, model, opt = prepared()
+    before = trained.weights
+    monkeypatch.setattr(opt, "accelerator_state", SimpleNamespace(distributed_type=launch, num_processes=2))
+    with pytest.raises(NotImplementedError, match=rf"gradients of {launch.value} processes in step\(\) alone.*use DDP"):
+        next(passes(opt, model))
+    monkeypatch.setattr(opt.accelerator_state, "num_processes", 1)
+    assert next(passes(opt, model)) == "ascent"
+    assert all(torch.equal(a, b) for a, b in zip(trained.weights, before, strict=True))
+
+
+def test_a_compiled_model_is_looked_into():
+    """accelerate compiles what it has sharded, and what it compiles is a module of another class."""
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self._orig_mod = inner
+
+        def forward(self, *args):
+            return self._orig_mod(*args)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(Trained.start(Run()).model, mesh=init_device_mesh("cpu", (1,)))
+        opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+        model.set_requires_gradient_sync(False)  # as accelerate's accumulate() leaves it
+        x, y = next(iter(loader(Run())))
+        names = []
+        for name in passes(opt, Compiled(model)):
+            names.append(name)
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+        assert names == ["ascent", "descent"]
+    finally:
+        dist.destroy_process_group()
