@@ -6,12 +6,10 @@ import pickle
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import nn
 
 import nusam
-
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
-
 import nusam.integrations.timm
 from tests.conftest import mlp, train_step, weights
 
