@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nusam import lmo, memory
+    from nusam.coverage import Coverage
     from nusam.memory import perturbation_numel
     from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
     from nusam.radius_search import RadiusSearch, find_rho
@@ -26,6 +27,7 @@ except PackageNotFoundError:  # a source tree on the path that nobody installed
 __all__ = [
     "SAM",
     "SAMON",
+    "Coverage",
     "Sharpness",
     "GaussSAM",
     "NuSAM",
@@ -46,6 +48,7 @@ _MODULE_OF = {
     **dict.fromkeys(("RadiusSearch", "find_rho"), "radius_search"),
     **dict.fromkeys(("Sharpness", "sharpness"), "sharpness"),
     **dict.fromkeys(("SharpnessAware", "step_in_backward"), "sharpness_aware"),
+    "Coverage": "coverage",
     "perturbation_numel": "memory",
 }
 _MODULES = {"lmo", *_MODULE_OF.values()}
