@@ -385,6 +385,8 @@ class Record:
             self.checked = product if self.checked is None else self.checked + product
         if self.job.keeps:
             self.kept.append(G)
+        elif self.job.checks and not self.job.known and not is_sharded(self.parameter):
+            pass  # its gradient counts in this pass
         elif self.calls <= 1 and self.takes == 1:
             (Gv,), (v,) = products([G], [self.u], self.iterations)
             self.pair = Gv, v

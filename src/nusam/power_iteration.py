@@ -148,7 +148,7 @@ def products(
 
 
 def normalized(us: Sequence[Tensor], vs: Sequence[Tensor], warm_starts: Sequence[Tensor]) -> list[TopPair]:
-    """The triples of :func:`products`' vectors."""
+    """The triples of :func:`products`' vectors, which are overwritten."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, u in enumerate(us):
         kinds.setdefault((u.device, u.dtype), []).append(i)
@@ -162,37 +162,24 @@ def normalized(us: Sequence[Tensor], vs: Sequence[Tensor], warm_starts: Sequence
 
 def _normalized(us: list[Tensor], vs: list[Tensor], warm_starts: list[Tensor]) -> list[TopPair]:
     """The same for vectors of one device and dtype, all of which go through each operation together."""
-    u, u_norms, u_largest, u_owner = _unit(us)
-    v, v_norms, v_largest, v_owner = _unit(vs)
+    u_norms, u_largest = _normalize(us)
+    v_norms, v_largest = _normalize(vs)
     sigmas = u_norms / v_norms * (u_largest / v_largest)
     alive = sigmas.isfinite()  # 0/0, inf/inf and NaN all end up as a NaN norm
-    u = torch.where(alive[u_owner], u, torch.cat(warm_starts))
-    v = v.masked_fill_(~alive[v_owner], 0)
     sigmas = sigmas.masked_fill(~alive, 0)
-    pieces = zip(
-        torch.split(u, [x.numel() for x in us]),
-        torch.split(v, [x.numel() for x in vs]),
-        sigmas.unbind(),
-        alive.unbind(),
-        strict=True,
-    )
-    return [TopPair(*piece) for piece in pieces]
+    for v, dead in zip(vs, (~alive).unbind(), strict=True):
+        v.masked_fill_(dead, 0)
+    us = [torch.where(*chosen) for chosen in zip(alive.unbind(), us, warm_starts, strict=True)]
+    return [TopPair(*pair) for pair in zip(us, vs, sigmas.unbind(), alive.unbind(), strict=True)]
 
 
-def _unit(xs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x/(‖x‖ + τ) for every x, one behind the other, free of under- and overflow; the norms in two factors."""
-    owner = _owner(tuple(x.numel() for x in xs), xs[0].device)
-    largest = torch.stack(torch._foreach_norm(xs, float("inf")))
-    flat = torch.cat(xs).div_(largest[owner])
-    norms = torch.stack(torch._foreach_norm(list(torch.split(flat, [x.numel() for x in xs]))))
-    return flat.div_((norms + TAU)[owner]), norms, largest, owner
-
-
-@lru_cache(maxsize=64)
-def _owner(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """For every entry of vectors one behind the other, the number of its vector."""
-    numbers = torch.arange(len(lengths), device="cpu")
-    return numbers.repeat_interleave(torch.tensor(lengths, device="cpu")).to(device)
+def _normalize(xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """x/(‖x‖ + τ) for every x in place, free of under- and overflow; the norms in two factors."""
+    largest = torch._foreach_norm(xs, float("inf"))
+    torch._foreach_div_(xs, largest)
+    norms = torch._foreach_norm(xs)
+    torch._foreach_div_(xs, torch._foreach_add(norms, TAU))
+    return torch.stack(norms), torch.stack(largest)
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
