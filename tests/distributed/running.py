@@ -1,4 +1,4 @@
-"""Runs checks in real processes: ``torchrun --nproc-per-node N running.py results.json``.
+"""Runs checks in processes: ``torchrun --nproc-per-node N -m tests.distributed.running FILE.json MODULE [WORD ...]``.
 
 Starting processes takes longer than most checks, so all those for N processes run in one start, and the tests read
 what each of them said.
@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,30 @@ import torch.distributed as dist
 from tests.distributed.engines import DEVICE
 
 Check = Callable[[], Any]
-CHECKS: dict[int, dict[str, Check]] = {2: {}, 4: {}}
+Checks = dict[int, dict[str, Check]]
+CHECKS: Checks = {2: {}, 4: {}}
 
 
-def check(*world_sizes: int) -> Callable[[Check], Check]:
+def check(*world_sizes: int, among: Checks = CHECKS) -> Callable[[Check], Check]:
     """Register a check for these numbers of processes."""
 
     def register(function: Check) -> Check:
         for size in world_sizes:
-            CHECKS[size][function.__name__] = function
+            among[size][function.__name__] = function
         return function
 
     return register
 
 
 def main() -> None:
-    from tests.distributed.checks import CHECKS  # the registry of the imported module, not of this script
-
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=600))
     results: dict[str, Any] = {}
-    wanted = sys.argv[2:]
-    for name, run in CHECKS[dist.get_world_size()].items():
+    module, *wanted = sys.argv[2:]
+    for name, run in import_module(f"tests.distributed.{module}").CHECKS[dist.get_world_size()].items():
         if wanted and not any(word in name for word in wanted):
             continue
         try:

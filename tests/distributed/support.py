@@ -53,7 +53,7 @@ def main() -> None:
     for processes in (2, 4):
         with tempfile.TemporaryDirectory() as folder:
             said = Path(folder) / "answers.json"
-            torchrun(processes, "tests.distributed.running", str(said), "support", module=True)
+            torchrun(processes, "tests.distributed.running", str(said), "checks", "support", module=True)
             answers.append(json.loads(said.read_text())["support"]["value"])
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
