@@ -18,6 +18,7 @@ from nusam.sharding import DataParallel, is_running, is_sharded, is_stateless
 from nusam.surroundings import Holders
 
 __all__ = [
+    "check_alone",
     "check_base_optimizer",
     "check_call",
     "check_choice",
@@ -89,6 +90,15 @@ def check_closure(base: Optimizer, missing: bool) -> None:
         raise RuntimeError(
             f"base_optimizer {type(base).__name__} can't step without a closure, from which it takes the loss; call "
             "opt.step(closure), which runs the passes itself."
+        )
+
+
+def check_alone(base: Optimizer) -> None:
+    """Whether the base is all that steps, so that it can be handed one parameter at a time."""
+    if len(list(chain(base))) > 1:
+        raise TypeError(
+            f"step_in_backward() steps one parameter at a time, which base_optimizer {type(base).__name__} could not "
+            "hand on to the optimizer that it wraps; wrap that one instead."
         )
 
 

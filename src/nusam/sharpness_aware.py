@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from nusam.ascent import Ascent, Target
 from nusam.base_optimizer import needs_closure, step_knowing, turns_round
 from nusam.checks import (
+    check_alone,
     check_base_optimizer,
     check_choice,
     check_closure,
@@ -829,11 +830,13 @@ def step_in_backward(opt: SharpnessAware) -> None:
 
     Raises:
         ValueError: if some perturbed matrix has no layer in whose forward ε could live, or under DDP.
+        TypeError: if the base optimizer wraps another.
     """
     opt = _itself(opt)
     opt._refuse_inside_pass("step_in_backward()")
     check_served("step_in_backward()", opt.lmo, opt.model)
     check_closure(opt.base_optimizer, needs_closure(opt.base_optimizer))
+    check_alone(opt.base_optimizer)
     if opt._workers().replicates:
         raise ValueError(
             "step_in_backward() would step before DistributedDataParallel has reduced the gradients; use fully_shard "

@@ -65,7 +65,7 @@ class StepInBackward:
             self._base_optimizer.step()
         finally:
             self._base_optimizer.param_groups = groups
-        if any(value is not group[name] for name, value in alone.items() if name != "params"):
+        if any(name not in group or value is not group[name] for name, value in alone.items() if name != "params"):
             raise TypeError(
                 f"{type(self._base_optimizer).__name__} keeps state in its param groups, which steps of one parameter "
                 "at a time would lose; use a base optimizer that keeps its state per parameter."

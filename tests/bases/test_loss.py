@@ -5,6 +5,7 @@ import warnings
 import pytest
 import pytorch_optimizer
 import schedulefree
+import timm.optim
 import torch
 from torch import nn
 
@@ -163,6 +164,26 @@ def test_a_base_that_needs_a_closure_can_not_step_in_the_backward():
     opt = nusam.NuSAM(Mandatory(model.parameters()), model=model)
     with pytest.raises(RuntimeError, match="Mandatory can't step without a closure"):
         nusam.step_in_backward(opt)
+
+
+@pytest.mark.parametrize("around", [pytorch_optimizer.Lookahead, timm.optim.Lookahead, pytorch_optimizer.OrthoGrad])
+def test_a_base_that_wraps_another_can_not_step_in_the_backward(around):
+    model = net()
+    opt = nusam.NuSAM(around(torch.optim.SGD(model.parameters(), lr=0.1)), model=model)
+    with pytest.raises(TypeError, match="could not hand on to the optimizer that it wraps; wrap that one instead"):
+        nusam.step_in_backward(opt)
+    opt.step(closure_of(model, opt))
+
+
+@pytest.mark.parametrize("base", ["emolynx", "adabelief", "schedulefreesgd"])
+def test_a_base_with_state_in_its_groups_says_so_when_it_steps_in_the_backward(base):
+    model = net()
+    opt = nusam.NuSAM(pytorch_optimizer.load_optimizer(base)(model.parameters(), lr=0.01), model=model)
+    if hasattr(opt, "train"):
+        opt.train()
+    nusam.step_in_backward(opt)
+    with pytest.raises(TypeError, match="keeps state in its param groups, which steps of one parameter at a time"):
+        opt.step(closure_of(model, opt))
 
 
 class Extrapolates(torch.optim.Optimizer):
