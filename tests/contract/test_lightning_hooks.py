@@ -300,7 +300,7 @@ def test_a_search_without_our_optimizer_is_refused(tmp_path):
         searched(Bare(), 1, tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["power", "binsearch"])
+@pytest.mark.parametrize("mode", ["power", pytest.param("binsearch", marks=pytest.mark.slow)])
 def test_a_search_for_a_batch_size_runs_both_passes_and_puts_the_model_back(mode, tmp_path):
     class Full(Searching):
         """Of a device that holds 64 samples, in whichever pass."""
@@ -316,7 +316,7 @@ def test_a_search_for_a_batch_size_runs_both_passes_and_puts_the_model_back(mode
     model = Full()
     before = everything(model)
     runner = trainer(model, default_root_dir=tmp_path)
-    Tuner(runner).scale_batch_size(model, mode=mode, init_val=16, max_trials=4, steps_per_trial=2)
+    Tuner(runner).scale_batch_size(model, mode=mode, init_val=32, max_trials=2, steps_per_trial=2)
     assert 32 <= model.batch_size <= 64
     assert Full.passes >= 2 * len(model.gradients) > 0
     for a, b in zip(everything(model), before, strict=True):

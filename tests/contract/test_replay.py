@@ -1,6 +1,7 @@
 """Both passes of a training step begin with one batch and one state, and what is kept is what the first pass left."""
 
 import random
+import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,28 @@ import torch
 from torch import nn
 
 from nusam.integrations.replay import Replay
+
+
+class Meter:
+    """Of the kind that everybody has written once."""
+
+    def __init__(self):
+        self.sum, self.count, self.values = 0.0, 0, []
+        self.average = torch.zeros(())
+
+    def update(self, value):
+        self.sum += value
+        self.count += 1
+        self.values.append(value)
+        self.average.mul_(0.9).add_(0.1 * value)
+
+
+class Worker(Meter):
+    """One whose attributes another thread changes meanwhile, which must not be undone."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
 
 
 class Keeper:
@@ -32,6 +55,8 @@ class Keeper:
         self.generator = torch.Generator().manual_seed(0)
         self.unlabelled = iter(torch.arange(100.0).split(5))
         self.shared = self.losses
+        self.meter = Meter()
+        self.meters = {"loss": Meter(), "both": [Meter(), self.meter]}
 
     def step(self, batch) -> tuple:
         """Everything that it finds and draws."""
@@ -51,7 +76,10 @@ class Keeper:
             torch.rand((), generator=self.generator).item(),
             next(self.unlabelled).tolist(),
             getattr(self, "made", None),
+            *[(m.sum, m.count, list(m.values), m.average.item()) for m in (self.meter, self.meters["both"][0])],
         )
+        for meter in (self.meter, self.meters["loss"], *self.meters["both"]):
+            meter.update(self.calls + 0.5)
         self.calls += 1
         self.losses.append(float(self.calls))
         self.tallies["train"]["loss"].append(self.calls)
@@ -88,6 +116,18 @@ def test_every_pass_finds_and_draws_what_a_single_one_would(passes):
     assert once.step(None) == several.step(None)  # and so goes on
     assert several.shared is several.losses  # the objects themselves, which others may hold
     assert type(several.unlabelled) is type(once.unlabelled)
+
+
+def test_what_a_thread_may_change_is_left_alone():
+    class Working(Keeper):
+        def step(self, batch):
+            self.worker.update(1)
+            self.meter.update(1)
+
+    owner = Working()
+    owner.worker = Worker()
+    run(3, TWO, owner)
+    assert (owner.worker.count, owner.meter.count) == (6, 3)
 
 
 def test_an_error_in_either_pass_leaves_the_iterators_themselves():

@@ -400,6 +400,7 @@ def test_accelerates_wrapper_reaches_the_modes_of_the_base():
 # ---------------------------------------------------------------- TRL
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # TRL's, of what changes in its next version
 def test_trl_generates_once_for_both_passes(tmp_path):
     trl = pytest.importorskip("trl")
