@@ -420,13 +420,15 @@ class DataParallel:
         hook = None
         if not self._ddps and self._model is not None and not reduces_gradients and is_running():
             hook = self._model.register_forward_pre_hook(_refuse_unknown_ddp)
-        before = [(ddp, ddp.require_backward_grad_sync) for ddp in self._ddps]
+        before = [(ddp, ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._ddps]
 
         def undo() -> None:
             if hook is not None:
                 hook.remove()
-            for ddp, syncs in before:
+            for ddp, syncs, broadcasts in before:
                 ddp.require_backward_grad_sync = syncs
+                if not ddp._join_config.enable:  # where processes that are through go by what DDP made of it
+                    ddp.require_forward_param_sync = broadcasts  # of buffers, in the descent as in the ascent
 
         with always(undo):
             for ddp in self._ddps:

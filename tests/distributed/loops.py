@@ -167,11 +167,11 @@ LOOPS = [
     Loop(one_process_drops_both, unused=True, engines=("DDP", "FSDP2 unused")),
     Loop(all_drop_a_block, unused=True, engines=("DDP", "FSDP2", "FSDP2 unused")),
     Loop(a_block_that_nobody_reaches, unused=True, engines=("DDP", "FSDP2", "FSDP2 unused")),
-    Loop(one_process_uses_a_block_twice),
+    Loop(one_process_uses_a_block_twice, engines=("DDP", "FSDP2 whole")),
     Loop(fgsm),
     Loop(pgd_beside_clean),
     Loop(attack_by_backward, engines=("DDP",)),
-    Loop(gradient_penalty),
+    Loop(gradient_penalty, engines=("DDP", "FSDP2 gathered")),  # else FSDP2 has let go of what is differentiated again
     Loop(two_backwards),
     Loop(micro_batches),
     Loop(outside_its_layer),
@@ -189,11 +189,13 @@ LOOPS = [
 def wrapped(model: nn.Module, engine: str, unused: bool) -> nn.Module:
     if engine == "DDP":
         return DistributedDataParallel(model, find_unused_parameters=unused)
-    if engine == "FSDP2":
-        for block in getattr(model, "blocks", ()):
-            fully_shard(block)
-        return fully_shard(model)
-    fully_shard(model).set_reduce_scatter_unused_params(True)
+    for block in getattr(model, "blocks", ()) if engine == "FSDP2" else ():
+        fully_shard(block)
+    fully_shard(model)
+    if engine == "FSDP2 unused":
+        model.set_reduce_scatter_unused_params(True)
+    elif engine == "FSDP2 gathered":
+        model.set_reshard_after_backward(False)
     return model
 
 
@@ -222,6 +224,8 @@ def train(loop: Loop, engine: str, ball: str, **options):
         for _ in opt.passes():
             loop.backward(model, step, dist.get_rank())
         opt.step()
+        if engine == "FSDP2 gathered":
+            model.reshard()  # the loop's own duty
     names = dict(expected(loop, ball))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(full(parameter), names[name.removeprefix("module.")], rtol=0, atol=1e-6)

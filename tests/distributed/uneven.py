@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -95,7 +96,8 @@ CHECKS[2]["uneven: a hook of torch's without a state"] = partial(
 def uneven_with_one_power_iteration_leaves_the_same_bits():
     """A process that was through earlier remembers an older u; all start anew in the next epoch."""
     for method, m_sam in product((nusam.NuSAM, nusam.SAM), (False, True)):
-        model = DistributedDataParallel(built(Net).float(), find_unused_parameters=True)
+        net = nn.Sequential(built(Net), nn.BatchNorm1d(3)).float()  # with buffers, which DDP broadcasts
+        model = DistributedDataParallel(net, find_unused_parameters=True)
         opt = method(torch.optim.SGD(model.parameters(), lr=RATE), RHO, model=model, m_sam=m_sam)
         for epoch in range(len(EPOCHS)):
             with model.join():
