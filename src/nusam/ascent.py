@@ -108,10 +108,11 @@ class Ascent:
         # What a process learned by itself must not decide whether it takes part in what all do together.
         if not (jobs or (serves and workers.splits_the_batch)):
             return None
+        due = self.verification.is_due()
         checks = any(job.checks for job in jobs.values())
         needed = {target.parameter for target in targets}
         compiles = self._compiles or checks
-        return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed)
+        return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed, due)
 
     def _is_worth(self, parameter: Tensor) -> bool:
         least = self.serve_from

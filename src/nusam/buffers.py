@@ -58,7 +58,9 @@ class Buffers:
             self._moving.intersection_update([*_entries(self._owners), *self._parameters])
             self._plan = _Plan(self._owners, moving, self._moving)
         still = [parameter for parameter in frozen if parameter not in self._moving] if moving else frozen
-        self._step = _Step(self._plan, still, everything)
+        shapes = {parameter.shape for parameter in self._parameters if parameter.requires_grad}
+        twins = [parameter for parameter in still if parameter.shape in shapes]  # what may be a network's moving copy
+        self._step = _Step(self._plan, still, twins, everything)
 
     @contextmanager
     def second_pass(self) -> Iterator[None]:
@@ -147,14 +149,14 @@ class _Step:
     """The buffers of one step: before the ascent, and after it."""
 
     @torch.no_grad()
-    def __init__(self, plan: _Plan, still: Sequence[Tensor], everything: bool) -> None:
+    def __init__(self, plan: _Plan, still: Sequence[Tensor], twins: Sequence[Tensor], everything: bool) -> None:
         self._plan = plan
         self._everything = everything
         self._finished = False
         self._numbers_before = [_numbers(owner) for owner in plan.with_numbers]
         self._large = Watch(plan.large)
         self._still = Watch(still, norms=everything)
-        looked_at = [*plan.large, *(p for p in still if p.numel() <= SMALL)] if everything else []
+        looked_at = [*plan.large, *(p for p in twins if p.numel() <= SMALL)] if everything else []
         self._copies = {t: here(t).clone() for t in looked_at}
         plan.copy(plan.before, plan.tensors, {})
 

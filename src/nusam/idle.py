@@ -1,4 +1,4 @@
-"""Layers whose parameters' gradients nobody needs in an ascent: norms, convolutions."""
+"""Layers whose parameters' gradients nobody needs in an ascent: norms, convolutions, layers that are no targets."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nusam.interrupts import always
+from nusam.layers import is_transformed, tapped
 
 __all__ = ["IdleLayers"]
 
@@ -15,22 +16,22 @@ __all__ = ["IdleLayers"]
 class IdleLayers:
     """torch's own layers without children, which compute with their parameters and with nothing else of theirs.
 
-    Their parameters keep ``requires_grad``: a layer computes with detached ones where its input needs a gradient
-    anyway, so that nothing upstream is cut off.
+    Their parameters keep ``requires_grad``, and so do their outputs: a layer computes with detached parameters, and
+    nothing that depends on its output, such as a re-entrant checkpoint, finds itself cut off.
     """
 
-    def __init__(self, model: nn.Module, held_otherwise: set[nn.Module]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._layers = [
             module
             for module in model.modules()
             if type(module).__module__.startswith("torch.nn.modules.")
-            and module not in held_otherwise
             and module._parameters
             and not module._modules
             and "forward" not in vars(module)
         ]
         self._wanted: set[Tensor] = set()  # by the loss itself, as by autograd.grad(loss, norm.weight)
         self._hidden: set[Tensor] = set()  # in the running pass
+        self._tap = torch.zeros((), requires_grad=True, device="cpu")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -61,7 +62,11 @@ class IdleLayers:
     def detached(self, needed: set[Tensor]) -> Iterator[None]:
         """Form no gradient inside of parameters that are not needed."""
         needed = needed | self._wanted
-        layers = [layer for layer in self._layers if not any(p in needed for p in _own(layer))]
+        layers = [
+            layer
+            for layer in self._layers
+            if any(p.requires_grad for p in _own(layer)) and not any(p in needed for p in _own(layer))
+        ]
 
         def undo() -> None:
             self._hidden = set()
@@ -71,7 +76,7 @@ class IdleLayers:
         with always(undo):
             self._hidden = {parameter for layer in layers for parameter in _own(layer)}
             for layer in layers:
-                vars(layer)["forward"] = _with_detached_parameters(layer)
+                vars(layer)["forward"] = self._with_detached_parameters(layer)
             yield
 
     def refuse_hidden(self, inputs: Iterable[Any]) -> None:
@@ -89,29 +94,28 @@ class IdleLayers:
                 "ascent='gradient'."
             )
 
+    def _with_detached_parameters(self, layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+
+        def detached(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():
+                return forward(*args, **kwargs)
+            own: Any = layer._parameters
+            before = dict(own)
+
+            def undo() -> None:
+                own.update(before)
+
+            with always(undo):
+                own.update({name: None if p is None else p.detach() for name, p in before.items()})
+                y = forward(*args, **kwargs)
+            return tapped(y, self._tap) if isinstance(y, Tensor) and not y.requires_grad else y
+
+        return detached
+
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for layer in self._layers for parameter in _own(layer))
 
 
 def _own(layer: nn.Module) -> Iterator[Tensor]:
     return (parameter for parameter in layer._parameters.values() if parameter is not None)
-
-
-def _with_detached_parameters(layer: nn.Module) -> Callable[..., Any]:
-    forward = layer.forward
-
-    def detached(*args: Any, **kwargs: Any) -> Any:
-        flows = any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not flows:
-            return forward(*args, **kwargs)
-        own: Any = layer._parameters
-        before = dict(own)
-
-        def undo() -> None:
-            own.update(before)
-
-        with always(undo):
-            own.update({name: None if p is None else p.detach() for name, p in before.items()})
-            return forward(*args, **kwargs)
-
-    return detached

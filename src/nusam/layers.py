@@ -31,6 +31,7 @@ __all__ = [
     "find_uses",
     "is_plain",
     "rerouted",
+    "tapped",
 ]
 
 
@@ -156,11 +157,31 @@ def dense(W: Tensor) -> Tensor:
 def is_plain(x: Tensor) -> bool:
     """Whether the input is rows of numbers: not nested, not sparse, and not inside vmap, jvp or the like."""
     ordinary = type(x) is Tensor or isinstance(x, nn.Parameter) or is_sharded(x)
-    return ordinary and x.layout == torch.strided and not x.is_nested and not _is_transformed()
+    return ordinary and x.layout == torch.strided and not x.is_nested and not is_transformed()
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def tapped(y: Tensor, tap: Tensor) -> Tensor:
+    """The same output, which is reached in a backward because it depends on ``tap``; that gets no gradient."""
+    output: Tensor = _Tapped.apply(y, tap)
+    return output
+
+
+class _Tapped(torch.autograd.Function):
+    """The identity, with a second input that gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tap: Tensor) -> Tensor:
+        # no view where it can be had, so that an activation may overwrite it
+        output: Tensor = y.view_as(y) if is_sharded(y) else torch.ops.aten._unsafe_view(y, y.shape)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, D: Tensor) -> Any:
+        return D, None
 
 
 class Handler(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nusam.idle import IdleLayers
 from nusam.interrupts import always
-from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted
+from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted, tapped
 from nusam.lmo import State, matrix_shape
 from nusam.power_iteration import Explicit, Matrix, TopPair, meeting, normalized, products, signs
 from nusam.sharding import block, compute_device, is_sharded, layout, local, whole
@@ -93,6 +93,7 @@ class LayerPass:
         compiles: whether the model may be compiled; if it is though this is False, its gradients are formed.
         idle: layers whose gradients nobody needs.
         needed: parameters whose gradients somebody does.
+        watches: whether those of idle layers are formed, to see who asks for them.
     """
 
     def __init__(
@@ -103,10 +104,12 @@ class LayerPass:
         compiles: bool,
         idle: IdleLayers,
         needed: set[Tensor],
+        watches: bool,
     ) -> None:
         self._uses = uses
         self._idle = idle
         self._needed = needed
+        self._watches = watches
         self._stand_ins: dict[Tensor, Tensor] = {}
         self._tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self._tap).node
@@ -142,8 +145,7 @@ class LayerPass:
             for hook in hooks:
                 hook.remove()
 
-        checks = any(record.job.checks for record in self.records.values())
-        around = self._idle.watched() if checks else self._idle.detached(self._needed)
+        around = self._idle.watched() if self._watches else self._idle.detached(self._needed)
         with always(undo), rerouted(self._uses, handlers), around, _standing_in(self._stand_ins, self._idle):
             for parameter in thawed:
                 parameter.requires_grad_(True)
@@ -426,9 +428,9 @@ class Record:
                 self.take(kind, *inputs, self.block.shape[0], None)
 
         # the tap is an input of what follows, so that it is reached where autograd accumulates
-        tapped: Tensor = _Tapped.apply(y, self._tap)
-        tapped.register_hook(take)  # type: ignore[no-untyped-call]
-        return tapped
+        y = tapped(y, self._tap)
+        y.register_hook(take)  # type: ignore[no-untyped-call]
+        return y
 
 
 def _is_wanted(parameter: Tensor) -> bool:
@@ -489,20 +491,6 @@ def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[
     with always(undo):
         module._engine_run_backward = run_with_stand_ins
         yield
-
-
-class _Tapped(torch.autograd.Function):
-    """The identity, with the tap as a second input that gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, tap: Tensor) -> Tensor:
-        # no view where it can be had, so that an activation may overwrite it
-        output: Tensor = y.view_as(y) if is_sharded(y) else torch.ops.aten._unsafe_view(y, y.shape)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, D: Tensor) -> Any:
-        return D, None
 
 
 class _Products(torch.autograd.Function):

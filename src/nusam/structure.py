@@ -28,7 +28,7 @@ class Structure:
         self._by_parameter: dict[Tensor, list[Use]] = defaultdict(list)
         for use in self.uses:
             self._by_parameter[use.parameter].append(use)
-        self.idle = IdleLayers(model, {use.module for use in self.uses})
+        self.idle = IdleLayers(model)
 
     def is_current(self) -> bool:
         """Whether the modules still use what they used; cheap enough for every step."""
