@@ -1,7 +1,8 @@
 """νSAM in Hugging Face's Trainer: ``class MyTrainer(NuSAMTrainerMixin, Trainer)``, and nothing else changes.
 
 Only public hooks are overridden (``create_optimizer``, ``create_scheduler``, ``training_step``, ``log``), each calls
-Trainer's own; for the time of a step ``_prepare_inputs`` is called once. Accumulation, fp16 and bf16, clipping, ``torchrun`` and resuming are Trainer's.
+Trainer's own; ``_prepare_inputs`` is called once a step, in the first pass. Accumulation, fp16 and bf16, clipping,
+``torchrun`` and resuming are Trainer's.
 """
 
 from collections.abc import Callable, Iterator
