@@ -253,7 +253,7 @@ class SharpnessAware(Wrapper):
         if self._first_ascent is None:
             self._first_ascent = self._progress.steps
         age = self._progress.steps - self._first_ascent
-        check = age & (age - 1) == 0  # the first, and 1, 2, 4, 8, … steps after it
+        check = age != 1 and age & (age - 1) == 0  # the first, and 2, 4, 8, … steps after it
 
         def undo() -> None:
             for parameter, gradient in zip(parameters, kept, strict=True):
@@ -718,18 +718,23 @@ class SharpnessAware(Wrapper):
             self._ledger.tell(list(surprises), self._names, "was used otherwise than in the steps in which it was "
                               "compared with its gradient, and was not perturbed in this step; its gradient is formed "
                               "from now on")  # fmt: skip
-        self._refuse_unreachable(targets)
+        self._refuse_unreachable(targets, self._ascent.unreachable)
         found = self._ascent.perturbations(targets, pass_, _mix(self.seed, self._progress.steps), workers)
+        # what this process alone knows is said once all have had their sums
+        records = pass_.records.values() if pass_ is not None and pass_.keeps else []
+        served = [record.parameter for record in records if record.job.in_forward and not record.job.checks]
+        beside = [parameter for parameter in served if parameter.grad is not None]
+        self._refuse_unreachable(targets, dict.fromkeys(beside, "also used outside its layer"))
         self._ascent.verification.advance()
         if found:
             self._progress.ascents += 1
         return found
 
-    def _refuse_unreachable(self, targets: list[Target]) -> None:
+    def _refuse_unreachable(self, targets: list[Target], reasons: dict[Tensor, str]) -> None:
         """Refuse an ε in the forward where it would not be all of ε."""
         for parameter in (target.parameter for target in targets if self._in_forward(target.parameter)):
             verdict = self._ascent.verification.found.get(parameter)
-            reason = self._ascent.unreachable.get(parameter)
+            reason = reasons.get(parameter)
             if verdict and verdict.found == OTHERWISE:
                 reason = verdict.reason
             if self._written.writes(parameter):
