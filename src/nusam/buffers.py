@@ -168,8 +168,9 @@ class _Step:
             return stirred - deaf
         unequal = {t for t, copy in self._copies.items() if not _equal(here(t), copy)}
         moved = unequal.union(self._still.changed())
-        deaf |= stirred - moved
-        return moved
+        written = set(self._still.stirred())  # a copy may move by less than its precision, this time
+        deaf |= stirred - moved - written
+        return moved | written
 
     @torch.no_grad()
     def remember(self, moved: set[Tensor], newcomers: Sequence[nn.Module]) -> None:
