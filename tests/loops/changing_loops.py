@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -112,71 +111,6 @@ class BatchesMayChangeTheirShape(Loop):
         return to_target(self.model(self.normal(step, *shape)))
 
 
-class GradientsMayAccumulate(_Plain):
-    """accumulate=True: three micro-batches, each with a perturbation of its own"""
-
-    def step(self, step):
-        for k in range(3):
-            at = step + 50 * k
-            self.driver.passes(lambda at=at: (self.loss(at) / 3).backward(), accumulate=k > 0)
-        self.driver.update()
-
-
-class AccumulationMayHaveSeveralBackwards(_Plain):
-    """accumulate=True, with two backwards in each micro-batch"""
-
-    dtypes = DOUBLE
-
-    def step(self, step):
-        def backward(at):
-            (self.loss(at) / 3).backward()
-            to_target(self.model(self.normal(at + 20, 4, 6)), -1).backward()
-
-        for k in range(2):
-            self.driver.passes(lambda at=step + 50 * k: backward(at), accumulate=k > 0)
-        self.driver.update()
-
-
-class ClosuresMayRunThePasses(_Plain):
-    """opt.step(closure), which zeroes, computes and returns the loss; a second backward from the fourth step on"""
-
-    dtypes = ALL
-
-    def step(self, step):
-        def closure():
-            self.model.zero_grad()
-            loss = self.loss(step)
-            loss.backward()
-            if step >= 3:
-                to_target(self.model(self.normal(step + 50, 4, 6)), -1).backward()
-            return loss
-
-        self.driver.closure(closure)
-
-
-class HalvesMayLiveApart(_Plain):
-    """with opt.ascent() and opt.descent(), in functions of their own"""
-
-    dtypes = DOUBLE
-
-    def step(self, step):
-        self.driver.halves(lambda: self.backward(step))
-        self.driver.update()
-
-
-class HalvesMayChangeMidway(_Plain):
-    """The same, with a second backward in the fourth step, where the ascent is over before it is noticed"""
-
-    def step(self, step):
-        self.driver.halves(lambda: self.backward(step))
-        self.driver.update()
-
-    def backward(self, step):
-        super().backward(step)
-        if step == 3:
-            to_target(self.model(self.normal(step + 50, 4, 6)), -1).backward()
-
-
 class AutocastMaySurroundTheForward(Loop):
     """bfloat16 autocast around the forward and the loss"""
 
@@ -204,37 +138,6 @@ class ScalersMayScale(_Plain):
     def step(self, step):
         self.driver.passes(lambda: self.scaler.scale(self.loss(step)).backward())
         self.driver.update(self.scaler)
-
-
-class _Interrupted(Loop):
-    calls = 0
-
-    def step(self, step):
-        self.calls = 0
-        if step in (2, 4):
-            with pytest.raises(FloatingPointError):
-                super().step(step)
-        super().step(step)
-
-    def backward(self, step):
-        self.calls += 1
-        loss = to_target(self.model(self.normal(step, 8, 6)))
-        if step in (2, 4) and self.calls == self.fails_at:
-            raise FloatingPointError("out of range")
-        loss.backward()
-
-
-class AFaultInTheFirstPassLeavesNoTrace(_Interrupted):
-    """A forward raises in the ascent, and the batch is tried again"""
-
-    fails_at = 1
-
-
-class AFaultInTheSecondPassLeavesNoTrace(_Interrupted):
-    """A forward raises in the descent, and the batch is tried again"""
-
-    dtypes = ALL
-    fails_at = 2
 
 
 class RunsMayBeResumed(_Plain):

@@ -42,6 +42,8 @@ class Loop:
     seed = 0
     dtypes: tuple[torch.dtype, ...] = FULL
     frozen = False  # targets="frozen"
+    halves = False  # whether only the loop could repeat a pass: a surprise may cost a matrix its ε, with a warning
+    slow = False
     worth_serving: int | None = 60  # entries: hidden layers are served by default here, and heads left to gradients
     options: ClassVar[dict[str, Any]] = {}
 

@@ -19,6 +19,7 @@ KINDS = (
     "adversaries",
     "weights_elsewhere",
     "made_weights",
+    "changing_layers",
     "odd_layers",
     "odd_inputs",
     "unreached",
@@ -29,6 +30,7 @@ KINDS = (
     "hooks",
     "surroundings",
     "changing_loops",
+    "passes",
 )
 MODULES = [importlib.import_module(f"tests.loops.{kind}") for kind in KINDS]
 PAGE = Path(__file__).parents[2] / "docs" / "loops.md"

@@ -254,3 +254,23 @@ class LayersMayLearnOneByOne(Loop):
         for layer in self.model:
             x = layer(x.detach()).tanh()
             to_target(x).backward()
+
+
+class AllOfAGanMayBeOnePass(Loop):
+    """A whole GAN in one pass from the fourth step on, the critic frozen in between; before, one loss through both"""
+
+    dtypes = DOUBLE
+
+    def build(self):
+        return nn.ModuleDict({"generator": mlp(6, 12, 6), "critic": mlp(6, 12, 12, 1)})
+
+    def backward(self, step):
+        generator, critic = self.model["generator"], self.model["critic"]
+        x = self.normal(step, 8, 6)
+        if step < 3:
+            to_target(critic(generator(x))).backward()
+            return
+        critic.requires_grad_(False)
+        F.softplus(-critic(generator(x))).mean().backward()
+        critic.requires_grad_(True)
+        (F.softplus(critic(generator(x).detach())).mean() + F.softplus(-critic(x)).mean()).backward()

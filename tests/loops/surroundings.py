@@ -93,3 +93,18 @@ class AnEvaluationMayBeACall(_Surrounded):
         with torch.inference_mode():
             target = float(self.model(self.normal(step, 8, 6)).mean())
         return to_target(self.model(self.normal(step, 8, 6)), 1.5 + target)
+
+
+class ACompiledLoopMayGetASecondBackwardMidway(_Surrounded):
+    """torch.compile(fullgraph=True), with a second backward from the fourth step on"""
+
+    slow = True
+
+    def prepare(self):
+        torch._dynamo.reset()
+        self.compiled = torch.compile(self.model, backend="eager", fullgraph=True)
+
+    def backward(self, step):
+        to_target(self.compiled(self.normal(step, 8, 6))).backward()
+        if step >= 3:
+            to_target(self.compiled(self.normal(step + 50, 8, 6)), -1).backward()

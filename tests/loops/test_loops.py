@@ -14,8 +14,11 @@ def named(case):
     return re.sub(r"(?<!^)(?=[A-Z])", "-", case.__name__).lower()
 
 
+LOOPS = [pytest.param(case, id=named(case), marks=[pytest.mark.slow] * case.slow) for case in Loop.known]
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", Loop.known, ids=named)
+@pytest.mark.parametrize("case", LOOPS)
 def test_a_loop_is_right_or_refused(case, mode):
     outcomes = {dtype: run(case, mode, dtype) for dtype in case.dtypes}
     wrong = {dtype: result.said for dtype, result in outcomes.items() if result.verdict == "WRONG"}
@@ -23,7 +26,7 @@ def test_a_loop_is_right_or_refused(case, mode):
     assert committed()[1][case.__doc__, mode] == cell(outcomes)  # else: python -m tests.loops.page
 
 
-@pytest.mark.parametrize("case", Loop.known, ids=named)
+@pytest.mark.parametrize("case", LOOPS)
 def test_a_missing_perturbation_would_be_noticed(case):
     steps, ratio, _ = by_hand(case)
     assert iterations(ratio, torch.float64) <= 150  # a small gap would make a power iteration look wrong
