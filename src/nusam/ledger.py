@@ -31,15 +31,15 @@ class Ledger:
         if not self._had_gradients:
             self._backwards = _count_backwards()
 
-    def end_pass(self, name: str, found: bool) -> None:
-        """A pass is over, in which some parameter got a gradient or none did.
+    def end_pass(self, name: str, found: bool, must: bool) -> None:
+        """A pass is over, in which some parameter got a gradient or none did; ``must``: whether one has to, always.
 
         Raises:
             RuntimeError: if ``backward`` was never called. A sample that does not reach these parameters, which may be
                 those of one optimizer among several, is none of our business.
         """
         forgotten = not self._had_gradients and _count_backwards() == self._backwards + 1
-        if not found and (forgotten or (name == "descent" and self._in_ascent)):
+        if not found and (must or forgotten or (name == "descent" and self._in_ascent)):
             raise RuntimeError(
                 f"The {name} pass ended without any gradient; compute the loss and call loss.backward() in every pass."
             )

@@ -277,7 +277,7 @@ class SharpnessAware(Wrapper):
             if pass_:
                 pass_.settle()
             reached = bool(pass_ and pass_.saw_gradients())
-            self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters))
+            self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters), self._has_closure)
             self._pending = self._perturb(targets, pass_, workers)
             self._ascended = [target.parameter for target in targets]
 
@@ -341,7 +341,8 @@ class SharpnessAware(Wrapper):
             yield
             self._written.after_descent(self._names)
             if not accumulate and not self._in_backward:
-                self._ledger.end_pass("descent", any(p.grad is not None for p in self._parameters()))
+                found = any(p.grad is not None for p in self._parameters())
+                self._ledger.end_pass("descent", found, self._has_closure)
             self._close_ledger(forward)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
