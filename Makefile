@@ -36,6 +36,7 @@ bench: .venv/installed
 	.venv/bin/python benchmarks/speed.py
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/exactness.py
+	.venv/bin/python benchmarks/launches.py
 	.venv/bin/python benchmarks/breakeven.py
 	.venv/bin/python benchmarks/breakdown.py
 	.venv/bin/python benchmarks/communication.py

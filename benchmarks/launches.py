@@ -95,8 +95,12 @@ def main() -> None:
     ]
     for row in rows:
         print(row, flush=True)
-    record("launches", options.device, rows, "A ViT of 12 blocks and width 16, 8 images of 16×16; medians of alternated "
-           "steps.")  # fmt: skip
+    record(
+        "launches",
+        options.device,
+        rows,
+        "A ViT of 12 blocks and width 16, 8 images of 16×16; medians of alternated steps.",
+    )
 
 
 if __name__ == "__main__":

@@ -146,9 +146,9 @@ def main() -> None:
         options.device,
         table,
         "Medians of alternated steps, relative to AdamW unless said otherwise. In units of a forward (1; a backward is "
-        "2): AdamW 3, SAM and νSAM by gradients 6, νSAM matrix-free 5. So the floors are 2 and 1.667 times AdamW, and 0.833 "
-        "for matrix-free / SAM. νSAM compares its layers with the gradients in the first steps and 2, 4, 8, … after; "
-        "the median is of the others.",
+        "2): AdamW 3, SAM and νSAM by gradients 6, νSAM matrix-free 5. So the floors are 2 and 1.667 times AdamW, and "
+        "0.833 for matrix-free / SAM. νSAM compares its layers with the gradients in the first step and 2, 4, 8, … "
+        "after; the median is of the others.",
     )
 
 

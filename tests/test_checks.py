@@ -104,9 +104,7 @@ def test_nothing_to_perturb(make, sentence):
 
 
 @pytest.mark.parametrize("kind", [nusam.SAM, nusam.SAMON, nusam.GaussSAM])
-@pytest.mark.parametrize(
-    "options", [{"ascent": "matrix-free"}, {"placement": "forward"}, {"targets": "frozen"}]
-)
+@pytest.mark.parametrize("options", [{"ascent": "matrix-free"}, {"placement": "forward"}, {"targets": "frozen"}])
 def test_options_that_work_on_layers_need_a_rank_one_perturbation(kind, options):
     model = mlp()
     with pytest.raises(ValueError, match=r"needs the rank-one perturbation of NuSAM or NuSAMNorm, got (L2|Gaussian)"):
