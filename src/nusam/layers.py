@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
-from nusam.sharding import Block, is_sharded, output_of_blocks
+from nusam.sharding import Block, is_on_its_way, is_sharded, output_of_blocks
 
 __all__ = [
     "Conv1D",
@@ -156,7 +156,7 @@ def dense(W: Tensor) -> Tensor:
 
 def is_plain(x: Tensor) -> bool:
     """Whether the input is rows of numbers: not nested, not sparse, and not inside vmap, jvp or the like."""
-    ordinary = type(x) is Tensor or isinstance(x, nn.Parameter) or is_sharded(x)
+    ordinary = type(x) is Tensor or isinstance(x, nn.Parameter) or is_sharded(x) or is_on_its_way(x)
     return ordinary and x.layout == torch.strided and not x.is_nested and not is_transformed()
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "complete",
     "compute_device",
     "has_replicas",
+    "is_on_its_way",
     "is_running",
     "is_sharded",
     "is_stateless",
@@ -126,6 +127,11 @@ def _where_it_talks(flat: Tensor, group: Group) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor, of which this process may hold a part only."""
     return hasattr(tensor, "device_mesh")
+
+
+def is_on_its_way(tensor: Tensor) -> bool:
+    """Whether a collective may still be sending the tensor, as the output of a layer that is split by columns."""
+    return type(tensor).__name__ == "AsyncCollectiveTensor"
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -90,10 +90,10 @@ class SharpnessAware(Wrapper):
             10% of training (§5.1.1).
         rho_schedule: maps the number of steps taken to a factor ≥ 0 on ρ, e.g. ``lambda k: (k + 1) ** -0.5``
             (Theorem 4.6).
-        model: the module being trained. With it, running statistics of batch norm move once per step (in the
-            ascent pass), both passes see the same dropout mask, and saving, copying or evaluating the model
-            inside the descent pass raises. Without it, statistics move twice, masks differ, and the descent
-            pass is yours to respect.
+        model: the module being trained. With it, every buffer (running statistics of batch norm, codebooks,
+            queues) moves once per step, as the ascent moves it, both passes see the same dropout mask, and saving,
+            copying or evaluating the model inside the descent pass raises. Without it, buffers move twice, masks
+            differ, and the descent pass is yours to respect.
         targets: which parameters are perturbed, as far as the ball selects them: ``"trainable"``, those that the
             optimizer holds; ``"frozen"``, the model's parameters that need no gradient, such as the base weights
             under LoRA; or a predicate ``(name, parameter) -> bool`` over the model's parameters. The latter two
@@ -304,13 +304,13 @@ class SharpnessAware(Wrapper):
         bit_exact = self.m_sam is not False
         others = [] if self._in_backward else self._parameters()  # those are written by the base optimizer
         epsilons = [perturbations[parameter] for parameter in in_place]
+        workers = self._workers()
+        self._check_processes(workers)
+        workers.reshard()  # layers are known by what they hold then
         structure = self._structure_now()
         unknown = set() if structure is None else {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
         perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others)
         del epsilons
-        workers = self._workers()
-        self._check_processes(workers)
-        workers.reshard()
 
         def undo() -> None:
             perturbed.remove()
