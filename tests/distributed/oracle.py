@@ -4,7 +4,8 @@ Shares no code with the library: the joint gradient is the mean of what each pro
 model, ε comes from an SVD of it, and the weights are copied aside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ def train(
     rate: float,
     steps: int,
     processes: int,
+    frozen: Container[str] = (),
+    each: bool = False,
 ) -> nn.Module:
     """Gradient descent by the gradient at x + ε, in place.
 
@@ -68,20 +71,42 @@ def train(
         rate: the learning rate.
         steps: how many.
         processes: how many see a share of the batch.
+        frozen: names of parameters that are perturbed and not updated.
+        each: whether every process has an ε of its own.
     """
     for step in range(steps):
 
         def once(model: nn.Module, process: int, step: int = step) -> None:
             backward(model, step, process)
 
-        epsilon = epsilons(joint_gradients(model, once, processes), rho)
-        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        def alone(model: nn.Module, _: int, process: int, step: int = step) -> None:
+            backward(model, step, process)
+
+        passes = [partial(alone, process=process) for process in range(processes)] if each else [once]
+        found = [at_epsilon(model, one, epsilons, rho, 1 if each else processes) for one in passes]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name in epsilon:
-                    parameter.add_(epsilon[name])
-        gradients = joint_gradients(model, once, processes)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name] - rate * gradients.get(name, torch.zeros_like(parameter)))
+                if name not in frozen:
+                    for gradients in found:
+                        parameter -= rate / len(found) * gradients.get(name, 0)
     return model
+
+
+def at_epsilon(
+    model: nn.Module,
+    backward: Backward,
+    epsilons: Callable[[Gradients, float], Gradients],
+    rho: float,
+    processes: int,
+) -> Gradients:
+    """The joint gradient at x + ε."""
+    epsilon = epsilons(joint_gradients(model, backward, processes), rho)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += epsilon.get(name, 0)
+    gradients = joint_gradients(model, backward, processes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name])
+    return gradients
