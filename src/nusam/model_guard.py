@@ -32,6 +32,7 @@ class ModelGuard:
         self._ascended = False
         self._walk = 0
         self._on_each_device: list[nn.Parameter] = []
+        self._generators: list[torch.Generator] = []
 
     def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
         return ModelGuard, (self.model,)  # what is remembered belongs to one step, and steps are not copied
@@ -44,7 +45,9 @@ class ModelGuard:
             if everything or self._walk != self.tree.walks:
                 self._walk = self.tree.walks
                 self._on_each_device = list({compute_device(p): p for p in self.tree.parameters()}.values())
-            self._random_state = RandomState(self._on_each_device)
+                attributes = (value for module in self.tree.modules for value in vars(module).values())
+                self._generators = [value for value in attributes if isinstance(value, torch.Generator)]
+            self._random_state = RandomState(self._on_each_device, self._generators)
 
     def rewind(self) -> None:
         """Go back to where the last ascent started, which is to be run again."""
@@ -74,12 +77,18 @@ class ModelGuard:
 
 
 class RandomState:
-    """The global random generators of torch on every device at work, of Python and of numpy, to be replayed."""
+    """The random generators of torch on every device at work, of Python and of numpy, to be replayed.
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    Args:
+        parameters: whose devices are at work.
+        generators: those of the model's own.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], generators: Iterable[torch.Generator] = ()) -> None:
         devices = {compute_device(parameter) for parameter in parameters} | _current_devices()
         self._states: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
         self._states.append((torch.set_rng_state, torch.get_rng_state()))
+        self._states += [(generator.set_state, generator.get_state()) for generator in generators]
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None:
             self._states.append((numpy_random.set_state, numpy_random.get_state(legacy=False)))

@@ -9,11 +9,13 @@ from torch import nn
 
 import nusam
 
+OWN = torch.Generator()
 DRAWS = {
     "torch": lambda n: torch.rand(n),
     "python": lambda n: torch.tensor([random.random() for _ in range(n)]),
     "numpy": lambda n: torch.from_numpy(np.random.rand(n)).float(),
     "numpy, normal": lambda n: torch.from_numpy(np.random.randn(n)).float(),  # keeps a number back
+    "a module's own": lambda n: torch.rand(n, generator=OWN),
     "python, normal": lambda n: torch.tensor([random.gauss(0, 1) for _ in range(n)]),
 }
 
@@ -23,6 +25,7 @@ class Noisy(nn.Module):
         super().__init__()
         self.linear = nn.Linear(6, 3)
         self.draw = draw
+        self.generator = OWN
         self.drawn = []
 
     def forward(self, x):
@@ -32,6 +35,7 @@ class Noisy(nn.Module):
 
 def seed(value):
     torch.manual_seed(value)
+    OWN.manual_seed(value)
     random.seed(value)
     np.random.seed(value)
 
