@@ -45,6 +45,7 @@ class Ascent:
         self.verification = Verification()
         self._fell_back: dict[Tensor, str] = {}  # in the last pass
         self.unreachable: dict[Tensor, str] = {}  # by an ε in the forward in this step, and why
+        self._whole: set[Tensor] = set()  # whose gradient comes in several backwards, and is not freed between them
         self._compiles = False  # whether compiled graphs were seen
 
     def state_of(self, target: Target) -> State:
@@ -131,7 +132,7 @@ class Ascent:
         if not checks and not served and not (in_forward and known and not keeps):
             return None
         forms = not served and not checks
-        frees = (frees or frozen) and not keeps and not several
+        frees = (frees or frozen) and not keeps and not several and parameter not in self._whole
         return Job(self.state_of(target), known, checks, forms, keeps or several, frees, in_forward)
 
     # ------------------------------------------------------------ after the pass
@@ -160,6 +161,7 @@ class Ascent:
     def mistrust(self, pass_: LayerPass, reasons: dict[Tensor, str]) -> None:
         """Compare these anew before they are served again; those that have no gradient by the sum over their uses."""
         for parameter, reason in reasons.items():
+            self._whole.add(parameter)
             if pass_.records[parameter].frozen:
                 self.verification.serve_by_sum(parameter, reason)
             else:

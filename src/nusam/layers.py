@@ -230,10 +230,16 @@ class Use(NamedTuple):
     name: str
     parameter: nn.Parameter
     kind: type[Kind]
+    forward: Any  # the function that its class computes with
 
     def is_current(self) -> bool:
         """Whether the module still uses the parameter so."""
-        return self.module._parameters.get(self.name) is self.parameter and "forward" not in vars(self.module)
+        module = self.module
+        return (
+            module._parameters.get(self.name) is self.parameter
+            and type(module).forward is self.forward
+            and "forward" not in vars(module)
+        )
 
 
 def find_uses(model: nn.Module) -> Iterator[Use]:
@@ -259,7 +265,7 @@ def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterat
     for name in names:
         parameter = module._parameters.get(name)
         if isinstance(parameter, nn.Parameter) and len(matrix_shape(parameter)) == 2:
-            yield Use(module, name, parameter, kind)
+            yield Use(module, name, parameter, kind, type(module).forward)
 
 
 @contextmanager

@@ -246,7 +246,7 @@ class SharpnessAware(Wrapper):
         workers.reshard()
         parameters = self._parameters()
         in_forward = {target.parameter for target in targets if self._in_forward(target.parameter)}
-        frees = accumulate or self._in_backward is not None
+        frees = self._in_backward is not None
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
@@ -278,7 +278,7 @@ class SharpnessAware(Wrapper):
                 pass_.settle()
             reached = bool(pass_ and pass_.saw_gradients())
             self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters), self._has_closure)
-            self._pending = self._perturb(targets, pass_, workers)
+            self._pending = self._perturb(targets, pass_, workers, in_forward)
             self._ascended = [target.parameter for target in targets]
 
     @contextmanager
@@ -698,7 +698,7 @@ class SharpnessAware(Wrapper):
         return self.placement == "forward"
 
     def _perturb(
-        self, targets: list[Target], pass_: LayerPass | None, workers: DataParallel
+        self, targets: list[Target], pass_: LayerPass | None, workers: DataParallel, in_forward: set[Tensor]
     ) -> dict[Tensor, Perturbation]:
         """ε for every target that the ascent reached."""
         for target in targets:
@@ -719,21 +719,22 @@ class SharpnessAware(Wrapper):
             self._ledger.tell(list(surprises), self._names, "was used otherwise than in the steps in which it was "
                               "compared with its gradient, and was not perturbed in this step; its gradient is formed "
                               "from now on")  # fmt: skip
-        self._refuse_unreachable(targets, self._ascent.unreachable)
+        there = [target.parameter for target in targets if target.parameter in in_forward]
+        self._refuse_unreachable(there, self._ascent.unreachable)
         found = self._ascent.perturbations(targets, pass_, _mix(self.seed, self._progress.steps), workers)
         # what this process alone knows is said once all have had their sums
         records = pass_.records.values() if pass_ is not None and pass_.keeps else []
         served = [record.parameter for record in records if record.job.in_forward and not record.job.checks]
         beside = [parameter for parameter in served if parameter.grad is not None]
-        self._refuse_unreachable(targets, dict.fromkeys(beside, "also used outside its layer"))
+        self._refuse_unreachable(there, dict.fromkeys(beside, "also used outside its layer"))
         self._ascent.verification.advance()
         if found:
             self._progress.ascents += 1
         return found
 
-    def _refuse_unreachable(self, targets: list[Target], reasons: dict[Tensor, str]) -> None:
+    def _refuse_unreachable(self, parameters: list[Tensor], reasons: dict[Tensor, str]) -> None:
         """Refuse an ε in the forward where it would not be all of ε."""
-        for parameter in (target.parameter for target in targets if self._in_forward(target.parameter)):
+        for parameter in parameters:
             verdict = self._ascent.verification.found.get(parameter)
             reason = reasons.get(parameter)
             if verdict and verdict.found == OTHERWISE:
