@@ -31,7 +31,14 @@ def run(example, options, folder, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*num_workers")  # Lightning's advice
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # accelerate asks for it on a CPU too
-@pytest.mark.parametrize(("example", "options"), [(name, options) for name, many in RUNS.items() for options in many])
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [  # a processor takes its time for bfloat16
+        pytest.param(name, options, marks=[pytest.mark.slow] if "bf16" in options else [])
+        for name, many in RUNS.items()
+        for options in many
+    ],
+)
 def test_the_loss_goes_down(example, options, tmp_path, monkeypatch, capsys):
     losses, accuracy = run(example, options, tmp_path, monkeypatch, capsys)
     assert len(losses) == 4
