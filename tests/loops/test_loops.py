@@ -22,8 +22,12 @@ LOOPS = [pytest.param(case, id=named(case), marks=[pytest.mark.slow] * case.slow
 def test_a_loop_is_right_or_refused(case, mode):
     outcomes = {dtype: run(case, mode, dtype) for dtype in case.dtypes}
     wrong = {dtype: result.said for dtype, result in outcomes.items() if result.verdict == "WRONG"}
+    published = committed()[1][case.__doc__, mode]  # else: python -m tests.loops.page
+    if "WRONG" in published:  # a fault that is known, and said on the page until it is mended
+        assert wrong
+        pytest.xfail("wrong, as the page says")
     assert not wrong
-    assert committed()[1][case.__doc__, mode] == cell(outcomes)  # else: python -m tests.loops.page
+    assert published == cell(outcomes)
 
 
 @pytest.mark.parametrize("case", LOOPS)
