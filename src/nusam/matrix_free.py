@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nusam.idle import IdleLayers
-from nusam.interrupts import always
+from nusam.interrupts import always, entered
 from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted, tapped
 from nusam.lmo import State, matrix_shape
 from nusam.power_iteration import Explicit, Matrix, TopPair, meeting, normalized, products, signs
@@ -518,7 +518,8 @@ class _Products(torch.autograd.Function):
         input_gradient = weight_gradient = bias_gradient = probe_gradient = None
         if torch.is_grad_enabled() and ctx.reports is not None:
             W = ctx.reports[2]  # the weight itself: a gradient inside the loss depends on it
-        with torch.autocast(D.device.type, enabled=False):
+        whole = torch.autocast(D.device.type, enabled=False)
+        with whole if torch.compiler.is_compiling() else entered(whole):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
             if ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W).view(x.shape)
