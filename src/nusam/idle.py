@@ -56,7 +56,7 @@ class IdleLayers:
                     complete = parameter.register_post_accumulate_grad_hook
                     hooks.append(complete(count(parameter, -1)))  # type: ignore[no-untyped-call]
             yield
-            self._wanted |= {parameter for parameter, times in asked.items() if times}
+            self._wanted |= {p for p, times in asked.items() if times > 0}  # FSDP2 calls the second hook alone
 
     @contextmanager
     def detached(self, needed: set[Tensor]) -> Iterator[None]:
