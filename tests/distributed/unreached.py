@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-import nusam
 from tests.distributed import engines, loops, oracle
 from tests.distributed.engines import full
-from tests.distributed.problem import ITERATIONS, RATE, RHO, STEPS, Net, built
+from tests.distributed.problem import BALLS, RATE, RHO, STEPS, Net, built
 from tests.distributed.running import Checks
 
 CHECKS: Checks = {2: {}, 4: {}}
@@ -22,9 +21,9 @@ def assert_same(model, expected):
         torch.testing.assert_close(full(parameter), names[name.removeprefix("module.")], rtol=0, atol=1e-6)
 
 
-def trained(model, backward, process, parameters=None, **options):
+def trained(model, backward, process, parameters=None, ball="NuSAM", **options):
     base = torch.optim.SGD(list(model.parameters() if parameters is None else parameters), lr=RATE)
-    opt = nusam.NuSAM(base, RHO, model=model, power_iterations=ITERATIONS, **options)
+    opt = BALLS[ball][0](base, RHO, model=model, **options)
     for step in range(STEPS):
         for _ in opt.passes():
             backward(model, step, process)
@@ -96,13 +95,13 @@ def skipping_backward(model, step, process, parts):
     F.cross_entropy(model(x, step in (0, 2, 3)), y).backward()
 
 
-def split_layers(engine, **options):
+def split_layers(engine, ball="NuSAM", **options):
     parts, part = engines.shares(engine)
     backward = partial(skipping_backward, parts=parts)
     expected = Skipping(torch.float64)
-    oracle.train(expected, backward, oracle.nu_sam, RHO, RATE, STEPS, parts)
+    oracle.train(expected, backward, BALLS[ball][1], RHO, RATE, STEPS, parts)
     model = engines.ENGINES[engine][1](Skipping(torch.float64))
-    trained(model, backward, part, **options)
+    trained(model, backward, part, ball=ball, **options)
     assert_same(model, expected)
 
 
@@ -112,3 +111,5 @@ for engine, (sizes, _) in engines.ENGINES.items():
             CHECKS[size][f"split layers: {engine} {ascent} {placement}"] = partial(
                 split_layers, engine, ascent=ascent, placement=placement
             )
+    for size, ball in product(sizes if engine != "DDP" else (), ("NuSAMNorm", "SAM")):
+        CHECKS[size][f"split layers: {engine} {ball}"] = partial(split_layers, engine, ball)
