@@ -114,7 +114,7 @@ def compared(records: Sequence[Record], workers: DataParallel, everyone: DataPar
     together: Ranks | None = None
     reached = [record for record in records if record.parameter.grad is not None or record.gradient_checked is not None]
     if workers.splits_the_batch or any(is_sharded(record.parameter) for record in records):
-        by_uses, by_gradients, together = _joint(records, workers, everyone)
+        by_uses, by_gradients, together = _joint(records, everyone)
         reached = list(records)  # the others may have reached what this process did not
     else:
         by_uses = [_or_zeros(record.products_of_uses(), record) for record in reached]
@@ -161,18 +161,15 @@ def _verdict(
     return Verdict(SEVERAL_USES, "used repeatedly in a graph" if record.probed is not None else f"used {count} times")
 
 
-def _joint(
-    records: Sequence[Record], workers: DataParallel, everyone: DataParallel
-) -> tuple[list[Tensor], list[Tensor], Ranks]:
+def _joint(records: Sequence[Record], everyone: DataParallel) -> tuple[list[Tensor], list[Tensor], Ranks]:
     """Both products over all processes, in one collective: gradients may be summed or averaged already.
 
     And the processes that had a part in each matrix.
     """
     products, routes = [], []
     for record in records:
-        in_summands = workers.splits_the_batch
         if record.kept:
-            matrix, route = by_layers(record.parameter, record, workers, in_summands)
+            matrix, route = by_layers(record.parameter, record, everyone, in_summands=True)
             products.append(matrix.rmatvec(_r(record)))
         else:
             here = averaged(everyone.block(record.parameter, in_layer=True), everyone.summands(record.parameter))
