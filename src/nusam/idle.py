@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nusam.interrupts import always
+from nusam.interrupts import always, remove_hook
 from nusam.layers import is_transformed, tapped
 
 __all__ = ["IdleLayers"]
@@ -37,7 +37,7 @@ class IdleLayers:
     def watched(self) -> Iterator[None]:
         """Learn inside whose gradients the loss itself asks for: these are never detached."""
         asked: dict[Tensor, int] = {}
-        hooks: list[Any] = []
+        hooks: list[tuple[Tensor, Callable[[Tensor], None]]] = []
 
         def count(parameter: Tensor, by: int) -> Callable[[Tensor], None]:
             def hook(_: Tensor) -> None:
@@ -46,15 +46,16 @@ class IdleLayers:
             return hook
 
         def undo() -> None:
-            for hook in hooks:
-                hook.remove()
+            for parameter, hook in hooks:
+                remove_hook(parameter, hook)
 
         with always(undo):
             for parameter in self._parameters():
                 if parameter.requires_grad and parameter.is_leaf:
-                    hooks.append(parameter.register_hook(count(parameter, 1)))  # type: ignore[no-untyped-call]
-                    complete = parameter.register_post_accumulate_grad_hook
-                    hooks.append(complete(count(parameter, -1)))  # type: ignore[no-untyped-call]
+                    begun, complete = count(parameter, 1), count(parameter, -1)
+                    hooks += [(parameter, begun), (parameter, complete)]
+                    parameter.register_hook(begun)  # type: ignore[no-untyped-call]
+                    parameter.register_post_accumulate_grad_hook(complete)  # type: ignore[no-untyped-call]
             yield
             self._wanted |= {p for p, times in asked.items() if times > 0}  # FSDP2 calls the second hook alone
 

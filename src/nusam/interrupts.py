@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-__all__ = ["always", "entered"]
+from torch import Tensor
+
+__all__ = ["always", "entered", "remove_hook"]
 
 
 @contextmanager
@@ -30,3 +32,10 @@ def entered(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
         for context in contexts:
             stack.enter_context(context)
         yield
+
+
+def remove_hook(tensor: Tensor, hook: Callable[..., None]) -> None:
+    """Take a hook from a tensor, by itself: an interrupt may come before the handle to it is kept."""
+    for hooks in (tensor._backward_hooks or {}, getattr(tensor, "_post_accumulate_grad_hooks", None) or {}):
+        for key in [key for key, known in hooks.items() if known == hook]:
+            hooks.pop(key, None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nusam.idle import IdleLayers
-from nusam.interrupts import always, entered
+from nusam.interrupts import always, entered, remove_hook
 from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted, tapped
 from nusam.lmo import State, matrix_shape
 from nusam.power_iteration import Explicit, Matrix, TopPair, meeting, normalized, products, signs
@@ -137,13 +137,12 @@ class LayerPass:
         """Run the pass inside; the model is as found afterwards."""
         handlers: dict[Tensor, Handler] = {p: record.use for p, record in self.records.items()}
         thawed = [p for p, record in self.records.items() if record.job.checks and not p.requires_grad]
-        hooks: list[Any] = []
 
         def undo() -> None:
             for parameter in thawed:
                 parameter.requires_grad_(False)
-            for hook in hooks:
-                hook.remove()
+            for record in self.records.values():
+                remove_hook(record.parameter, record.complete)
 
         around = self._idle.watched() if self._watches else self._idle.detached(self._needed)
         with always(undo), rerouted(self._uses, handlers), around, _standing_in(self._stand_ins, self._idle):
@@ -151,8 +150,7 @@ class LayerPass:
                 parameter.requires_grad_(True)
             for parameter, record in self.records.items():
                 if record.job.checks and parameter.is_leaf:
-                    complete = parameter.register_post_accumulate_grad_hook
-                    hooks.append(complete(record.complete))  # type: ignore[no-untyped-call]
+                    parameter.register_post_accumulate_grad_hook(record.complete)  # type: ignore[no-untyped-call]
             yield
 
     def settle(self) -> None:

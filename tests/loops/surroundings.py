@@ -59,7 +59,7 @@ class AFunctionMayBeAnother(_Surrounded):
 
 
 class AFunctionMayBeAnotherMidway(_Surrounded):
-    """The same, from the fourth step on"""
+    """A TorchFunctionMode scales what F.linear returns, from the fourth step on"""
 
     def loss(self, step):
         if step < 3:

@@ -263,6 +263,6 @@ class AWeightMayBeReadWithoutGradients(Loop):
 
 
 class AWeightMayBeReadWithoutGradientsMidway(AWeightMayBeReadWithoutGradients):
-    """The same, from the fourth step on"""
+    """A weight's values are read without gradients from the fourth step on"""
 
     begins = 3
