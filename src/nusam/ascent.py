@@ -91,7 +91,8 @@ class Ascent:
             workers.refuse_frozen([target.parameter for target in targets])
             reasons = {target.parameter: workers.why_it_must_reduce for target in concerned}
         self._fell_back = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
-        self._fell_back |= {t.parameter: r for t in worth if (r := self.verification.reasons.get(t.parameter))}
+        found_otherwise = self.verification.reasons
+        self._fell_back |= {t.parameter: r for t in worth if (r := found_otherwise.get(t.parameter))}
         if workers.must_reduce:
             return None
         frees |= sum(t.parameter.numel() for t in concerned) >= LARGE
@@ -99,8 +100,8 @@ class Ascent:
         self.unreachable = {p: HOOKED for p in in_forward if reasons.get(p) == HOOKED}
         serves = {target.parameter for target in worth if target.parameter not in reasons}
         jobs = {}
+        watched = in_forward - self.unreachable.keys()
         for target in concerned:
-            watched = in_forward - self.unreachable.keys()
             if target.parameter in serves or (target.parameter in watched and structure.uses_of(target.parameter)):
                 is_in_forward = target.parameter in in_forward
                 job = self._job(target, target.parameter in serves, is_in_forward, keeps, frees)
@@ -145,8 +146,9 @@ class Ascent:
         if checked:
             with _full_precision(record.parameter for record in checked):
                 self.verification.learn(compared(checked, workers, everyone))
+            reasons = self.verification.reasons
             served = [r.parameter for r in pass_.records.values() if self._is_worth(r.parameter)]
-            self._fell_back |= {p: r for p in served if (r := self.verification.reasons.get(p))}
+            self._fell_back |= {p: r for p in served if (r := reasons.get(p))}
 
     def surprises(self, pass_: LayerPass) -> dict[Tensor, str]:
         """Matrices that were served though this step used them otherwise than the steps that were compared."""

@@ -20,6 +20,7 @@ from nusam.lmo import matrix_shape
 from nusam.sharding import Block, is_on_its_way, is_sharded, output_of_blocks
 
 __all__ = [
+    "UNSAFE_VIEW",
     "Conv1D",
     "Embedding",
     "Handler",
@@ -33,6 +34,10 @@ __all__ = [
     "rerouted",
     "tapped",
 ]
+
+
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+SMALL = 2**15  # entries of a matrix up to which W + ε is formed sooner than its effect is added
 
 
 class Kind:
@@ -64,7 +69,7 @@ class Kind:
 
     @staticmethod
     def input_gradient(D: Tensor, W: Tensor) -> Tensor:
-        return D @ dense(W).to(D.dtype)
+        return D @ dense(W, D.dtype)
 
     @staticmethod
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ class Conv1D(Kind):
 
     @staticmethod
     def input_gradient(D: Tensor, W: Tensor) -> Tensor:
-        return D @ dense(W).to(D.dtype).mT
+        return D @ dense(W, D.dtype).mT
 
     @staticmethod
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -149,9 +154,10 @@ class Embedding(Kind):
         return u[x].unsqueeze(-1) * v
 
 
-def dense(W: Tensor) -> Tensor:
-    """The entries of a weight that a tensor subclass keeps in another form, such as torchao's."""
-    return W if type(W) in (Tensor, nn.Parameter) or is_sharded(W) else W.dequantize()
+def dense(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """The entries of a weight, which a tensor subclass such as torchao's keeps in another form."""
+    entries = W if type(W) in (Tensor, nn.Parameter) or is_sharded(W) else W.dequantize()
+    return entries if entries.dtype is dtype else entries.to(dtype)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -176,7 +182,7 @@ class _Tapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, tap: Tensor) -> Tensor:
         # no view where it can be had, so that an activation may overwrite it
-        output: Tensor = y.view_as(y) if is_sharded(y) else torch.ops.aten._unsafe_view(y, y.shape)
+        output: Tensor = y.view_as(y) if is_sharded(y) else UNSAFE_VIEW(y, y.shape)
         return output
 
     @staticmethod
@@ -202,6 +208,8 @@ class InForward:
             self.calls += 1
             if not is_plain(x) and not is_sharded(W):
                 return kind.apply(x, W + self._outer(kind, W, rows), extra)
+            if W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor) and self._is_exact(W):
+                return kind.apply(x, torch.addr(W, self.u[rows or slice(None)], self.v), extra)
         y = kind.apply(x, W, extra)
         if is_sharded(W):
             if kind is not Linear:
@@ -215,6 +223,11 @@ class InForward:
 
             return y + output_of_blocks(x, W, y, of_block)
         return y + self._delta(kind, x, rows or slice(None)).to(y.dtype)
+
+    def _is_exact(self, W: Tensor) -> bool:
+        """Whether the sum W + uvᵀ is as precise as the layer's output."""
+        precise = W.dtype == self.u.dtype == self.v.dtype and W.device == self.u.device
+        return precise and not torch._C._is_any_autocast_enabled()
 
     def _outer(self, kind: type[Kind], W: Tensor, rows: slice | None) -> Tensor:
         return torch.outer(self.u[rows or slice(None)], self.v).to(W.device, W.dtype)

@@ -133,14 +133,20 @@ class Nuclear(LMO):
     ) -> list[Perturbation]:
         """ε from top pairs that are known already, however they were found."""
         for state, pair in zip(states, pairs, strict=True):
-            state["u"] = pair.u
-        vs, alive = [pair.v for pair in pairs], [pair.alive.to(pair.sigma.dtype) for pair in pairs]
+            state["u"] = pair.u.clone()  # it is a row of many
+        vs = [pair.v for pair in pairs]
         shares = self._shares([pair.sigma for pair in pairs])
-        torch._foreach_mul_(vs, list(radii))
-        norms = torch._foreach_mul(alive, [abs(radius) for radius in radii])
+        norms = [pair.alive.to(pair.sigma.dtype) for pair in pairs]
+        sizes = [abs(radius) for radius in radii]
+        if _are_alike(vs):
+            _multiply(vs, radii)
+            _multiply(norms, sizes)
+        else:
+            torch._foreach_mul_(vs, list(radii))
+            torch._foreach_mul_(norms, sizes)
         if shares is not None:
             torch._foreach_mul_(vs, shares)
-            norms = torch._foreach_mul(norms, shares)
+            torch._foreach_mul_(norms, shares)
         return [RankOne(pair.u, pair.v, pair.sigma, norm) for pair, norm in zip(pairs, norms, strict=True)]
 
     def _shares(self, sigmas: list[Tensor]) -> list[Tensor] | None:
@@ -248,25 +254,38 @@ def _unit(
     neither under- nor overflow.
     """
     tensors, radii = list(tensors), [1.0] * len(tensors) if radii is None else list(radii)
-    if len({(x.device, x.dtype) for x in tensors}) > 1 or not all(x.numel() for x in tensors):
+    if not _are_alike(tensors) or not all(x.numel() for x in tensors):
         return _unit_of_many_kinds(tensors, together, radii)
     maxima = list(torch._foreach_norm(tensors, float("inf")))
     together.max_(maxima)
-    largest = torch.stack(maxima).amax()
-    torch._foreach_div_(tensors, largest)
-    squares = list(torch._foreach_norm(tensors, 2, dtype=working_dtype(tensors[0])))
-    torch._foreach_mul_(squares, squares)
-    together.sum_(squares)
-    norms = torch.stack(squares).sqrt()
+    torch._foreach_div_(tensors, torch.stack(maxima).amax())
+    norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=working_dtype(tensors[0]))))
+    if together is not ALONE:
+        squares = list(norms.square().unbind())
+        together.sum_(squares)
+        norms = torch.stack(squares).sqrt()
     total = torch.linalg.vector_norm(norms)  # NaN where the largest entry is zero, infinite or NaN
     dead = ~total.isfinite()
     torch._foreach_div_(tensors, total.to(tensors[0].dtype))
-    torch._foreach_mul_(tensors, radii)
-    for x in tensors:
-        x.masked_fill_(dead, 0)
+    _multiply(tensors, radii)
+    if dead.device.type != "cpu" or dead.item():  # elsewhere the host would have to wait
+        for x in tensors:
+            x.masked_fill_(dead, 0)
     shares = list((norms / total).masked_fill_(dead, 0).unbind())
-    torch._foreach_mul_(shares, [abs(radius) for radius in radii])
+    _multiply(shares, [abs(radius) for radius in radii])
     return tensors, shares
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    return len({(x.device, x.dtype) for x in tensors}) == 1
+
+
+def _multiply(tensors: list[Tensor], factors: Sequence[float]) -> None:
+    """Each of these, of one kind, in place with its own factor; one tensor is faster than a list of numbers."""
+    if min(factors) == max(factors):
+        torch._foreach_mul_(tensors, tensors[0].new_full((), factors[0]))
+    else:
+        torch._foreach_mul_(tensors, list(factors))
 
 
 def _unit_of_many_kinds(

@@ -6,8 +6,8 @@ matrix is no input of the layer's function then, so that nobody's hook sees a gr
 the gradient is formed as ever, and the products beside it.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nusam.idle import IdleLayers
 from nusam.interrupts import always, entered, remove_hook
-from nusam.layers import Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted, tapped
+from nusam.layers import UNSAFE_VIEW, Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted, tapped
 from nusam.lmo import State, matrix_shape
-from nusam.power_iteration import Explicit, Matrix, TopPair, meeting, normalized, products, signs
+from nusam.power_iteration import SMALL, Explicit, Matrix, TopPair, meeting, normalized, products, signs
 from nusam.sharding import block, compute_device, is_sharded, layout, local, whole
 
 __all__ = ["Job", "LayerGradient", "LayerPass", "Sum"]
@@ -27,16 +27,31 @@ __all__ = ["Job", "LayerGradient", "LayerPass", "Sum"]
 class LayerGradient:
     """The gradient of a layer's matrix, multiplied without being formed."""
 
-    def __init__(self, kind: type[Kind], X: Tensor, D: Tensor, n: int) -> None:
-        self.kind, self.X, self.D, self.n = kind, X, D, n
+    def __init__(self, layer: type[Kind], X: Tensor, D: Tensor, n: int) -> None:
+        self.layer, self.X, self.D, self.n = layer, X, D, n
+
+    def is_small(self) -> bool:
+        return self.layer is not Embedding and self.X.numel() + self.D.numel() <= SMALL
+
+    def kind(self) -> Hashable:
+        """What small ones that can be stacked have in common."""
+        if not self.is_small():
+            return None
+        return self.layer, self.X.shape, self.D.shape, self.X.dtype, self.D.dtype, self.X.device
+
+    @staticmethod
+    def stacked(gradients: "Sequence[LayerGradient]") -> "LayerGradient":
+        """Several as one, for u (k, n, 1) and v (k, m, 1)."""
+        Xs, Ds = torch.stack([G.X for G in gradients]), torch.stack([G.D for G in gradients])
+        return LayerGradient(gradients[0].layer, Xs, Ds, gradients[0].n)
 
     def matvec(self, v: Tensor) -> Tensor:
         X, D = self._in(v)
-        return self.kind.matvec(X, D, v.to(D.device), self.n).to(v.device)
+        return self.layer.matvec(X, D, v.to(D.device), self.n).to(v.device)
 
     def rmatvec(self, u: Tensor) -> Tensor:
         X, D = self._in(u)
-        return self.kind.rmatvec(X, D, u.to(D.device)).to(u.device)
+        return self.layer.rmatvec(X, D, u.to(D.device)).to(u.device)
 
     def _in(self, like: Tensor) -> tuple[Tensor, Tensor]:
         X = self.X.to(like.dtype) if self.X.is_floating_point() else self.X
@@ -154,7 +169,14 @@ class LayerPass:
             yield
 
     def settle(self) -> None:
-        """The backwards are over: put the gradients that stand-ins have into the parameters."""
+        """The backwards are over: multiply what waits, and put the gradients that stand-ins have into parameters."""
+        waiting = [record for record in self.records.values() if record.waiting is not None]
+        if waiting:
+            with torch.no_grad(), _without_autocast(waiting[0].u.device):
+                gradients: list[Matrix] = [record.waiting for record in waiting if record.waiting is not None]
+                Gvs, vs = products(gradients, [record.u for record in waiting], waiting[0].iterations)
+                for record, pair in zip(waiting, zip(Gvs, vs, strict=True), strict=True):
+                    record.pair, record.waiting = pair, None
         for record in self.records.values():
             record.settle()
 
@@ -174,7 +196,7 @@ class LayerPass:
     def release(self) -> None:
         """Let go of what was kept, which a loss that lives on would keep alive."""
         for record in self.records.values():
-            record.kept, record.formed = [], None
+            record.kept, record.formed, record.waiting = [], None, None
             if record.frozen and record.job.checks:
                 record.parameter.grad = None
 
@@ -205,6 +227,7 @@ class Record:
         self.u = u.to(device)
         self.kept: list[Matrix] = []  # of every use that is multiplied after the pass
         self.formed: Tensor | None = None  # the gradient, of several uses
+        self.waiting: LayerGradient | None = None  # the one use, small enough to be multiplied with others
         self.pair: tuple[Tensor, Tensor] | None = None  # Gv and v of the one use
         self.checked: Tensor | None = None  # Gᵀr by the layers, summed over uses
         self.gradient_checked: Tensor | None = None  # Gᵀr by the gradient, where that was freed
@@ -217,9 +240,10 @@ class Record:
         self.dtypes: set[torch.dtype] = set()
         self.in_pieces = False
         self._bias: Tensor | None = None
+        self._stand_in: Tensor | None = None
         self._stand_ins = stand_ins  # leaves with the entries of parameters, which served uses compute with
         if parameter.requires_grad and not job.checks and not job.keeps and not is_sharded(parameter):
-            stand_ins[parameter] = parameter.detach().requires_grad_()
+            self._stand_in = stand_ins[parameter] = parameter.detach().requires_grad_()
         self.has_more = False  # whether uses were seen that are not the layers'
         self._tap, self._tap_node = tap, tap_node
         self._probe: Tensor | None = None
@@ -341,10 +365,11 @@ class Record:
 
     def _stand_in_for(self, W: Tensor) -> Tensor:
         """What a served use computes with: no hook of the weight's sees a gradient that is not there."""
-        return self._stand_ins.get(W, W.detach()) if W is self.parameter else W.detach()
+        own = self._stand_in if W is self.parameter else None
+        return W.detach() if own is None else own
 
     def _stand_in_for_bias(self, bias: Any) -> Any:
-        if not isinstance(bias, Tensor) or self.parameter not in self._stand_ins or not bias.requires_grad:
+        if not isinstance(bias, Tensor) or self._stand_in is None or not bias.requires_grad:
             return bias.detach() if isinstance(bias, Tensor) else bias
         if bias not in self._stand_ins:
             self._bias = bias
@@ -387,10 +412,12 @@ class Record:
             self.kept.append(G)
         elif self.job.checks and not self.job.known and not is_sharded(self.parameter):
             pass  # its gradient counts in this pass
+        elif self.calls <= 1 and self.takes == 1 and isinstance(G, LayerGradient) and G.is_small():
+            self.waiting = G
         elif self.calls <= 1 and self.takes == 1:
             (Gv,), (v,) = products([G], [self.u], self.iterations)
             self.pair = Gv, v
-        elif not self.job.checks and self.pair is None:  # beside a pair it would be a part only
+        elif not self.job.checks and self.pair is None and self.waiting is None:  # else it would be a part only
             kind, X, D, n = use
             formed = kind.gradient(X, D, n)
             self.formed = formed if self.formed is None else self.formed + formed
@@ -444,10 +471,19 @@ def _is_wanted(parameter: Tensor) -> bool:
 def _as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
     """Under autocast, what a plain layer would save: the input as it is multiplied."""
     device = x.device.type
+    if not torch._C._is_any_autocast_enabled():
+        return x
     if kind is Embedding or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x
     multiplied: Tensor = x.to(torch.get_autocast_dtype(device))
     return multiplied
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute with the dtypes that are there; a compiled graph needs the context itself."""
+    if torch.compiler.is_compiling():
+        return torch.autocast(device.type, enabled=False)
+    return entered(torch.autocast(device.type, enabled=False)) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def _layer(
@@ -503,10 +539,13 @@ class _Products(torch.autograd.Function):
         kind: type[Kind], extra: Any, iterations: int, reports: Any,
     ) -> Tensor:  # fmt: skip
         y = kind.apply(x, W, extra if bias is None else bias)
-        output: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # no view, so that an activation may overwrite it
+        if torch.compiler.is_compiling():
+            y = UNSAFE_VIEW(y, y.shape)
+        elif y._is_view():
+            y = y.detach()  # an activation could not overwrite a view
         ctx.save_for_backward(x, W, u, r)
         ctx.kind, ctx.iterations, ctx.reports, ctx.extra = kind, iterations, reports, extra
-        return output
+        return y
 
     @staticmethod
     def backward(ctx: Any, D: Tensor) -> Any:
@@ -516,8 +555,7 @@ class _Products(torch.autograd.Function):
         input_gradient = weight_gradient = bias_gradient = probe_gradient = None
         if torch.is_grad_enabled() and ctx.reports is not None:
             W = ctx.reports[2]  # the weight itself: a gradient inside the loss depends on it
-        whole = torch.autocast(D.device.type, enabled=False)
-        with whole if torch.compiler.is_compiling() else entered(whole):
+        with _without_autocast(D.device):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
             if ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W).view(x.shape)

@@ -117,11 +117,13 @@ class _WithCopy(InWeights):
     def add(self) -> None:
         if self._parameters:
             self._originals = [parameter.clone() for parameter in self._parameters]
-            for parameter, epsilon in zip(self._parameters, self._perturbations, strict=True):
+            both = list(zip(self._parameters, self._perturbations, strict=True))
+            for parameter, epsilon in both:
                 if isinstance(epsilon, RankOne):
                     parameter.addcmul_(epsilon.u[:, None], epsilon.v[None, :])
-                elif epsilon is not None:
-                    parameter.add_(epsilon.epsilon)
+            dense = [(parameter, epsilon.epsilon) for parameter, epsilon in both if isinstance(epsilon, Dense)]
+            if dense:
+                torch._foreach_add_(*map(list, zip(*dense, strict=True)))
             torch.clear_autocast_cache()
         self._perturbations.clear()
 

@@ -1,8 +1,8 @@
 """Algorithm 2, the warm-started power iteration, on a list of matrices at once."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ __all__ = [
     "working_dtype",
 ]
 
+SMALL = 2**15  # entries of a matrix up to which it is multiplied in one call with others of its shape
 TAU = 1e-12  # τ of Algorithm 2, here relative to the largest entry of the vector it regularises
 
 
@@ -36,10 +37,19 @@ class Matrix(Protocol):
 
 
 class Explicit:
-    """A matrix that is there."""
+    """A matrix that is there; with u (k, n, 1) and v (k, m, 1), k of them (k, n, m)."""
 
     def __init__(self, A: Tensor) -> None:
         self.A = A
+
+    def kind(self) -> Hashable:
+        """What small matrices that can be stacked have in common."""
+        A = self.A
+        return (A.shape, A.dtype, A.device) if A.numel() <= SMALL else None
+
+    @staticmethod
+    def stacked(matrices: "Sequence[Explicit]") -> "Explicit":
+        return Explicit(torch.stack([matrix.A for matrix in matrices]))
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.A @ v
@@ -134,11 +144,37 @@ def products(
     Norms in between would change nothing but rounding; scaling keeps products within the dtype's range.
     """
     operators = [Explicit(A.to(u.dtype)) if isinstance(A, Tensor) else A for A, u in zip(matrices, us, strict=True)]
-    current = list(us)
+    if together is not ALONE or len(operators) == 1:
+        return _iterated(operators, list(us), iterations, together)
+    kinds: dict[Hashable, list[int]] = {}
+    for i, operator in enumerate(operators):
+        kind = operator.kind() if hasattr(operator, "kind") else None
+        kinds.setdefault(None if kind is None else (type(operator), kind, us[i].dtype), []).append(i)
+    found: list[tuple[Tensor, Tensor]] = [None] * len(operators)  # type: ignore[list-item]
+    for kind, indices in kinds.items():
+        alike, own = [operators[i] for i in indices], [us[i] for i in indices]
+        if kind is None or len(indices) == 1:
+            pairs = zip(*_iterated(alike, own, iterations, together), strict=True)
+        else:
+            stack: Any = type(alike[0])
+            (Avs,), (vs,) = _iterated([stack.stacked(alike)], [torch.stack(own)[..., None]], iterations, together)
+            pairs = zip(Avs[..., 0].unbind(), vs[..., 0].unbind(), strict=True)
+        for i, pair in zip(indices, pairs, strict=True):
+            found[i] = pair
+    return [Av for Av, _ in found], [v for _, v in found]
+
+
+def _iterated(
+    operators: Sequence[Matrix], us: list[Tensor], iterations: int, together: Together
+) -> tuple[list[Tensor], list[Tensor]]:
+    current = us
     for left in reversed(range(iterations)):
         vs = [A.rmatvec(u) for A, u in zip(operators, current, strict=True)]
         together.sum_(vs)
-        largest = torch._foreach_norm(vs, float("inf"))
+        if vs[0].ndim == 1:
+            largest = list(torch._foreach_norm(vs, float("inf")))
+        else:
+            largest = [torch.linalg.vector_norm(v, float("inf"), dim=-2, keepdim=True) for v in vs]
         torch._foreach_div_(vs, largest)
         current = [A.matvec(v) for A, v in zip(operators, vs, strict=True)]
         together.sum_(current, own_rows_suffice=left > 0)
@@ -148,38 +184,35 @@ def products(
 
 
 def normalized(us: Sequence[Tensor], vs: Sequence[Tensor], warm_starts: Sequence[Tensor]) -> list[TopPair]:
-    """The triples of :func:`products`' vectors, which are overwritten."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, u in enumerate(us):
-        kinds.setdefault((u.device, u.dtype), []).append(i)
+    """The triples of :func:`products`' vectors."""
+    kinds: dict[Hashable, list[int]] = {}
+    for i, (u, v) in enumerate(zip(us, vs, strict=True)):
+        kinds.setdefault((u.shape, v.shape, u.device, u.dtype), []).append(i)
     pairs: list[TopPair] = [None] * len(us)  # type: ignore[list-item]
     for indices in kinds.values():
-        chosen = ([xs[i] for i in indices] for xs in (us, vs, warm_starts))
-        for i, pair in zip(indices, _normalized(*chosen), strict=True):
-            pairs[i] = pair
+        chosen = (torch.stack([xs[i] for i in indices]) for xs in (us, vs, warm_starts))
+        for i, pair in zip(indices, zip(*(xs.unbind() for xs in _normalized(*chosen)), strict=True), strict=True):
+            pairs[i] = TopPair(*pair)
     return pairs
 
 
-def _normalized(us: list[Tensor], vs: list[Tensor], warm_starts: list[Tensor]) -> list[TopPair]:
-    """The same for vectors of one device and dtype, all of which go through each operation together."""
-    u_norms, u_largest = _normalize(us)
-    v_norms, v_largest = _normalize(vs)
+def _normalized(us: Tensor, vs: Tensor, warm_starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for k vectors of one shape: u (k, n), v (k, m), σ and whether they are alive (k)."""
+    us, u_norms, u_largest = _unit_rows(us)
+    vs, v_norms, v_largest = _unit_rows(vs)
     sigmas = u_norms / v_norms * (u_largest / v_largest)
     alive = sigmas.isfinite()  # 0/0, inf/inf and NaN all end up as a NaN norm
-    sigmas = sigmas.masked_fill(~alive, 0)
-    for v, dead in zip(vs, (~alive).unbind(), strict=True):
-        v.masked_fill_(dead, 0)
-    us = [torch.where(*chosen) for chosen in zip(alive.unbind(), us, warm_starts, strict=True)]
-    return [TopPair(*pair) for pair in zip(us, vs, sigmas.unbind(), alive.unbind(), strict=True)]
+    dead = ~alive
+    us = torch.where(alive, us, warm_starts)
+    return us, vs.masked_fill_(dead, 0), sigmas.masked_fill_(dead, 0)[:, 0], alive[:, 0]
 
 
-def _normalize(xs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """x/(‖x‖ + τ) for every x in place, free of under- and overflow; the norms in two factors."""
-    largest = torch._foreach_norm(xs, float("inf"))
-    torch._foreach_div_(xs, largest)
-    norms = torch._foreach_norm(xs)
-    torch._foreach_div_(xs, torch._foreach_add(norms, TAU))
-    return torch.stack(norms), torch.stack(largest)
+def _unit_rows(xs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x/(‖x‖ + τ) for every row in place, free of under- and overflow; the norms in two factors, as columns."""
+    largest = torch.linalg.vector_norm(xs, float("inf"), dim=-1, keepdim=True)
+    xs.div_(largest)
+    norms = torch.linalg.vector_norm(xs, dim=-1, keepdim=True)
+    return xs.div_(norms + TAU), norms, largest
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

@@ -245,7 +245,8 @@ class SharpnessAware(Wrapper):
         self._check_processes(workers)
         workers.reshard()
         parameters = self._parameters()
-        in_forward = {target.parameter for target in targets if self._in_forward(target.parameter)}
+        serves = self.model is not None and isinstance(self.lmo, Nuclear)
+        in_forward = {target.parameter for target in targets if self._in_forward(target.parameter)} if serves else set()
         frees = self._in_backward is not None
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees)
         reduces = workers.reduces_gradients(pass_ is not None)
@@ -297,7 +298,7 @@ class SharpnessAware(Wrapper):
         forward = {
             parameter: InForward(epsilon.u, epsilon.v)
             for parameter, epsilon in perturbations.items()
-            if self._in_forward(parameter) and isinstance(epsilon, RankOne)
+            if isinstance(epsilon, RankOne) and self._in_forward(parameter)
         }
         in_place = [p for p in perturbations if p not in forward]
         # processes with perturbations of their own would drift apart by the rounding of a subtraction
@@ -308,7 +309,9 @@ class SharpnessAware(Wrapper):
         self._check_processes(workers)
         workers.reshard()  # layers are known by what they hold then
         structure = self._structure_now()
-        unknown = set() if structure is None else {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
+        unknown: set[Tensor] = set()
+        if structure is not None and self._written.checks:
+            unknown = {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
         perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others)
         del epsilons
 

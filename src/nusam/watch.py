@@ -27,14 +27,24 @@ class Watch:
 
     def __init__(self, tensors: Sequence[Tensor], norms: bool = False) -> None:
         self.tensors = tensors
-        self._marks = [_mark(tensor) for tensor in tensors]
+        # FSDP2 moves shards about, and no forward writes to them
+        self._plain = [tensor for tensor in tensors if type(tensor) in PLAIN]
+        self._marks = self._read()
         # kept, so that no replacement can come to lie at the same address
-        self._memory = [tensor.untyped_storage() for tensor in tensors if type(tensor) in PLAIN]
+        self._memory = [tensor.untyped_storage() for tensor in self._plain]
         self._norms = _measure(tensors) if norms else []
 
     def stirred(self) -> list[Tensor]:
         """Those that the host saw written; their values may be what they were."""
-        return [tensor for tensor, mark in zip(self.tensors, self._marks, strict=True) if _mark(tensor) != mark]
+        marks = self._read()
+        if marks == self._marks:
+            return []
+        versions = [t for t, now, mark in zip(self.tensors, marks[0], self._marks[0], strict=True) if now != mark]
+        moved = [t for t, now, mark in zip(self._plain, marks[1], self._marks[1], strict=True) if now != mark]
+        return list(dict.fromkeys(versions + moved))
+
+    def _read(self) -> tuple[list[int], list[int]]:
+        return [tensor._version for tensor in self.tensors], [tensor.data_ptr() for tensor in self._plain]
 
     def changed(self) -> list[Tensor]:
         """Those whose norms have changed. Waits for the device."""
@@ -48,11 +58,6 @@ class Watch:
             differs = (before != after) & ~(before.isnan() & after.isnan())
             found.update(i for i, is_so in zip(indices, differs.tolist(), strict=True) if is_so)
         return [t for k, t in enumerate(self.tensors) if found & {2 * k, 2 * k + 1}]
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    # FSDP2 moves shards about, and no forward writes to them
-    return tensor._version, tensor.data_ptr() if type(tensor) in PLAIN else 0
 
 
 @torch.no_grad()

@@ -62,6 +62,11 @@ class WrittenWeights:
             self._late |= (changed - self._written) & self._subtracted
             self._written |= changed
 
+    @property
+    def checks(self) -> bool:
+        """Whether this step is one that looks at everything."""
+        return self._check
+
     def writes(self, parameter: Tensor) -> bool:
         """Whether the model was seen to write the weight."""
         return parameter in self._written
