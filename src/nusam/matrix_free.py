@@ -151,21 +151,22 @@ class LayerPass:
     def running(self) -> Iterator[None]:
         """Run the pass inside; the model is as found afterwards."""
         handlers: dict[Tensor, Handler] = {p: record.use for p, record in self.records.items()}
-        thawed = [p for p, record in self.records.items() if record.job.checks and not p.requires_grad]
+        checked = [record for record in self.records.values() if record.job.checks]
+        thawed = [record.parameter for record in checked if not record.parameter.requires_grad]
 
         def undo() -> None:
             for parameter in thawed:
                 parameter.requires_grad_(False)
-            for record in self.records.values():
+            for record in checked:
                 remove_hook(record.parameter, record.complete)
 
         around = self._idle.watched() if self._watches else self._idle.detached(self._needed)
         with always(undo), rerouted(self._uses, handlers), around, _standing_in(self._stand_ins, self._idle):
             for parameter in thawed:
                 parameter.requires_grad_(True)
-            for parameter, record in self.records.items():
-                if record.job.checks and parameter.is_leaf:
-                    parameter.register_post_accumulate_grad_hook(record.complete)  # type: ignore[no-untyped-call]
+            for record in checked:
+                if record.parameter.is_leaf:
+                    record.parameter.register_post_accumulate_grad_hook(record.complete)  # type: ignore[no-untyped-call]
             yield
 
     def settle(self) -> None:
