@@ -84,7 +84,7 @@ def test_an_interrupt_at_every_bytecode_of_both_passes(kind, accumulate, options
     steps = verification._age
 
     def passes():
-        for _ in opt.passes(accumulate):
+        for _ in opt.passes(accumulate=accumulate):
             loss_of(model).backward()
 
     def run(compares, interrupt_at=None, round_=1):

@@ -159,6 +159,22 @@ def check_radius(value: Any, what: str = "rho") -> None:
         raise ValueError(f"{what} must be a finite number of at least 0, got {value!r}.")
 
 
+def check_share(share: Any, what: str = "ascent_share") -> None:
+    if not isinstance(share, Real) or isinstance(share, bool) or not 0 < float(share) <= 1:
+        raise ValueError(f"{what} must be a number above 0 and at most 1, got {share!r}.")
+
+
+def check_batch(batch: tuple[Any, ...], share: float) -> None:
+    """What the passes are to go over, before one begins."""
+    if not batch and share < 1:
+        raise ValueError(
+            f"passes() without a batch can't give the ascent a share of it, ascent_share={share:g}; write "
+            "'for x, y in opt.passes(x, y):', or use ascent_share=1."
+        )
+    if len(batch) == 1 and isinstance(batch[0], bool):
+        raise TypeError(f"passes({batch[0]}) would take {batch[0]} for the batch; write passes(accumulate={batch[0]}).")
+
+
 def check_count(what: str, value: Any, least: int = 0) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}.")

@@ -21,10 +21,16 @@ __all__ = ["ModelGuard", "RandomState", "normalization_parameters"]
 
 
 class ModelGuard:
-    """What is undone or refused in the two passes of every step of one model; without a model nothing is."""
+    """What is undone or refused in the two passes of every step of one model; without a model nothing is.
 
-    def __init__(self, model: nn.Module | None) -> None:
+    Args:
+        model: the module being trained.
+        of_ascent: whether the buffers that stay are those that the ascent leaves; else they are the descent's.
+    """
+
+    def __init__(self, model: nn.Module | None, of_ascent: bool = True) -> None:
         self.model = model
+        self._of_ascent = of_ascent
         self.tree = None if model is None else ModuleTree(model)
         self._buffers = None if self.tree is None else Buffers(self.tree)
         self._refusal = None if self.tree is None else _Refusal(self.tree)
@@ -34,8 +40,9 @@ class ModelGuard:
         self._on_each_device: list[nn.Parameter] = []
         self._generators: list[torch.Generator] = []
 
-    def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
-        return ModelGuard, (self.model,)  # what is remembered belongs to one step, and steps are not copied
+    def __reduce__(self) -> tuple[type, tuple[nn.Module | None, bool]]:
+        # what is remembered belongs to one step, and steps are not copied
+        return ModelGuard, (self.model, self._of_ascent)
 
     def before_ascent(self, everything: bool = False) -> None:
         """Remember generators and buffers as they are; ``everything``: large ones too, which waits for the device."""
@@ -71,7 +78,10 @@ class ModelGuard:
             if perturbed and self._refusal is not None:
                 contexts.enter_context(self._refusal.armed())
             if second and self._buffers is not None and random_state is not None:
-                contexts.enter_context(self._buffers.second_pass())
+                if self._of_ascent:
+                    contexts.enter_context(self._buffers.second_pass())
+                else:
+                    self._buffers.rewind()
                 random_state.replay()
             yield
 

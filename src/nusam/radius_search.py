@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from nusam.checks import check_base_optimizer, check_count, check_radius
+from nusam.checks import check_base_optimizer, check_count, check_radius, check_share
 from nusam.methods import SAM, NuSAM
 from nusam.sharpness_aware import SharpnessAware
 
@@ -71,6 +71,7 @@ def find_rho(
     steps: int = 200,
     delay: float = 0.1,
     warm_up: float = 0.1,
+    ascent_share: float = 1.0,
     seeds: int = 2,
     score: Callable[[nn.Module], float] | None = None,
     report: Callable[[Trial], None] | None = None,
@@ -94,11 +95,13 @@ def find_rho(
         loader: batches to train on; it is started over when it ends, and for every training.
         validation: held-out batches.
         methods: classes such as :class:`nusam.NuSAM`, functions, or partials of either, called with
-            ``(base_optimizer, rho=, delay=, model=)`` and known by their ``__name__``.
+            ``(base_optimizer, rho=, delay=, model=)``, and with ``ascent_share=`` if that is below 1; known by their
+            ``__name__``.
         rhos: radii that are tried with every method, each positive.
         steps: of each training.
         delay: share of the steps that the base optimizer takes alone.
         warm_up: share of the steps over which the learning rate rises.
+        ascent_share: of each batch, that the ascents see; the best ρ is larger with a smaller share.
         seeds: trainings of every method and ρ, with batches in another order and, where the model has any, other
             dropout masks.
         score: judges a trained model, in evaluation mode and without gradients; more is better. The negative mean
@@ -118,6 +121,7 @@ def find_rho(
         if rho == 0:
             raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
     rhos = sorted(map(float, rhos))
+    check_share(ascent_share)
     check_count("steps", steps, least=1)
     check_count("seeds", seeds, least=1)
     for name, share in (("delay", delay), ("warm_up", warm_up)):
@@ -141,7 +145,8 @@ def find_rho(
         optimizer = base(trained)
         check_base_optimizer(optimizer)
         if method is not None:
-            optimizer = method(optimizer, rho=rho, delay=int(delay * steps), model=trained)
+            options = {} if ascent_share == 1 else {"ascent_share": ascent_share}
+            optimizer = method(optimizer, rho=rho, delay=int(delay * steps), model=trained, **options)
         return trained, optimizer
 
     def judge(trained: nn.Module) -> float:
@@ -189,8 +194,8 @@ def _train(
     schedule = LambdaLR(optimizer, rate)
     for batch in batches:
         optimizer.zero_grad()
-        for _ in optimizer.passes() if isinstance(optimizer, SharpnessAware) else ("only",):
-            loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        for part in optimizer.passes(batch) if isinstance(optimizer, SharpnessAware) else (batch,):
+            loss(model, part).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 

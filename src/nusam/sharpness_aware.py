@@ -2,8 +2,8 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from operator import is_
 from types import SimpleNamespace
 from typing import Any, TypedDict, cast
@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 
 from nusam.ascent import Ascent, Target
 from nusam.base_optimizer import needs_closure, step_knowing, turns_round
+from nusam.batch import first_samples
 from nusam.checks import (
     check_alone,
     check_base_optimizer,
+    check_batch,
     check_choice,
     check_closure,
     check_count,
@@ -27,6 +29,7 @@ from nusam.checks import (
     check_radius,
     check_served,
     check_sharded,
+    check_share,
     check_surroundings,
 )
 from nusam.coverage import Candidate, Coverage, covered, warn_of_small_reach
@@ -62,6 +65,7 @@ class Options(TypedDict, total=False):
     ascent: str
     placement: str
     m_sam: Any
+    ascent_share: float
     seed: int
 
 
@@ -109,6 +113,9 @@ class SharpnessAware(Wrapper):
         m_sam: whether every process has an ε of its own, computed from its own share of the batch without any
             communication (Algorithm 3); or the process group that shares one (under DistributedDataParallel). False
             is one ε for all. Needs ``model=`` to be the wrapped module.
+        ascent_share: the share of each batch that the ascent sees, in (0, 1]: the first ⌈share·B⌉ of its B samples.
+            1 is the paper's algorithm; less is a cheaper one, see ``docs/cheap.md``. Below 1 the batch goes through
+            :meth:`passes`, and the buffers of the model are those that the descent leaves, which sees all of it.
         seed: of the warm starts and of Gaussian noise. The global generators are never drawn from.
 
     Raises:
@@ -136,6 +143,7 @@ class SharpnessAware(Wrapper):
         ascent: str = "auto",
         placement: str = "auto",
         m_sam: Any = False,
+        ascent_share: float = 1.0,
         seed: int = 0,
     ) -> None:
         check_base_optimizer(base_optimizer)
@@ -145,6 +153,7 @@ class SharpnessAware(Wrapper):
             check_radius(group.get("rho", rho))
         check_count("delay", delay)
         check_count("seed", seed)
+        check_share(ascent_share)
         if rho_schedule is not None and not callable(rho_schedule):
             raise TypeError(f"rho_schedule must map a step to a factor on rho, or be None, got {rho_schedule!r}.")
         if model is not None and not isinstance(model, nn.Module):
@@ -179,12 +188,13 @@ class SharpnessAware(Wrapper):
         self.placement = placement
         self.seed = seed
         self.m_sam = m_sam
+        self.ascent_share = float(ascent_share)
         serves = ascent != "gradient" and model is not None and isinstance(lmo, Nuclear)
         everything = ascent == "matrix-free" or (m_sam is not False and DataParallel(model).shards)
         self._ascent = Ascent(lmo, (0 if everything else WORTH_SERVING) if serves else None)
         self._pending: dict[Tensor, Perturbation] | None = None
         self._in_backward: StepInBackward | None = None
-        self._guard = ModelGuard(model)
+        self._guard = ModelGuard(model, self.ascent_share == 1)
         self._written = WrittenWeights()
         self._first_ascent: int | None = None  # the step of it, since the start or the last load
         self._ledger = Ledger()
@@ -200,22 +210,40 @@ class SharpnessAware(Wrapper):
 
     # ---------------------------------------------------------------- the two passes
 
-    def passes(self, accumulate: bool = False) -> Iterator[str]:
-        """Iterate over the passes of one step: ``"ascent"``, then ``"descent"``; only the latter while inactive.
+    def passes(self, *batch: Any, accumulate: bool = False) -> Iterator[Any]:
+        """Iterate over the passes of one step: the ascent, then the descent; only the latter while inactive.
 
         The loop body computes the loss and calls ``backward``. Each pass starts with cleared gradients; with
         ``accumulate=True`` the descent gradient adds to what is there, and the ascent leaves no trace in it:
         every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
         ones afterwards; a loop left in the ascent leaves no gradient of it behind.
 
-        ``"ascent"`` comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
+        The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
         layer was compared with its gradient: the second time its gradient is formed.
+
+        Args:
+            batch: what comes back once a pass: several arguments as a tuple, one (a tensor, dictionary, dataclass,
+                list, ...) as itself. In the ascent it is cut to ``ascent_share`` of its samples, see
+                :func:`nusam.batch.first_samples`. Without any, ``"ascent"`` and ``"descent"`` come.
+            accumulate: whether gradients of micro-batches add up.
 
         Raises:
             RuntimeError: inside another pass, or if a pass computed no gradient at all.
-            ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0.
+            ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0, or if
+                there is no batch that could be cut though ``ascent_share`` is below 1.
         """
         self = _itself(self)
+        check_batch(batch, self.ascent_share)
+        whole: Any = batch[0] if len(batch) == 1 else batch or "descent"
+        part: Any = whole if batch else "ascent"
+        if self.ascent_share < 1 and self.active:
+            part = first_samples(whole, self.ascent_share)
+        with closing(self._passes(accumulate)) as names:
+            for name in names:
+                yield part if name == "ascent" else whole
+
+    def _passes(self, accumulate: bool) -> Generator[str, None, None]:
+        """The passes by name, for loops that cut the batch themselves."""
         check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
         if self.active:
             self._may_repeat = True
@@ -389,6 +417,11 @@ class SharpnessAware(Wrapper):
 
     def _losses_of(self, closure: Callable[[], Any]) -> list[Any]:
         """What the closure returns in each pass."""
+        if self.ascent_share < 1:
+            raise ValueError(
+                f"step(closure) would run the whole batch in both passes, though ascent_share={self.ascent_share:g}; "
+                "loop over opt.passes(*batch) and call step() without a closure, or use ascent_share=1."
+            )
         losses = []
         with self._in_closure():
             for _ in self.passes():

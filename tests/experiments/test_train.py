@@ -377,7 +377,7 @@ def test_scalars_say_that_the_disk_is_full_where_they_are_written(tmp_path):
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
     with files_of_at_most(1000), pytest.raises(OSError, match="File too large"):
         for step in range(100):
-            scalars.step(step, optimizer, [torch.ones(())])
+            scalars.step(step, optimizer, {"unperturbed": torch.ones(())})
     scalars.close()
     assert threading.active_count() == threads
 

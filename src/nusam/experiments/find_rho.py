@@ -13,7 +13,7 @@ import tyro
 from nusam.experiments.data import Source, load
 from nusam.experiments.devices import require_device
 from nusam.experiments.errors import Refused
-from nusam.experiments.limits import at_least, not_negative
+from nusam.experiments.limits import at_least, not_negative, some_of
 from nusam.experiments.methods import BASES
 from nusam.experiments.models import TITLES, require_fit
 
@@ -48,6 +48,8 @@ class FindRho:
     """nusam, nusam-norm, sam, sam-on."""
     rhos: Annotated[tuple[float, ...], tyro.conf.arg(metavar="RHO ...")] = RHOS
     """Radii that are tried with every method."""
+    ascent_share: float = 1.0
+    """Of each batch, that the ascents see."""
     steps: int = 200
     """Of each training."""
     seeds: int = 2
@@ -65,7 +67,7 @@ class FindRho:
 
         if isinstance(given, Source):
             given = built_in(given, self.model, self.base, self.learning_rate, self.device)
-        return RhoSearch(self.methods, self.rhos, self.steps, self.seeds, self.out).run(given)
+        return RhoSearch(self.methods, self.rhos, self.ascent_share, self.steps, self.seeds, self.out).run(given)
 
     def _source(self) -> Source:
         """What --model learns from, where that is possible."""
@@ -85,6 +87,7 @@ class FindRho:
         for rho in self.rhos:
             if not (math.isfinite(rho) and rho >= 0):
                 raise Refused(f"rho must be a finite number of at least 0, got {rho}.")
+        some_of(ascent_share=self.ascent_share)
         at_least(1, steps=self.steps, seeds=self.seeds)
 
 

@@ -56,6 +56,7 @@ class RhoSearch:
 
     methods: Sequence[str]
     rhos: Sequence[float]
+    ascent_share: float
     steps: int
     seeds: int
     out: Path
@@ -74,7 +75,8 @@ class RhoSearch:
 
         methods = [getattr(nusam, KNOWN[method].kind) for method in self.methods]
         try:
-            found = find_rho(**given, methods=methods, rhos=self.rhos, steps=self.steps, seeds=self.seeds, report=tell)
+            options: Any = {"rhos": self.rhos, "ascent_share": self.ascent_share, "steps": self.steps}
+            found = find_rho(**given, **options, methods=methods, seeds=self.seeds, report=tell)
         except (TypeError, ValueError, NotImplementedError) as error:
             if _raised_in_nusam(error):
                 raise Refused(str(error)) from error

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nusam.experiments.limits import at_least, not_negative, shares
+from nusam.experiments.limits import at_least, not_negative, shares, some_of
 
 __all__ = ["Epoch", "Outcome", "Recipe", "Report", "Run"]
 
@@ -39,12 +39,14 @@ class Run:
     power_iterations: int = 1
     stretch: float = 1.0  # of the epochs
     rate: float = 1.0  # of the learning rate
+    ascent_share: float = 1.0  # of each batch, that the ascent sees
 
     def __post_init__(self) -> None:
         not_negative(rho=self.rho, stretch=self.stretch, rate=self.rate)
         at_least(0, seed=self.seed)
         at_least(1, power_iterations=self.power_iterations)
         shares(delay=self.delay)
+        some_of(ascent_share=self.ascent_share)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,14 @@ class Scalars:
         self._every = every
         self._write(file_version="brain.Event:2")
 
-    def step(self, step: int, optimizer: Optimizer, losses: Sequence[Tensor]) -> None:
+    def step(self, step: int, optimizer: Optimizer, losses: Mapping[str, Tensor]) -> None:
         """Losses of both passes and their gap, the learning rate, and what the optimizer has measured."""
         if step % self._every:
             return
-        ascent, *descent = map(float, losses)
-        numbers = {"loss/unperturbed": ascent, "learning_rate": float(optimizer.param_groups[0]["lr"])}
-        if descent:
-            numbers |= {"loss/perturbed": descent[0], "loss/sharpness_gap": descent[0] - ascent}
+        numbers = {f"loss/{name}": float(loss) for name, loss in losses.items()}
+        if len(losses) == 2:
+            numbers["loss/sharpness_gap"] = numbers["loss/perturbed"] - numbers["loss/unperturbed"]
+        numbers["learning_rate"] = float(optimizer.param_groups[0]["lr"])
         if isinstance(optimizer, SharpnessAware):
             numbers |= optimizer.metrics()
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]

@@ -41,7 +41,10 @@ class Cell:
     @property
     def key(self) -> str:
         """The same for the same cell, in any process."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        described = asdict(self)
+        if self.run.ascent_share == 1:  # results of before there were shares keep their keys
+            del described["run"]["ascent_share"]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Store:

@@ -31,7 +31,7 @@ Values = Annotated[tuple[T, ...], tyro.conf.arg(metavar="VALUE ...")]
 
 @dataclass(frozen=True)
 class Sweep:
-    """Train every combination of models, methods, radii, delays and seeds that --results does not have yet.
+    """Train every combination of models, methods, radii, delays, shares and seeds that --results does not have yet.
 
     Stop it whenever you like: finished runs are kept, and the same command goes on.
     """
@@ -39,11 +39,13 @@ class Sweep:
     models: Values[str] = ("mixer",)
     """Separated by spaces."""
     methods: Values[str] = ("none", "sam", "nusam")
-    """As of nusam train; none is the base optimizer alone, once for all radii and delays."""
+    """As of nusam train; none is the base optimizer alone, once for all radii, delays and shares."""
     rhos: Values[float] = (0.05, 0.1, 0.2)
     """Radii."""
     delays: Values[float] = ()
     """Shares of the steps before the perturbation starts; each method's own unless given."""
+    ascent_shares: Values[float] = (1.0,)
+    """Shares of each batch that the ascent sees."""
     seeds: int = 2
     """How many, from 0."""
     data: str = "digits"
@@ -98,9 +100,11 @@ class Sweep:
             self.epochs, self.batch_size, self.learning_rate, self.weight_decay, base=self.base, augment=self.augment
         )
         runs = [
-            Run(model, method, 0.0, seed) if method == ALONE else Run(model, method, rho, seed, delay)
-            for model, method, rho, delay, seed in product(
-                self.models, map(kept_as, self.methods), self.rhos, delays, range(self.seeds)
+            Run(model, method, 0.0, seed)
+            if method == ALONE
+            else Run(model, method, rho, seed, delay, ascent_share=share)
+            for model, method, rho, delay, share, seed in product(
+                self.models, map(kept_as, self.methods), self.rhos, delays, self.ascent_shares, range(self.seeds)
             )
         ]
         return [Cell(self.data, recipe, run, self.train_size) for run in dict.fromkeys(runs)]
@@ -123,13 +127,15 @@ class Sweep:
             require_one_base("methods", method, self.base)
         if not self.rhos:
             raise Refused("--rhos must give at least one radius, got nothing.")
+        if not self.ascent_shares:
+            raise Refused("--ascent-shares must give at least one share, got nothing.")
         at_least(0, train_size=self.train_size)
         at_least(1, jobs=self.jobs, seeds=self.seeds)
 
 
 def _table(store: Store, cells: list[Cell]) -> Table:
     table = Table(title="Test accuracy of the last epoch, %", box=HORIZONTALS, pad_edge=False)
-    for column in ("model", "method", "ρ", "delay", "seeds", "accuracy", "validation"):
+    for column in ("model", "method", "ρ", "delay", "share", "seeds", "accuracy", "validation"):
         table.add_column(column)
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
@@ -137,7 +143,8 @@ def _table(store: Store, cells: list[Cell]) -> Table:
         delay = METHODS[run.method].delay if run.delay is None else run.delay
         rho = f"{run.rho:g}" if run.rho else "–"
         method = title(run.method, cell.recipe.base)
-        groups.setdefault((TITLES[run.model], method, rho, f"{delay:.0%}"), []).append(cell)
+        share = "–" if run.method == ALONE else f"{run.ascent_share:g}"
+        groups.setdefault((TITLES[run.model], method, rho, f"{delay:.0%}", share), []).append(cell)
     for group, members in groups.items():
         outcomes = [store[cell] for cell in members]
         accuracies = [

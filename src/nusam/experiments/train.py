@@ -39,6 +39,8 @@ class Train:
     """Share of the steps before the perturbation starts; the method's own unless given."""
     power_iterations: int = 1
     """Of νSAM."""
+    ascent_share: float = 1.0
+    """Of each batch, that the ascent sees."""
     seed: int = 0
     """Decides the data split, the initial weights and the order."""
     data: str = "digits"
@@ -96,9 +98,10 @@ class Train:
 
     def _wanted(self) -> tuple[Run, Recipe]:
         """What to train, and how. The base optimizer alone has no other options."""
-        run = Run(self.model, kept_as(self.method), self.rho, self.seed, self.delay, self.power_iterations)
+        method, share = kept_as(self.method), self.ascent_share
+        run = Run(self.model, method, self.rho, self.seed, self.delay, self.power_iterations, ascent_share=share)
         if run.method == ALONE:
-            run = replace(run, rho=0.0, delay=None, power_iterations=1)
+            run = replace(run, rho=0.0, delay=None, power_iterations=1, ascent_share=1.0)
         return run, Recipe(
             self.epochs,
             self.batch_size,

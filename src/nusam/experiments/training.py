@@ -112,7 +112,7 @@ def train(
         schedule.step()
 
         progress.step = step + 1
-        progress.loss += float(losses[0]) * len(chosen)
+        progress.loss += float(next(iter(losses.values()))) * len(chosen)
         if scalars:
             scalars.step(step, optimizer, losses)
         if progress.step % per_epoch == 0:
@@ -139,29 +139,31 @@ def train(
 
 def _step(
     model: nn.Module, optimizer: Optimizer, machine: Machine, pixels: Tensor, labels: Tensor, accumulate: int
-) -> list[Tensor]:
-    """One step on the joint batch; its loss in each kind of pass, the first at the weights before the step."""
+) -> dict[str, Tensor]:
+    """One step on the joint batch; its loss in each pass over all of it, the first at the weights before the step."""
     optimizer.zero_grad()
     count = len(labels)
     losses: dict[str, Tensor] = {}
     for x, y in zip(pixels.chunk(accumulate), labels.chunk(accumulate), strict=True):
         x, y = machine.share(x), machine.share(y)
-        for name in _passes(optimizer, accumulate > 1):
+        for number, (xs, ys) in enumerate(_passes(optimizer, x, y, accumulate > 1)):
             with machine.autocast():
                 # summed here and averaged over processes, this is the mean over the joint batch whatever the shares
-                loss = cross_entropy(model(x).float(), y, reduction="sum") * (machine.processes / count)
+                loss = cross_entropy(model(xs).float(), ys, reduction="sum") * (machine.processes / count)
             machine.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            losses[name] = losses.get(name, torch.zeros_like(loss)) + loss.detach()
+            if len(ys) == len(y):  # the loss of a share is that of other samples
+                name = "perturbed" if number else "unperturbed"
+                losses[name] = losses.get(name, torch.zeros_like(loss)) + loss.detach()
     machine.scaler.step(optimizer)
     machine.scaler.update()
     if machine.processes > 1:
         for loss in losses.values():
             dist.all_reduce(loss.div_(machine.processes))
-    return list(losses.values())
+    return losses
 
 
-def _passes(optimizer: Optimizer, accumulate: bool) -> Iterator[str]:
-    return optimizer.passes(accumulate) if isinstance(optimizer, SharpnessAware) else iter(["only"])
+def _passes(optimizer: Optimizer, x: Tensor, y: Tensor, accumulate: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    return optimizer.passes(x, y, accumulate=accumulate) if isinstance(optimizer, SharpnessAware) else iter([(x, y)])
 
 
 def steps_of(recipe: Recipe, source: Source, stretch: float = 1.0) -> int:

@@ -3,8 +3,8 @@
     model, opt, loader = accelerator.prepare(model, opt, loader)
     for x, y in loader:
         with accelerator.accumulate(model):
-            for _ in passes(opt, model):
-                accelerator.backward(criterion(model(x), y))
+            for xs, ys in passes(opt, model, x, y):
+                accelerator.backward(criterion(model(xs), ys))
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
@@ -14,6 +14,7 @@
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -35,7 +36,7 @@ __all__ = ["passes", "sharpness_aware"]
 REDUCES_IN_STEP = {DistributedType.XLA, DistributedType.MEGATRON_LM}
 
 
-def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
+def passes(optimizer: Optimizer, model: nn.Module, *batch: Any) -> Iterator[Any]:
     """The passes over one micro-batch, :meth:`nusam.SharpnessAware.passes` with ``accumulate=True``.
 
     Call ``zero_grad()`` once a step, as accelerate asks for anyway. Every micro-batch is perturbed on its own.
@@ -44,10 +45,21 @@ def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
         optimizer: a :class:`nusam.SharpnessAware`, as ``Accelerator.prepare`` gave it back.
         model: as ``Accelerator.prepare`` gave it back. If the optimizer was built with ``model=``, it learns here by
             what that model is wrapped now, so that under DDP all processes share one perturbation.
+        batch: what comes back once a pass, in the ascent cut to ``ascent_share``; without any the passes' names come.
 
     Raises:
         TypeError: if the optimizer is none of nusam's.
         NotImplementedError: under FSDP1, DeepSpeed and Megatron-LM, and on several XLA devices.
+    """
+    opt = reaching(optimizer, model)
+    yield from opt.passes(*batch, accumulate=True)
+
+
+def reaching(optimizer: Optimizer, model: nn.Module) -> SharpnessAware:
+    """nusam's optimizer, which knows from now on by what ``Accelerator.prepare`` has wrapped its model.
+
+    Raises:
+        TypeError, NotImplementedError: as :func:`passes`.
     """
     opt = sharpness_aware(optimizer)
     is_sharded = isinstance(model, (FSDPModule, FullyShardedDataParallel))
@@ -73,7 +85,7 @@ def passes(optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
     if isinstance(inner, FSDPModule):
         inner.set_requires_gradient_sync(True)  # what accumulate() leaves unreduced could not be told apart
         _forget_replaced(opt)
-    yield from opt.passes(accumulate=True)
+    return opt
 
 
 def sharpness_aware(optimizer: Optimizer) -> SharpnessAware:

@@ -1,12 +1,13 @@
 """The batch of a training step as it was before a pass had it."""
 
 import copy
-import dataclasses
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+from nusam.batch import rebuilt
 
 __all__ = ["Kept"]
 
@@ -41,20 +42,8 @@ class Kept:
                 look_at(part)
                 made[id(part)] = self._own_tensor(part)
             return made[id(part)]
-        own = partial(self._own, made=made, look_at=look_at)
-        if isinstance(part, MutableMapping):
-            fresh: Any = copy.copy(part)
-            for name, value in part.items():
-                fresh[name] = own(value)
-            return fresh
-        if isinstance(part, tuple) and hasattr(part, "_make"):
-            return part._make(map(own, part))
-        if type(part) in (list, tuple):
-            return type(part)(map(own, part))
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            fresh = copy.copy(part)
-            for field in dataclasses.fields(part):
-                object.__setattr__(fresh, field.name, own(getattr(part, field.name)))
+        fresh = rebuilt(part, partial(self._own, made=made, look_at=look_at))
+        if fresh is not None:
             return fresh
         if hasattr(type(part), "__copy__"):
             return copy.copy(part)

@@ -42,7 +42,8 @@ class SharpnessAwareCallback(Callback):
     which it returns None in either pass is skipped.
     Every micro-batch of ``accumulate_grad_batches`` is perturbed on its own. Logged for each batch: ``active`` (1 once
     the delay is over), ``rho``, and ``sharpness_gap``, by how much the loss at the perturbed weights exceeds that at
-    the weights themselves.
+    the weights themselves. With ``ascent_share`` below 1 it is the descent that counts, which sees the whole batch,
+    and there is no gap to log.
 
     In manual optimization the passes are the loop's own, ``for _ in self.optimizers().passes()``, or those of
     ``self.optimizers().step(closure)``.
@@ -174,7 +175,8 @@ class SharpnessAwareCallback(Callback):
             first: Any = None
             last: Any = None
             with _logging_once(pl_module, self._replay):
-                for name, kwargs["batch"] in self._replay.passes(opt.passes(accumulate=True), self._owners, batch):
+                share, names = opt.ascent_share, opt._passes(accumulate=True)
+                for name, kwargs["batch"] in self._replay.passes(names, self._owners, batch, share):
                     # its hooks run once a batch, and find the gradients of the step before
                     closure._zero_grad_fn = clear if name == "descent" else None
                     last = one_pass()
@@ -184,6 +186,8 @@ class SharpnessAwareCallback(Callback):
             if last.closure_loss is None:
                 if closure._zero_grad_fn is None:
                     clear()
+                return last
+            if opt.ascent_share < 1:
                 return last
             if last is not first:
                 self._to_log["sharpness_gap"] = (last.loss - first.loss) * trainer.accumulate_grad_batches
@@ -281,10 +285,10 @@ def _wrapped_model(opt: SharpnessAware, trainer: Trainer, pl_module: LightningMo
 
 @contextmanager
 def _logging_once(pl_module: LightningModule, replay: Replay) -> Iterator[None]:
-    """Log nothing in a later pass: the batch has been logged in its first one."""
+    """Log in one pass of a batch alone: the first, or where that sees a share, the last."""
     own, log = pl_module.__dict__, pl_module.log
     before = {name: own[name] for name in ("log",) if name in own}
-    own["log"] = lambda *args, **kwargs: None if replay.later else log(*args, **kwargs)
+    own["log"] = lambda *args, **kwargs: log(*args, **kwargs) if replay.counts else None
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from nusam.batch import first_samples
 from nusam.integrations.batches import Kept
 from nusam.integrations.state import State
 from nusam.model_guard import RandomState
@@ -29,7 +30,10 @@ class Replay:
     def __init__(self, step: str) -> None:
         self.later = False
         """Whether the pass that runs is not the first one over its batch."""
+        self.counts = True
+        """Whether what is logged in the pass that runs counts: the first one's over a whole batch."""
         self._step = step
+        self._shares = False  # whether the ascent sees a share of the batch
         self._clones = True  # until a step has been seen to leave its batch alone
         self._owners: list[object] = []
         self._after: State | None = None  # what the first of several passes left
@@ -37,26 +41,31 @@ class Replay:
         self._prepared: list[tuple[Kept, RandomState | None]] = []
         self._asked_for: Iterator[tuple[Kept, RandomState | None]] = iter(())
 
-    def passes(self, passes: Iterator[str], owners: Sequence[object], batch: Any) -> Iterator[tuple[str, Any]]:
+    def passes(
+        self, passes: Iterator[str], owners: Sequence[object], batch: Any, share: float = 1.0
+    ) -> Iterator[tuple[str, Any]]:
         """The name of every pass, and the batch for it.
 
         Args:
-            passes: what :meth:`nusam.SharpnessAware.passes` gave.
+            passes: the names, ``"ascent"`` and ``"descent"``.
             owners: whose attributes the training step may change.
             batch: as the framework hands it to the training step.
+            share: of the batch that an ascent sees. Below 1 it is the last pass that counts, which sees all of it.
 
         Raises:
             RuntimeError: if the first pass changed what can't be brought back for the next.
         """
         before: State | None = None
         kept: Kept | None = None
+        self._shares = share < 1
         try:
             for name in passes:
                 if before is not None and kept is not None:
                     before.restore()
                     self._asked_for = iter(self._prepared)
                     self.later = True
-                    yield name, kept.again()
+                    self.counts = name == "descent" and self._shares
+                    yield name, kept.again() if name == "descent" else first_samples(kept.again(), share)
                 elif name != "ascent":  # the only pass
                     yield name, batch
                 else:
@@ -64,12 +73,13 @@ class Replay:
                     kept = self._keep(batch)
                     self._owners = [*owners, *kept.objects]
                     before = State(self._owners, draws=True)
-                    yield name, batch
+                    self.counts = not self._shares
+                    yield name, first_samples(batch, share) if self._shares else batch
                     self._learn(before)
-                    self._after = State(self._owners)
+                    self._after = None if self._shares else State(self._owners)
         finally:
             after, self._after = self._after, None
-            self._kept, self._prepared, self._owners, self.later = None, [], [], False
+            self._kept, self._prepared, self._owners, self.later, self.counts = None, [], [], False, True
             if after is not None:
                 after.restore()
             if before is not None:
@@ -98,6 +108,8 @@ class Replay:
         """
 
         def prepared(*args: Any, **options: Any) -> Any:
+            if self._shares:
+                return prepare(*args, **options)  # of another batch in every pass
             if self.later:
                 kept, random_state = next(self._asked_for, (None, None))
                 if kept is None:

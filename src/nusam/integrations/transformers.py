@@ -20,7 +20,7 @@ from nusam.sharpness_aware import SharpnessAware
 try:
     from transformers import Trainer
 
-    from nusam.integrations.accelerate import passes, sharpness_aware
+    from nusam.integrations.accelerate import reaching, sharpness_aware
 except ImportError as error:
     raise ImportError(
         "nusam.integrations.transformers needs transformers and accelerate, which are not both there; "
@@ -36,7 +36,8 @@ class NuSAMTrainerMixin:
     Logged beside the loss: ``active`` (1 once the delay is over) and ``rho`` of the last step, and ``sharpness_gap``,
     by how much the loss at the perturbed weights exceeds that at the weights themselves, a mean over the perturbed
     steps since the last log, of this process's share of the batch. The loss that Trainer logs is the one at the weights
-    themselves.
+    themselves. With ``ascent_share`` below 1 it is the one in the descent, which sees the whole batch, and there is no
+    gap to log.
 
     ``training_step`` runs once a pass, ``_prepare_inputs`` in the first pass alone, so that what it generates or takes
     out of a buffer is the same in both. What a class counts, gathers and logs in its ``training_step`` and
@@ -109,11 +110,14 @@ class NuSAMTrainerMixin:
         last: Any = None
         owners, kept = (self, self.state), self._replay  # type: ignore[attr-defined]
         with _in_training_mode(self.optimizer), self._inputs_prepared_once(model):
-            for name, given in kept.passes(passes(self.optimizer, model), owners, inputs):
-                several = kept.later or name == "ascent"
+            names = reaching(self.optimizer, model)._passes(accumulate=True)
+            for name, given in kept.passes(names, owners, inputs, opt.ascent_share):
+                several = opt.ascent_share == 1 and (kept.later or name == "ascent")
                 with self._calls.compared(model, type(self).__name__, kept.later) if several else nullcontext():
                     last = super().training_step(model, given, *args, **kwargs)  # type: ignore[misc]
                 first = last if first is None else first
+        if opt.ascent_share < 1:
+            return cast(Tensor, last)
         if last is not first:
             self._gap = self._gap.to(last.device) + last - first
             self._gap_steps += self.accelerator.sync_gradients  # type: ignore[attr-defined]
@@ -131,7 +135,7 @@ class NuSAMTrainerMixin:
             del own["_prepare_inputs"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._replay.later:
+        if not self._replay.counts:
             return
         if "loss" in logs:
             logs |= self._taken
