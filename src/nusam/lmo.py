@@ -132,8 +132,12 @@ class Nuclear(LMO):
         self, pairs: Sequence[TopPair], radii: Sequence[float], states: Sequence[State]
     ) -> list[Perturbation]:
         """ε from top pairs that are known already, however they were found."""
-        for state, pair in zip(states, pairs, strict=True):
-            state["u"] = pair.u.clone()  # it is a row of many
+        if not pairs:
+            return []
+        us = [torch.empty_like(pair.u) for pair in pairs]
+        torch._foreach_copy_(us, [pair.u for pair in pairs])  # each is a row of many, which shall not stay for its sake
+        for state, u in zip(states, us, strict=True):
+            state["u"] = u
         vs = [pair.v for pair in pairs]
         shares = self._shares([pair.sigma for pair in pairs])
         norms = [pair.alive.to(pair.sigma.dtype) for pair in pairs]
