@@ -1,0 +1,88 @@
+"""Step time with a share of the batch in the ascent, relative to the base optimizer's, alternated in one process.
+
+``python benchmarks/shares.py [--device cuda] [--rounds 9] [--batches 32 128]``
+"""
+
+import argparse
+from collections.abc import Callable
+
+import timm
+import torch
+from torch.nn import functional as F
+
+import models
+import nusam
+from recording import record
+from speed import RHO, adamw, alternate
+
+SHARES = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16}
+
+
+def steps_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """One step of each, all on the same weights: their updates are far too small to matter."""
+
+    def alone(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def step() -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    def ours(opt: nusam.SharpnessAware) -> Callable[[], None]:
+        def step() -> None:
+            for xs, ys in opt.passes(x, y):
+                F.cross_entropy(model(xs), ys).backward()
+            opt.step()
+
+        return step
+
+    steps = {"AdamW": alone(adamw(model))}
+    for name, share in SHARES.items():
+        steps[f"νSAM {name}"] = ours(nusam.NuSAM(adamw(model), RHO, model=model, ascent_share=share))
+        steps[f"SAM {name}"] = ours(nusam.SAM(adamw(model), RHO, model=model, ascent_share=share))
+    return steps
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--batches", type=int, nargs="*", default=[32, 128])
+    options = arguments.parse_args()
+    torch.manual_seed(0)
+    networks = {
+        "ViT-S/4": models._vit(384, 12, 6, 4, 32),
+        "Mixer-S/4": timm.models.MlpMixer(num_classes=10, img_size=32, patch_size=4, num_blocks=8, embed_dim=512),
+    }
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    table = []
+    for name, network in networks.items():
+        for batch in options.batches:
+            x = torch.randn(batch, 3, 32, 32, device=options.device)
+            y = torch.randint(0, 10, (batch,), device=options.device)
+            steps = steps_of(network.to(options.device), x, y)
+            medians = alternate(steps, options.rounds, synchronize)
+            row: dict[str, object] = {"model": name, "batch": batch, "AdamW, s": f"{medians['AdamW']:.3f}"}
+            row |= {step: round(value / medians["AdamW"], 3) for step, value in medians.items() if step != "AdamW"}
+            table.append(row)
+            print(row, flush=True)
+    table.append(
+        {
+            "model": "floor",
+            **{f"νSAM {name}": round(1 + 2 / 3 * share, 3) for name, share in SHARES.items()},
+            **{f"SAM {name}": round(1 + share, 3) for name, share in SHARES.items()},
+        }  # fmt: skip
+    )
+    record(
+        "shares",
+        options.device,
+        table,
+        "Medians of alternated steps over AdamW's; νSAM with its default ascent (matrix-free). The floor counts passes "
+        "alone: an ascent of a share s has s of a plain step's work, and a third less where no gradient of a weight is "
+        "formed. νSAM compares its layers with the gradients in steps 1, 2, 4, 8, … of them; the median is of the others.",
+    )
+
+
+if __name__ == "__main__":
+    main()
