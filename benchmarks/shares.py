@@ -72,7 +72,7 @@ def main() -> None:
             "model": "floor",
             **{f"νSAM {name}": round(1 + 2 / 3 * share, 3) for name, share in SHARES.items()},
             **{f"SAM {name}": round(1 + share, 3) for name, share in SHARES.items()},
-        }  # fmt: skip
+        }
     )
     record(
         "shares",
@@ -80,7 +80,7 @@ def main() -> None:
         table,
         "Medians of alternated steps over AdamW's; νSAM with its default ascent (matrix-free). The floor counts passes "
         "alone: an ascent of a share s has s of a plain step's work, and a third less where no gradient of a weight is "
-        "formed. νSAM compares its layers with the gradients in steps 1, 2, 4, 8, … of them; the median is of the others.",
+        "formed. νSAM compares its layers with the gradients in few of the steps, 2, 4, 8, … after the first.",
     )
 
 
