@@ -9,7 +9,7 @@ from tests.contract.problem import BATCHES, Run, Trained, loader, scaler
 
 
 class AccelerateLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
 
     def train(self, run: Run) -> Trained:
         AcceleratorState._reset_state(reset_partial_state=True)  # one process, many accelerators
@@ -27,9 +27,9 @@ class AccelerateLoop:
         for _ in range(first, run.epochs):
             for x, y in batches:
                 with accelerator.accumulate(model):
-                    for _ in passes(opt, model):
+                    for xs, ys in passes(opt, model, x, y):
                         with accelerator.autocast():
-                            loss = model.loss(x, y)
+                            loss = model.loss(xs, ys)
                         accelerator.backward(loss)
                     if run.clip is not None and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), run.clip)

@@ -8,7 +8,7 @@ from tests.contract.problem import Run, Trained, loader, scaler
 
 
 class FabricLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
 
     def train(self, run: Run) -> Trained:
         trained = Trained.start(run)
@@ -26,8 +26,8 @@ class FabricLoop:
 
         for _ in range(state["epoch"], run.epochs):
             for index, (x, y) in enumerate(loader(run), start=1):
-                for _ in sam.passes(accumulate=True):
-                    fabric.backward(cross_entropy(model(x), y) / run.micro_batches)
+                for xs, ys in sam.passes(x, y, accumulate=True):
+                    fabric.backward(cross_entropy(model(xs), ys) / run.micro_batches)
                 if index % run.micro_batches == 0:
                     if run.clip is not None:
                         fabric.clip_gradients(model, opt, max_norm=run.clip, error_if_nonfinite=False)

@@ -24,7 +24,7 @@ class Module(pl.LightningModule):
 
 
 class LightningLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
 
     def train(self, run: Run) -> Trained:
         trained = Trained.start(run)

@@ -10,7 +10,7 @@ from tests.contract.problem import Run, Trained, loader
 
 
 class PlainLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
 
     def train(self, run: Run) -> Trained:
         trained = Trained.start(run)
@@ -30,9 +30,9 @@ class PlainLoop:
 
         for _ in range(first, run.epochs):
             for index, (x, y) in enumerate(loader(run), start=1):
-                for _ in opt.passes(accumulate=True):
+                for xs, ys in opt.passes(x, y, accumulate=True):
                     with torch.autocast("cpu", dtype) if dtype.itemsize < 4 else nullcontext():
-                        loss = model.loss(x, y) / run.micro_batches
+                        loss = model.loss(xs, ys) / run.micro_batches
                     scaler.scale(loss).backward()
                 if index % run.micro_batches == 0:
                     if run.clip is not None:

@@ -28,6 +28,7 @@ class Run:
         clip: norm that a step's gradient is clipped to, or None.
         precision: "float32", "bfloat16" (autocast), or "float16" (autocast with a GradScaler).
         delay: of the perturbation, in steps.
+        share: of each micro-batch, that the ascent sees.
         schedule: whether the learning rate falls linearly to 0 over the steps.
         overflow: number of the forward pass (from 0) whose loss overflows, or None.
         folder: where to save after the last step and to resume from.
@@ -40,6 +41,7 @@ class Run:
     clip: float | None = None
     precision: str = "float32"
     delay: int = 0
+    share: float = 1.0
     schedule: bool = False
     overflow: int | None = None
     folder: Path | None = None
@@ -122,7 +124,7 @@ class Trained:
 
     def wrap(self, base: Optimizer, model: nn.Module) -> nusam.SharpnessAware:
         """νSAM around a base optimizer, noting the steps that it takes."""
-        self.opt = nusam.NuSAM(base, rho=RHO, delay=self.run.delay, model=model)
+        self.opt = nusam.NuSAM(base, rho=RHO, delay=self.run.delay, ascent_share=self.run.share, model=model)
         self.opt.register_step_post_hook(self._note)
         return self.opt
 

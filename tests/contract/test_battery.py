@@ -145,3 +145,29 @@ def test_a_schedule_advances_once_a_step(loop):
     micro_batches = 2 if "accumulation" in loop.can else 1
     run = Run(steps=10, schedule=True, micro_batches=micro_batches)
     assert loop.train(run).rates == pytest.approx([LR * (1 - step / 10) for step in range(10)])
+
+
+@each(OTHERS, needs="share")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_share_of_the_batch_equals_the_plain_loop(loop, micro_batches):
+    """Ten steps: four without a perturbation, then an ascent on a quarter of every micro-batch."""
+    run = Run(steps=10, delay=4, share=0.25, micro_batches=micro_batches, clip=0.5)
+    plain = PlainLoop().train(run)
+    assert distance(plain, PlainLoop().train(replace(run, share=1.0))) > 1e-4
+    assert_equal_runs(loop.train(run), plain)
+
+
+@each(OTHERS, needs="share")
+def test_a_share_in_half_precision(loop):
+    for precision in ("bfloat16", "float16"):
+        run = Run(steps=5, share=0.25, precision=precision)
+        assert_equal_runs(loop.train(run), PlainLoop().train(run), tolerance=HALF)
+
+
+@each(LOOPS, needs="share")
+def test_resuming_with_a_share_is_bit_exact(loop, tmp_path):
+    whole = loop.train(Run(steps=10, share=0.25))
+    loop.train(Run(steps=5, share=0.25, folder=tmp_path))
+    resumed = loop.train(Run(steps=10, share=0.25, folder=tmp_path, resume=True))
+    for a, b in zip(whole.weights, resumed.weights, strict=True):
+        assert torch.equal(a, b)

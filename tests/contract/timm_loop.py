@@ -16,7 +16,7 @@ from tests.contract.problem import BATCHES, LR, MOMENTUM, RHO, Run, Trained, loa
 
 
 class TimmLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
 
     def train(self, run: Run) -> Trained:
         trained = Trained.start(run)
@@ -30,6 +30,7 @@ class TimmLoop:
             param_group_fn=lambda _: groups,
             rho=RHO,
             delay=run.delay,
+            ascent_share=run.share,
             model=model,
         )
         opt.register_step_post_hook(trained._note)
@@ -54,9 +55,9 @@ class TimmLoop:
         updates = first * BATCHES
         for _ in range(first, run.epochs):
             for batch, (x, y) in enumerate(loader(run), start=1):
-                for _ in opt.passes(accumulate=run.micro_batches > 1):
+                for xs, ys in opt.passes(x, y, accumulate=run.micro_batches > 1):
                     with torch.autocast("cpu", dtype) if dtype.itemsize < 4 else nullcontext():
-                        loss = task(x, y)["loss"] / run.micro_batches
+                        loss = task(xs, ys)["loss"] / run.micro_batches
                     if scaler is None:
                         loss.backward()
                     else:

@@ -60,7 +60,7 @@ def digits_trainer(trained: Trained, dataset: TensorDataset, **options) -> Digit
 
 
 class TransformersLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
 
     def train(self, run: Run) -> Trained:
         AcceleratorState._reset_state(reset_partial_state=True)
