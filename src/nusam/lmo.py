@@ -140,12 +140,13 @@ class Nuclear(LMO):
             state["u"] = u
         vs = [pair.v for pair in pairs]
         shares = self._shares([pair.sigma for pair in pairs])
-        norms = [pair.alive.to(pair.sigma.dtype) for pair in pairs]
         sizes = [abs(radius) for radius in radii]
         if _are_alike(vs):
+            norms = list(torch.stack([pair.alive for pair in pairs]).to(vs[0].dtype).unbind())
             _multiply(vs, radii)
             _multiply(norms, sizes)
         else:
+            norms = [pair.alive.to(pair.sigma.dtype) for pair in pairs]
             torch._foreach_mul_(vs, list(radii))
             torch._foreach_mul_(norms, sizes)
         if shares is not None:

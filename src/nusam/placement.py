@@ -89,8 +89,8 @@ class _RankOneInWeights(InWeights):
         self._marker = torch.zeros((), device="cpu")  # reading it waits for no device
         one = torch.ones((), device="cpu")
         self._written = [*(parameter for parameter, _ in perturbed), self._marker]
-        self._columns = [*(epsilon.u[:, None] for _, epsilon in perturbed), one]
-        self._rows = [*(epsilon.v[None, :] for _, epsilon in perturbed), one]
+        self._columns = [*(epsilon.u.unsqueeze(1) for _, epsilon in perturbed), one]
+        self._rows = [*(epsilon.v.unsqueeze(0) for _, epsilon in perturbed), one]
 
     @torch.no_grad()
     def add(self) -> None:

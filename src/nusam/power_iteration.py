@@ -1,8 +1,8 @@
 """Algorithm 2, the warm-started power iteration, on a list of matrices at once."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -107,7 +107,16 @@ def power_iteration(
     A is not zero but Aᵀu is, v starts from A itself, see :func:`meeting`.
     Tensors are multiplied in their warm start's dtype. Nothing here waits for the device.
     """
-    return normalized(*products(matrices, meeting(us), iterations, together), us) if matrices else []
+    pairs: list[TopPair] = [None] * len(matrices)  # type: ignore[list-item]
+    for indices, Avs, vs in _in_stacks(matrices, meeting(us), iterations, together):
+        own = [us[i] for i in indices]
+        if isinstance(Avs, Tensor):
+            found = _rows(*_normalized(Avs, cast(Tensor, vs), torch.stack(own)))
+        else:
+            found = normalized(Avs, cast(list[Tensor], vs), own)
+        for i, pair in zip(indices, found, strict=True):
+            pairs[i] = pair
+    return pairs
 
 
 def meeting(us: Sequence[Tensor]) -> list[Tensor]:
@@ -143,25 +152,33 @@ def products(
 
     Norms in between would change nothing but rounding; scaling keeps products within the dtype's range.
     """
+    found: list[tuple[Tensor, Tensor]] = [None] * len(matrices)  # type: ignore[list-item]
+    for indices, Avs, vs in _in_stacks(matrices, us, iterations, together):
+        for i, pair in zip(indices, zip(Avs, vs, strict=True), strict=True):
+            found[i] = pair
+    return [Av for Av, _ in found], [v for _, v in found]
+
+
+def _in_stacks(
+    matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int, together: Together
+) -> Iterator[tuple[list[int], Tensor | list[Tensor], Tensor | list[Tensor]]]:
+    """Which matrices, and their Av and v: rows of a tensor where small ones of a kind were multiplied in one call."""
     operators = [Explicit(A.to(u.dtype)) if isinstance(A, Tensor) else A for A, u in zip(matrices, us, strict=True)]
     if together is not ALONE or len(operators) == 1:
-        return _iterated(operators, list(us), iterations, together)
+        yield list(range(len(operators))), *_iterated(operators, list(us), iterations, together)
+        return
     kinds: dict[Hashable, list[int]] = {}
     for i, operator in enumerate(operators):
         kind = operator.kind() if hasattr(operator, "kind") else None
         kinds.setdefault(None if kind is None else (type(operator), kind, us[i].dtype), []).append(i)
-    found: list[tuple[Tensor, Tensor]] = [None] * len(operators)  # type: ignore[list-item]
     for kind, indices in kinds.items():
         alike, own = [operators[i] for i in indices], [us[i] for i in indices]
         if kind is None or len(indices) == 1:
-            pairs = zip(*_iterated(alike, own, iterations, together), strict=True)
+            yield indices, *_iterated(alike, own, iterations, together)
         else:
             stack: Any = type(alike[0])
             (Avs,), (vs,) = _iterated([stack.stacked(alike)], [torch.stack(own)[..., None]], iterations, together)
-            pairs = zip(Avs[..., 0].unbind(), vs[..., 0].unbind(), strict=True)
-        for i, pair in zip(indices, pairs, strict=True):
-            found[i] = pair
-    return [Av for Av, _ in found], [v for _, v in found]
+            yield indices, Avs[..., 0], vs[..., 0]
 
 
 def _iterated(
@@ -191,9 +208,13 @@ def normalized(us: Sequence[Tensor], vs: Sequence[Tensor], warm_starts: Sequence
     pairs: list[TopPair] = [None] * len(us)  # type: ignore[list-item]
     for indices in kinds.values():
         chosen = (torch.stack([xs[i] for i in indices]) for xs in (us, vs, warm_starts))
-        for i, pair in zip(indices, zip(*(xs.unbind() for xs in _normalized(*chosen)), strict=True), strict=True):
-            pairs[i] = TopPair(*pair)
+        for i, pair in zip(indices, _rows(*_normalized(*chosen)), strict=True):
+            pairs[i] = pair
     return pairs
+
+
+def _rows(*stacks: Tensor) -> list[TopPair]:
+    return [TopPair(*pair) for pair in zip(*(stack.unbind() for stack in stacks), strict=True)]
 
 
 def _normalized(us: Tensor, vs: Tensor, warm_starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
