@@ -14,7 +14,7 @@ from nusam.parts import part_of, shared_part
 from nusam.power_iteration import Matrix, TopPair, power_iteration
 from nusam.sharding import DataParallel, Ranks, complete, compute_device, is_sharded, local, route
 from nusam.structure import HOOKED, Structure
-from nusam.verification import ONE_USE, SEVERAL_USES, Verification, compared
+from nusam.verification import IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
 
 __all__ = ["Ascent", "Target"]
 
@@ -27,6 +27,14 @@ class Target(NamedTuple):
     parameter: Tensor
     radius: float
     seed: int
+
+
+class _Count(NamedTuple):
+    """What a device was asked about matrices, and when it has answered."""
+
+    parameters: list[Tensor]
+    differ: Tensor
+    event: torch.Event
 
 
 class Ascent:
@@ -46,7 +54,11 @@ class Ascent:
         self._fell_back: dict[Tensor, str] = {}  # in the last pass
         self.unreachable: dict[Tensor, str] = {}  # by an ε in the forward in this step, and why
         self._whole: set[Tensor] = set()  # whose gradient comes in several backwards, and is not freed between them
+        self._counts: list[_Count] = []
         self._compiles = False  # whether compiled graphs were seen
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_counts": []}
 
     def state_of(self, target: Target) -> State:
         """What is remembered of the target, its warm start above all."""
@@ -116,6 +128,11 @@ class Ascent:
         compiles = self._compiles or checks
         return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed, due)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether compiled graphs were seen."""
+        return self._compiles
+
     def _is_worth(self, parameter: Tensor) -> bool:
         least = self.serve_from
         return least is not None and (matrix_shape(parameter).numel() >= least or not parameter.requires_grad)
@@ -154,11 +171,33 @@ class Ascent:
         """Matrices that were served though this step used them otherwise than the steps that were compared."""
         reasons = {}
         for parameter, record in pass_.records.items():
-            if record.is_lost():
+            if record.count_differs():
+                reasons[parameter] = IN_A_GRAPH
+            elif record.is_lost():
                 reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
             elif record.has_more and (record.pair is not None or record.job.in_forward):
                 reasons[parameter] = "also used outside its layer"
         return reasons
+
+    def learn_late(self) -> list[Tensor]:
+        """Matrices of which a device has counted other uses in an earlier step than it was to; never waits for it."""
+        late = []
+        while self._counts and self._counts[0].event.query():
+            parameters, differ, _ = self._counts.pop(0)
+            late += [p for p, differs in zip(parameters, differ.tolist(), strict=True) if differs]
+        for parameter in late:
+            self.verification.forget(parameter)
+        return late
+
+    def _count_late(self, pass_: LayerPass) -> None:
+        """Let the device tell in a later step how often compiled graphs have used what they served."""
+        counted = [r for r in pass_.records.values() if r.is_served_in_a_graph and r.u.device.type != "cpu"]
+        for device in {record.u.device for record in counted}:
+            here = [record for record in counted if record.u.device == device]
+            differ = torch.stack([record.count().reshape(()) for record in here]) != 1
+            event = torch.Event(device)
+            self._counts.append(_Count([r.parameter for r in here], differ.to("cpu", non_blocking=True), event))
+            event.record()
 
     def mistrust(self, pass_: LayerPass, reasons: dict[Tensor, str]) -> None:
         """Compare these anew before they are served again; those that have no gradient by the sum over their uses."""
@@ -182,6 +221,8 @@ class Ascent:
             seed: for balls that draw.
             workers: the processes that share the pass.
         """
+        if pass_ is not None and pass_.is_compiled:
+            self._count_late(pass_)
         in_summands = workers.splits_the_batch and not workers.reduces_gradients(pass_ is not None)
         whole_pairs = pass_ is not None and not pass_.keeps
         sharded = any(is_sharded(target.parameter) for target in targets)

@@ -96,7 +96,10 @@ class IdleLayers:
             )
 
     def _with_detached_parameters(self, layer: nn.Module) -> Callable[..., Any]:
-        forward = layer.forward
+        kind: Any = type(layer)  # whose forward may be patched while the pass runs
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return kind.forward(layer, *args, **kwargs)
 
         def detached(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():

@@ -4,6 +4,7 @@ With the layer's input rows X and the gradient D of its output rows, both at han
 of W need not be formed to be multiplied: for a linear layer G = DᵀX, so Gv = Dᵀ(Xv) and Gᵀu = Xᵀ(Du).
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._device import DeviceContext
 
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
+from nusam.reads import Watched, untold
 from nusam.sharding import Block, is_on_its_way, is_sharded, output_of_blocks
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "Own",
     "Use",
     "find_uses",
+    "is_altered",
     "is_plain",
     "rerouted",
     "tapped",
@@ -156,7 +160,7 @@ class Embedding(Kind):
 
 def dense(W: Tensor, dtype: torch.dtype) -> Tensor:
     """The entries of a weight, which a tensor subclass such as torchao's keeps in another form."""
-    entries = W if type(W) in (Tensor, nn.Parameter) or is_sharded(W) else W.dequantize()
+    entries = W if type(W) in (Tensor, nn.Parameter, Watched) or is_sharded(W) else W.dequantize()
     return entries if entries.dtype is dtype else entries.to(dtype)
 
 
@@ -168,6 +172,17 @@ def is_plain(x: Tensor) -> bool:
 
 def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_altered() -> bool:
+    """Whether a layer's function may be another than torch's: by a TorchFunctionMode, or by a patch."""
+    if F.linear is not torch._C._nn.linear or F.embedding is not _EMBEDDING:
+        return True
+    count = torch._C._len_torch_function_stack()
+    return count > 0 and any(not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(count))
+
+
+_EMBEDDING = F.embedding
 
 
 def tapped(y: Tensor, tap: Tensor) -> Tensor:
@@ -197,19 +212,43 @@ class Handler(Protocol):
 
 
 class InForward:
-    """A layer with W + uvᵀ, computed without writing W: y = xWᵀ + b + (x·v)uᵀ, exact in any precision."""
+    """A layer with W + uvᵀ, computed without writing W: y = xWᵀ + b + (x·v)uᵀ, exact in any precision.
 
-    def __init__(self, u: Tensor, v: Tensor) -> None:
-        self.u, self.v = u, v
+    Whoever reads the weight itself gets W + uvᵀ too, in the weight's precision, until ``is_over`` says that the pass
+    has had its last backward.
+    """
+
+    def __init__(self, u: Tensor, v: Tensor, is_over: Callable[[], bool] = bool) -> None:
+        self.u, self.v, self.is_over = u, v, is_over
         self.calls = 0  # that added it, outside of compiled graphs
+        self._values: tuple[Tensor, int] | None = None  # W + ε without gradients, and its version
 
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
             self.calls += 1
-            if not is_plain(x) and not is_sharded(W):
-                return kind.apply(x, W + self._outer(kind, W, rows), extra)
-            if W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor) and self._is_exact(W):
-                return kind.apply(x, torch.addr(W, self.u[rows or slice(None)], self.v), extra)
+            if not is_sharded(W) and kind is not Own and (is_altered() or type(x) is Watched or not is_plain(x)):
+                return self._dense(kind, x, W, extra, rows)
+            if type(W) is Watched:
+                with untold():
+                    return self._added(kind, x, W, extra, rows)
+        return self._added(kind, x, W, extra, rows)
+
+    def _dense(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
+        """By the perturbed weight itself, in a precision that holds it."""
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        with untold():
+            perturbed = W.to(dtype) + self._outer(W.device, dtype, rows)
+        if dtype == W.dtype:
+            return kind.apply(x, perturbed, extra)
+        with torch.autocast(W.device.type, enabled=False):
+            x = x.to(dtype) if x.is_floating_point() else x
+            y = kind.apply(x, perturbed, extra.to(dtype) if isinstance(extra, Tensor) else extra)
+        return y.to(W.dtype)
+
+    def _added(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
+        small = W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor, Watched)
+        if small and not torch.compiler.is_compiling() and self._is_exact(W):
+            return kind.apply(x, torch.addr(W, self.u[rows or slice(None)], self.v), extra)
         y = kind.apply(x, W, extra)
         if is_sharded(W):
             if kind is not Linear:
@@ -229,11 +268,29 @@ class InForward:
         precise = W.dtype == self.u.dtype == self.v.dtype and W.device == self.u.device
         return precise and not torch._C._is_any_autocast_enabled()
 
-    def _outer(self, kind: type[Kind], W: Tensor, rows: slice | None) -> Tensor:
-        return torch.outer(self.u[rows or slice(None)], self.v).to(W.device, W.dtype)
+    def _outer(self, device: torch.device, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        return torch.outer(self.u[rows or slice(None)], self.v).to(device, dtype)
 
     def _delta(self, kind: type[Kind], x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         return kind.delta(x, self.u[rows].to(x.device), self.v[columns].to(x.device))
+
+    # ------------------------------------------------------------ what others do with the weight
+
+    def value(self, W: Tensor, tracked: bool) -> Tensor:
+        """W + ε, for a function that reads the weight beside its layer."""
+        if self.is_over():
+            return W
+        if is_transformed() or (tracked and torch.is_grad_enabled() and W.requires_grad):
+            return W + self._outer(W.device, W.dtype)
+        if self._values is None:
+            with torch.inference_mode(False), torch.no_grad():
+                values = W + self._outer(W.device, W.dtype)
+            self._values = values, values._version
+        return self._values[0]
+
+    def is_written(self) -> bool:
+        """Whether somebody wrote into what :meth:`value` gave."""
+        return self._values is not None and self._values[0]._version != self._values[1]
 
 
 class Use(NamedTuple):
@@ -257,21 +314,28 @@ class Use(NamedTuple):
 
 def find_uses(model: nn.Module) -> Iterator[Use]:
     """Every matrix of the model that reaches its input through a layer whose forward is known."""
+    linear, embedding, attention = map(_as_published, (nn.Linear, nn.Embedding, nn.MultiheadAttention))
     for module in model.modules():
         forward = getattr(type(module), "forward", None)
         if "forward" in vars(module):
             continue  # somebody replaced it already
-        if forward is nn.Linear.forward:
+        if forward is linear:
             yield from _uses(module, ("weight",), Linear)
-        elif forward is nn.Embedding.forward and not module.sparse and not module.scale_grad_by_freq:
+        elif forward is embedding and not module.sparse and not module.scale_grad_by_freq:
             if module.max_norm is None:
                 yield from _uses(module, ("weight",), Embedding)
-        elif forward is nn.MultiheadAttention.forward:
+        elif forward is attention:
             yield from _uses(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), Linear)
         elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
             yield from (use for use in _uses(module, ("weight",), Own) if not use.parameter.requires_grad)
         elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
             yield from _uses(module, ("weight",), Conv1D)
+
+
+def _as_published(kind: type[nn.Module]) -> Any:
+    """The class's forward, unless somebody has patched it."""
+    code = getattr(kind.forward, "__code__", None)
+    return kind.forward if code and code.co_filename == sys.modules[kind.__module__].__file__ else None
 
 
 def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterator[Use]:
@@ -291,8 +355,9 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
     forwards = {use.module: _forward(use, handlers) for use in uses if use.parameter in handlers}
 
     def undo() -> None:
-        for module in forwards:
-            vars(module).pop("forward", None)
+        for module, forward in forwards.items():
+            if vars(module).get("forward") is forward:  # else somebody has replaced it in the pass
+                vars(module).pop("forward", None)
         for parameter in handlers:
             vars(parameter).pop(_HANDLER, None)
 
@@ -311,17 +376,32 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
         # F.linear of ours, which finds the handler on the weight.
         if is_sharded(use.parameter):
             return partial(_sharded_attention, module, _places(module, handlers))
-        return partial(_multihead_attention, module)
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            if type(module).forward is not use.forward:
+                return type(module).forward(module, *args, **kwargs)
+            if torch.compiler.is_compiling() or not any(type(p) is Watched for p in module._parameters.values()):
+                return _multihead_attention(module, *args, **kwargs)
+            with untold():
+                return _multihead_attention(module, *args, **kwargs)
+
+        return attention
     kind, handler, own, parameter = use.kind, handlers[use.parameter], module.forward, use.parameter
     sharded = is_sharded(parameter)  # then FSDP2 puts what it gathered in its place
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if type(module).forward is not use.forward:  # patched while the pass runs
+            return type(module).forward(module, *args, **kwargs)
         W = module.weight
         if len(args) + len(kwargs) != 1 or not (W is parameter or (sharded and isinstance(W, nn.Parameter))):
             return own(*args, **kwargs)  # torch.func.functional_call has put something else in the weight's place
+        # whoever keeps this function beyond the pass finds what is there by then
+        current = handler if torch.compiler.is_compiling() else vars(parameter).get(_HANDLER)
+        if current is None:
+            return type(module).forward(module, *args, **kwargs)
         (x,) = (*args, *kwargs.values())
         extra = module.padding_idx if kind is Embedding else own if kind is Own else module.bias
-        return handler(kind, x, W, extra)
+        return current(kind, x, W, extra)
 
     return forward
 

@@ -12,11 +12,11 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nusam.idle import IdleLayers
 from nusam.interrupts import always, entered, remove_hook
-from nusam.layers import UNSAFE_VIEW, Embedding, Handler, Kind, Linear, Own, Use, is_plain, rerouted, tapped
+from nusam.layers import UNSAFE_VIEW, Embedding, Handler, Kind, Linear, Own, Use, is_altered, is_plain, rerouted, tapped
 from nusam.lmo import State, matrix_shape
 from nusam.power_iteration import SMALL, Explicit, Matrix, TopPair, meeting, normalized, products, signs
 from nusam.sharding import block, compute_device, is_sharded, layout, local, whole
@@ -152,17 +152,20 @@ class LayerPass:
         """Run the pass inside; the model is as found afterwards."""
         handlers: dict[Tensor, Handler] = {p: record.use for p, record in self.records.items()}
         checked = [record for record in self.records.values() if record.job.checks]
-        thawed = [record.parameter for record in checked if not record.parameter.requires_grad]
+        # served layers compute with detached weights: a frozen one gets a gradient where it is used elsewhere
+        thawed = [(p, p.grad) for p, record in self.records.items() if record.thaws]
 
         def undo() -> None:
-            for parameter in thawed:
+            for parameter, gradient in thawed:
                 parameter.requires_grad_(False)
+                parameter.grad = gradient
             for record in checked:
                 remove_hook(record.parameter, record.complete)
 
         around = self._idle.watched() if self._watches else self._idle.detached(self._needed)
         with always(undo), rerouted(self._uses, handlers), around, _standing_in(self._stand_ins, self._idle):
-            for parameter in thawed:
+            for parameter, _ in thawed:
+                parameter.grad = None
                 parameter.requires_grad_(True)
             for record in checked:
                 if record.parameter.is_leaf:
@@ -198,8 +201,6 @@ class LayerPass:
         """Let go of what was kept, which a loss that lives on would keep alive."""
         for record in self.records.values():
             record.kept, record.formed, record.waiting = [], None, None
-            if record.frozen and record.job.checks:
-                record.parameter.grad = None
 
 
 class Record:
@@ -223,6 +224,7 @@ class Record:
         device = compute_device(parameter)
         self.parameter = parameter
         self.frozen = not parameter.requires_grad  # outside of the pass
+        self.thaws = self.frozen and type(parameter) is nn.Parameter and parameter.is_floating_point()
         self.job = job
         self.iterations = iterations
         self.u = u.to(device)
@@ -240,6 +242,7 @@ class Record:
         self.wanted_elsewhere = False  # whether the loss itself asks for the gradient
         self.dtypes: set[torch.dtype] = set()
         self.in_pieces = False
+        self.is_altered = False  # whether a layer's function was another than torch's
         self._bias: Tensor | None = None
         self._stand_in: Tensor | None = None
         self._stand_ins = stand_ins  # leaves with the entries of parameters, which served uses compute with
@@ -289,6 +292,15 @@ class Record:
         if self.job.checks:
             return self.gradient_checked is not None and self.completed > 1
         return self.pair is not None and not self.once
+
+    @property
+    def is_served_in_a_graph(self) -> bool:
+        """Whether a compiled graph has left the products, and no gradient."""
+        return self.probed is not None and not self.job.checks
+
+    def count_differs(self) -> bool:
+        """Whether a compiled graph has counted more than one use, where the host need not wait for that."""
+        return self.is_served_in_a_graph and self.u.device.type == "cpu" and float(self.count()) != 1
 
     def settle(self) -> None:
         """Look for uses that were not the layers', and give the parameter what its stand-in got."""
@@ -342,6 +354,9 @@ class Record:
         self.in_pieces |= rows is not None
         if is_sharded(W) or kind is Own:
             return self._watch(kind, x, W, extra)
+        if is_altered():
+            self.is_altered = True
+            return kind.apply(x, W, extra)
         if rows is not None and not self.job.checks and not self.job.keeps:
             return kind.apply(x, W, extra)
         x = _as_multiplied(kind, x)
@@ -351,7 +366,7 @@ class Record:
         return _layer(kind, x, given, extra, self._tap, None, None, self.iterations, (self, rows, W))
 
     def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
-        if self.job.keeps and not W.requires_grad:
+        if self.job.keeps and self.frozen:
             raise RuntimeError(
                 "A compiled model can't hand out what frozen weights need for an ε that processes share; leave out "
                 "torch.compile, or use m_sam=True."

@@ -39,6 +39,7 @@ from nusam.ledger import Ledger, not_added
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
 from nusam.matrix_free import LayerPass
 from nusam.model_guard import ModelGuard
+from nusam.reads import Backwards, watched
 from nusam.saving import load_base, merge, own_containers, split
 from nusam.sharding import DataParallel, is_sharded, unwrapped
 from nusam.step_in_backward import StepInBackward
@@ -51,6 +52,12 @@ from nusam.written_weights import WrittenWeights
 __all__ = ["Options", "SharpnessAware", "step_in_backward"]
 
 WORTH_SERVING = 2**16  # entries of a matrix from which a matrix-free ascent is faster than its gradient
+
+OTHERWISE_USED = (
+    "was used otherwise than in the steps in which it was compared with its gradient, and was not perturbed in this "
+    "step; its gradient is formed from now on"
+)
+WRITTEN = "written in the passes themselves"
 
 Targets = str | Callable[[str, nn.Parameter], bool]
 
@@ -198,6 +205,7 @@ class SharpnessAware(Wrapper):
         self._written = WrittenWeights()
         self._first_ascent: int | None = None  # the step of it, since the start or the last load
         self._ledger = Ledger()
+        self._backwards = Backwards()
         self._structure: Structure | None = None
         self._ascended: list[Tensor] = []  # the targets of the ascent that the next descent belongs to
         self._progress = _Progress()
@@ -276,6 +284,7 @@ class SharpnessAware(Wrapper):
         serves = self.model is not None and isinstance(self.lmo, Nuclear)
         in_forward = {target.parameter for target in targets if self._in_forward(target.parameter)} if serves else set()
         frees = self._in_backward is not None
+        self._ledger.tell(self._ascent.learn_late(), self._names, OTHERWISE_USED)
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
@@ -300,7 +309,8 @@ class SharpnessAware(Wrapper):
             self._ledger.begin_pass()
             self._guard.before_ascent(check)
             self._written.before_ascent({*parameters, *(t.parameter for t in targets)}, check, self._guard.tree)
-            yield
+            with self._backwards.of_ascent() if in_forward else nullcontext():
+                yield
             self._guard.after_ascent()
             self._written.after_ascent()
             if pass_:
@@ -324,7 +334,7 @@ class SharpnessAware(Wrapper):
             )
         perturbations = self._pending or {}
         forward = {
-            parameter: InForward(epsilon.u, epsilon.v)
+            parameter: InForward(epsilon.u, epsilon.v, self._backwards.is_over)
             for parameter, epsilon in perturbations.items()
             if isinstance(epsilon, RankOne) and self._in_forward(parameter)
         }
@@ -369,7 +379,13 @@ class SharpnessAware(Wrapper):
             perturbed.add()
             if in_place:
                 workers.reshard()
-            yield
+            # a compiled model would be compiled anew for it
+            watch = nullcontext() if self._ascent.compiles else watched(forward)
+            with self._backwards.of_descent() if forward else nullcontext(), watch:
+                yield
+            for parameter, handler in forward.items():
+                if handler.is_written():
+                    raise self._unreachable(parameter, WRITTEN)
             self._written.after_descent(self._names)
             if not accumulate and not self._in_backward:
                 found = any(p.grad is not None for p in self._parameters())
@@ -752,15 +768,13 @@ class SharpnessAware(Wrapper):
                 self._repeats, self._may_repeat = True, False
                 return {}
             targets = [target for target in targets if target.parameter not in surprises]
-            self._ledger.tell(list(surprises), self._names, "was used otherwise than in the steps in which it was "
-                              "compared with its gradient, and was not perturbed in this step; its gradient is formed "
-                              "from now on")  # fmt: skip
+            self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
         there = [target.parameter for target in targets if target.parameter in in_forward]
         self._refuse_unreachable(there, self._ascent.unreachable)
         found = self._ascent.perturbations(targets, pass_, _mix(self.seed, self._progress.steps), workers)
         # what this process alone knows is said once all have had their sums
         records = pass_.records.values() if pass_ is not None and pass_.keeps else []
-        served = [record.parameter for record in records if record.job.in_forward and not record.job.checks]
+        served = [r.parameter for r in records if r.job.in_forward and not r.job.checks and not r.is_altered]
         beside = [parameter for parameter in served if parameter.grad is not None]
         self._refuse_unreachable(there, dict.fromkeys(beside, "also used outside its layer"))
         self._ascent.verification.advance()
@@ -776,12 +790,15 @@ class SharpnessAware(Wrapper):
             if verdict and verdict.found == OTHERWISE:
                 reason = verdict.reason
             if self._written.writes(parameter):
-                reason = "written in the passes themselves"
+                reason = WRITTEN
             if reason:
-                raise RuntimeError(
-                    f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
-                    "with targets= or use placement='weights'."
-                )
+                raise self._unreachable(parameter, reason)
+
+    def _unreachable(self, parameter: Tensor, reason: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
+            "with targets= or use placement='weights'."
+        )
 
     def _close_ledger(self, forward: dict[Tensor, InForward]) -> None:
         """Hold what got a gradient in the descent against what had an ε there."""

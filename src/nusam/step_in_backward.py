@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nusam.interrupts import always
+from nusam.reads import untold
 
 __all__ = ["StepInBackward"]
 
@@ -62,7 +63,8 @@ class StepInBackward:
         groups = self._base_optimizer.param_groups
         self._base_optimizer.param_groups = [alone]
         try:
-            self._base_optimizer.step()
+            with untold():
+                self._base_optimizer.step()
         finally:
             self._base_optimizer.param_groups = groups
         if any(name not in group or value is not group[name] for name, value in alone.items() if name != "params"):

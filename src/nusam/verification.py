@@ -15,11 +15,13 @@ from nusam.parts import by_gradient, by_layers, norm_of
 from nusam.power_iteration import Explicit
 from nusam.sharding import DataParallel, Ranks, averaged, is_sharded
 
-__all__ = ["ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
+__all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
 
 ONE_USE = "one use"  # the products of a single use of its layer are those of its gradient
 SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
 OTHERWISE = "otherwise"  # it has uses that no layer sees, for good
+
+IN_A_GRAPH = "used repeatedly in a graph"
 
 
 class Verdict(NamedTuple):
@@ -139,15 +141,24 @@ def compared(records: Sequence[Record], workers: DataParallel, everyone: DataPar
 
 def _facts(record: Record) -> Tensor:
     """What this process saw of the matrix, the more the less it is to be trusted."""
-    known = [_tolerance(record), float(record.completed), float(record.wanted_elsewhere), float(record.in_pieces)]
+    seen = (record.completed, record.wanted_elsewhere, record.in_pieces, record.is_altered)
+    known = [_tolerance(record), *map(float, seen)]
     return torch.cat([record.u.new_tensor(known), record.count().reshape(1).to(record.u.dtype)]).float()
 
 
 def _verdict(
-    record: Record, agrees: bool, completed: int, wanted_elsewhere: int, in_pieces: int, count: int
+    record: Record,
+    agrees: bool,
+    completed: int,
+    wanted_elsewhere: int,
+    in_pieces: int,
+    is_altered: int,
+    count: int,
 ) -> Verdict:
     if wanted_elsewhere:
         return Verdict(OTHERWISE, "asked for its gradient inside the loss")
+    if is_altered:
+        return Verdict(SEVERAL_USES, "computed by another function than torch's")
     if in_pieces:
         return Verdict(SEVERAL_USES if agrees else OTHERWISE, "reached in pieces or by another way")
     if not agrees:
@@ -158,7 +169,7 @@ def _verdict(
         return Verdict(ONE_USE, "")
     if record.job.keeps:  # and can be summed
         return Verdict(SEVERAL_USES, "")
-    return Verdict(SEVERAL_USES, "used repeatedly in a graph" if record.probed is not None else f"used {count} times")
+    return Verdict(SEVERAL_USES, IN_A_GRAPH if record.probed is not None else f"used {count} times")
 
 
 def _joint(records: Sequence[Record], everyone: DataParallel) -> tuple[list[Tensor], list[Tensor], Ranks]:

@@ -1,0 +1,158 @@
+"""Weights that are used otherwise than by their layers, seen by the parameter's class.
+
+While a descent runs, a watched parameter is of a class of which torch tells every use: in any thread, in recomputation
+by activation checkpointing, and without gradients too. It costs nothing where only layers use their weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from nusam.interrupts import always
+
+__all__ = ["Backwards", "Watched", "Watcher", "untold", "watched"]
+
+
+class Watcher(Protocol):
+    """Who is told of a parameter's uses."""
+
+    def value(self, W: Tensor, tracked: bool) -> Tensor:
+        """What a function gets in the parameter's place; ``tracked``: whether autograd is to follow it."""
+        ...
+
+
+class Watched(nn.Parameter):
+    """A parameter in a pass; to everybody else it is what it was."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        mixed = any(kind is not cls for kind in types)  # with a subclass that must be told of the call
+        if torch.compiler.is_compiling():
+            mixed = False
+        elif _reads(name, function):
+            args, kwargs = _with_values(name, function, args, kwargs, mixed)
+            if function == _DATA and type(args[0]) is not cls:
+                return args[0].detach()  # the same, but for a count of writes
+        if mixed and not any(type(x) is cls for x in args):
+            return function(*args, **kwargs)
+        with untold():
+            return function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with untold():
+            memo[id(self)] = copy = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return copy
+
+
+def untold() -> AbstractContextManager[None]:
+    """Inside, uses of watched parameters are nobody's business."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+@contextmanager
+def watched(watchers: Mapping[Tensor, Watcher]) -> Iterator[None]:
+    """Inside, the watchers are told of what is done with their parameters, as far as these are torch's plain ones."""
+    parameters = [parameter for parameter in watchers if type(parameter) is nn.Parameter]
+
+    def undo() -> None:
+        for parameter in parameters:
+            parameter.__class__ = nn.Parameter
+            vars(parameter).pop(_WATCHER, None)
+
+    with always(undo) if parameters else nullcontext():
+        for parameter in parameters:
+            vars(parameter)[_WATCHER] = watchers[parameter]
+            parameter.__class__ = Watched
+        yield
+
+
+class Backwards:
+    """Counts the backwards of both passes: after the last one, what the loop reads is no part of the computation."""
+
+    def __init__(self) -> None:
+        self._in_ascent = self._count = 0
+
+    @contextmanager
+    def of_ascent(self) -> Iterator[None]:
+        """Count those of an ascent."""
+        with self.of_descent():
+            yield
+        self._in_ascent = self._count
+
+    @contextmanager
+    def of_descent(self) -> Iterator[None]:
+        """Count those of the descent that follows."""
+        self._count = 0
+        module: Any = torch.autograd
+        run = module._engine_run_backward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            found = run(*args, **kwargs)
+            self._count += 1
+            return found
+
+        def undo() -> None:
+            module._engine_run_backward = run
+
+        with always(undo):
+            module._engine_run_backward = counted
+            yield
+
+    def is_over(self) -> bool:
+        """Whether the descent has had as many as the ascent."""
+        return self._count >= self._in_ascent
+
+
+_WATCHER = "_nusam_watcher"
+_READING_PROPERTIES = [getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")]
+_DATA = _READING_PROPERTIES[0]
+# what asks for a tensor's shape or place, or speaks of the very tensor
+_NOT_READING = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "get_device",
+    "__len__", "__hash__", "__repr__", "__format__", "__dir__", "__reduce_ex__", "__setstate__", "result_type",
+    "can_cast", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "data_ptr",
+    "storage", "untyped_storage", "_typed_storage", "share_memory_", "backward", "grad", "__set__", "__delete__",
+}  # fmt: skip
+
+
+def _reads(name: str, function: Callable[..., Any]) -> bool:
+    """Whether a function's result depends on the entries that it is given."""
+    if name == "__get__":
+        return function in _READING_PROPERTIES
+    return name not in _NOT_READING and not name.startswith(("new_", "is_")) and not name.endswith("_like")
+
+
+def _with_values(
+    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mixed: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Its arguments, each watched parameter by the value that its watcher has for it, but for what is written."""
+    tracked = name != "detach" and function != _DATA
+
+    def value(x: Any) -> Any:
+        if type(x) is not Watched:
+            return x
+        with untold():
+            found = vars(x)[_WATCHER].value(x, tracked)
+            # another subclass would not know what ours is
+            return found.view_as(found) if mixed and type(found) is Watched else found
+
+    writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+    if writes and not args:
+        return args, kwargs
+    whole = args[:1] if writes else ()
+    if name.endswith("_as"):
+        return (*tree_map(value, args[:1]), *args[1:]), kwargs
+    out = {"out": kwargs["out"]} if "out" in kwargs else {}
+    return (*whole, *tree_map(value, args[len(whole) :])), {**tree_map(value, kwargs), **out}
+
+
+_WRITING = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))}
