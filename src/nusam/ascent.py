@@ -128,11 +128,6 @@ class Ascent:
         compiles = self._compiles or checks
         return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed, due)
 
-    @property
-    def compiles(self) -> bool:
-        """Whether compiled graphs were seen."""
-        return self._compiles
-
     def _is_worth(self, parameter: Tensor) -> bool:
         least = self.serve_from
         return least is not None and (matrix_shape(parameter).numel() >= least or not parameter.requires_grad)
@@ -151,7 +146,7 @@ class Ascent:
             return None
         forms = not served and not checks
         frees = (frees or frozen) and not keeps and not several and parameter not in self._whole
-        return Job(self.state_of(target), known, checks, forms, keeps or several, frees, in_forward)
+        return Job(self.state_of(target), known, checks, forms, keeps or several, keeps, frees, in_forward)
 
     # ------------------------------------------------------------ after the pass
 
@@ -171,11 +166,12 @@ class Ascent:
         """Matrices that were served though this step used them otherwise than the steps that were compared."""
         reasons = {}
         for parameter, record in pass_.records.items():
+            in_a_graph = record.job.forms and self._compiles  # where its own uses form it in the parameter too
             if record.count_differs():
                 reasons[parameter] = IN_A_GRAPH
             elif record.is_lost():
                 reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
-            elif record.has_more and (record.pair is not None or record.job.in_forward):
+            elif record.has_more and (record.pair is not None or (record.job.in_forward and not in_a_graph)):
                 reasons[parameter] = "also used outside its layer"
         return reasons
 

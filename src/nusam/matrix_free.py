@@ -94,6 +94,7 @@ class Job(NamedTuple):
     checks: bool  # form the gradient too, and compare
     forms: bool  # form the gradient and nothing else, by the layers' uses apart from others
     keeps: bool  # keep each use's input and output gradient, to be multiplied after the pass
+    shares: bool  # with other processes
     frees: bool  # compare and free the gradient as soon as it is complete
     in_forward: bool  # ε is to live in the layers' forward
 
@@ -366,7 +367,7 @@ class Record:
         return _layer(kind, x, given, extra, self._tap, None, None, self.iterations, (self, rows, W))
 
     def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
-        if self.job.keeps and self.frozen:
+        if self.job.shares and self.frozen:
             raise RuntimeError(
                 "A compiled model can't hand out what frozen weights need for an ε that processes share; leave out "
                 "torch.compile, or use m_sam=True."

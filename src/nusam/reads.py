@@ -33,11 +33,12 @@ class Watched(nn.Parameter):
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         mixed = any(kind is not cls for kind in types)  # with a subclass that must be told of the call
-        if torch.compiler.is_compiling():
-            mixed = False
-        elif _reads(name, function):
+        if _reads(name, function):
             args, kwargs = _with_values(name, function, args, kwargs, mixed)
             if function == _DATA and type(args[0]) is not cls:
                 return args[0].detach()  # the same, but for a count of writes
@@ -50,6 +51,10 @@ class Watched(nn.Parameter):
         with untold():
             memo[id(self)] = copy = nn.Parameter(self.detach().clone(), self.requires_grad)
         return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with untold():
+            return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def untold() -> AbstractContextManager[None]:

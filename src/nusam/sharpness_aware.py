@@ -379,9 +379,7 @@ class SharpnessAware(Wrapper):
             perturbed.add()
             if in_place:
                 workers.reshard()
-            # a compiled model would be compiled anew for it
-            watch = nullcontext() if self._ascent.compiles else watched(forward)
-            with self._backwards.of_descent() if forward else nullcontext(), watch:
+            with self._backwards.of_descent() if forward else nullcontext(), watched(forward):
                 yield
             for parameter, handler in forward.items():
                 if handler.is_written():
