@@ -37,12 +37,15 @@ class Watched(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
-        mixed = any(kind is not cls for kind in types)  # with a subclass that must be told of the call
-        if _reads(name, function):
-            args, kwargs = _with_values(name, function, args, kwargs, mixed)
-            if function == _DATA and type(args[0]) is not cls:
-                return args[0].detach()  # the same, but for a count of writes
-        if mixed and not any(type(x) is cls for x in args):
+        if not _reads(name, function):
+            with untold():
+                return function(*args, **kwargs)
+        others = any(kind not in (cls, Tensor, nn.Parameter) for kind in types)  # subclasses to be told of the call
+        writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+        args, kwargs = _with_values(name, function, writes, others, args, kwargs)
+        if function == _DATA and type(args[0]) is not cls:
+            return args[0].detach()  # the same, but for a count of writes
+        if others and not writes:
             return function(*args, **kwargs)
         with untold():
             return function(*args, **kwargs)
@@ -137,7 +140,12 @@ def _reads(name: str, function: Callable[..., Any]) -> bool:
 
 
 def _with_values(
-    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mixed: bool
+    name: str,
+    function: Callable[..., Any],
+    writes: bool,
+    others: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Its arguments, each watched parameter by the value that its watcher has for it, but for what is written."""
     tracked = name != "detach" and function != _DATA
@@ -148,9 +156,8 @@ def _with_values(
         with untold():
             found = vars(x)[_WATCHER].value(x, tracked)
             # another subclass would not know what ours is
-            return found.view_as(found) if mixed and type(found) is Watched else found
+            return found.view_as(found) if others and type(found) is Watched else found
 
-    writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     if writes and not args:
         return args, kwargs
     whole = args[:1] if writes else ()

@@ -1,10 +1,11 @@
 """Frozen weights that are perturbed"""
 
+import pytest
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.loops.loop import DOUBLE, Loop, mlp, to_target
+from tests.loops.loop import ALL, DOUBLE, Loop, mlp, to_target
 
 
 class _Frozen(Loop):
@@ -53,6 +54,59 @@ class FrozenLayersMayBeBypassedMidway(_Frozen):
         return self.model["cell"](h) if step < 3 else F.linear(h, self.model["cell"].weight)
 
 
+class FrozenLayersMayBeBypassedInHalves(FrozenLayersMayBeBypassedMidway):
+    """The same with opt.ascent() and opt.descent()"""
+
+    halves = True
+
+    def step(self, step):
+        self.driver.halves(lambda: self.backward(step))
+        self.driver.update()
+
+
+class FrozenLayersMayBeBypassedInCoarsePrecision(_Frozen):
+    """A frozen layer that is called, and multiplied once more from the fourth step on, in an opt.step(closure)"""
+
+    dtypes = ALL
+
+    def step(self, step):
+        self.driver.closure(lambda: self.backward(step))
+
+    def through(self, step, h):
+        y = self.model["cell"](h)
+        return y if step < 3 else y + F.linear(h, self.model["cell"].weight)
+
+
+class FrozenWeightsMayBeRead(_Frozen):
+    """A frozen weight's norm, taken without a gradient, as adapters of its direction do"""
+
+    dtypes = ALL
+
+    def through(self, step, h):
+        return self.model["cell"](h) * (1 + self.model["cell"].weight.detach().norm(dim=1))
+
+
+class FrozenLayersMayBeComputedOtherwise(_Frozen):
+    """nn.Linear.forward is patched around a frozen layer, from the fourth step on"""
+
+    def through(self, step, h):
+        with pytest.MonkeyPatch.context() as patch:
+            if step >= 3:
+                patch.setattr(nn.Linear, "forward", lambda layer, x: F.linear(x, layer.weight.square(), layer.bias))
+            return self.model["cell"](h)
+
+
+class FrozenWeightsMayHaveAnOldGradient(_Frozen):
+    """A gradient was left on a weight when it was frozen"""
+
+    def prepare(self):
+        weight = self.model["cell"].weight
+        weight.grad = 0.1 + weight.detach()
+
+    def through(self, step, h):
+        return self.model["cell"](h)
+
+
 class FrozenLayersMayBeSkipped(_Frozen):
     """A frozen layer that the third and fifth step leave out"""
 
@@ -96,6 +150,14 @@ class FrozenTablesMayBeTied(_Frozen):
     def loss(self, step):
         h = self.model["body"](1 + self.model["table"](self.whole(step, 10, 8)))
         return to_target(self.model["head"](1 + h)[:, :3])
+
+
+class FrozenTablesMayBeTiedThrice(FrozenTablesMayBeTied):
+    """The same, whose table is multiplied once more from the fourth step on"""
+
+    def loss(self, step):
+        extra = self.model["table"](self.whole(step, 10, 8)) @ self.model["table"].weight.T if step >= 3 else 0
+        return super().loss(step) + to_target(extra + self.model["body"].bias[:10])
 
 
 class _FrozenBlock(_Frozen):

@@ -18,6 +18,7 @@ KINDS = (
     "gradients_inside",
     "adversaries",
     "weights_elsewhere",
+    "weights_read",
     "made_weights",
     "changing_layers",
     "odd_layers",

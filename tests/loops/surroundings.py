@@ -1,13 +1,15 @@
 """What a forward and a backward run in"""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.loops.loop import DOUBLE, Loop, to_target
+from tests.loops.loop import ALL, DOUBLE, Loop, to_target
 
 
 class _Surrounded(Loop):
@@ -74,6 +76,58 @@ class _Scaled(TorchFunctionMode):
         return 1.3 * found if function is F.linear else found
 
 
+class AFunctionMayLean(_Surrounded):
+    """A TorchFunctionMode that changes F.linear and F.embedding column by column"""
+
+    dtypes = ALL
+    begins = 0
+
+    def build(self):
+        return nn.Sequential(nn.Embedding(10, 12), nn.Linear(12, 12, bias=False), nn.Tanh(), nn.Linear(12, 4))
+
+    def loss(self, step):
+        with _Leaning() if step >= self.begins else nullcontext():
+            return to_target(self.model(self.whole(step, 10, 8)))
+
+
+class AFunctionMayLeanMidway(AFunctionMayLean):
+    """The same mode, from the fourth step on"""
+
+    dtypes = DOUBLE
+    begins = 3
+
+
+class _Leaning(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function not in (F.linear, F.embedding):
+            return found
+        return found * torch.linspace(0.5, 1.5, found.shape[-1], dtype=found.dtype)
+
+
+class AFunctionMayBeWatched(_Surrounded):
+    """A TorchFunctionMode that changes nothing, and torch.device, which is one too"""
+
+    dtypes = ALL
+
+    def loss(self, step):
+        with _Harmless(), torch.device("cpu"):
+            return super().loss(step)
+
+
+class _Harmless(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class ADeviceMayBeSet(_Surrounded):
+    """torch.device as a context"""
+
+    def loss(self, step):
+        with torch.device("cpu"):
+            return super().loss(step)
+
+
 class AStepMayRunWithoutGradients(_Surrounded):
     """A step in torch.no_grad(), whose passes switch gradients on"""
 
@@ -108,3 +162,32 @@ class ACompiledLoopMayGetASecondBackwardMidway(_Surrounded):
         to_target(self.compiled(self.normal(step, 8, 6))).backward()
         if step >= 3:
             to_target(self.compiled(self.normal(step + 50, 8, 6)), -1).backward()
+
+
+class ACompiledLoopInHalvesMayGetASecondBackward(ACompiledLoopMayGetASecondBackwardMidway):
+    """The same with opt.ascent() and opt.descent()"""
+
+    halves = True
+
+    def step(self, step):
+        self.driver.halves(lambda: self.backward(step))
+        self.driver.update()
+
+
+class ACompiledFrozenLayerMayGetASecondBackward(ACompiledLoopMayGetASecondBackwardMidway):
+    """The same with a frozen layer that is perturbed"""
+
+    frozen = True
+
+    def build(self):
+        model = super().build()
+        model[2].requires_grad_(False)
+        return model
+
+
+class WeightsOfACompiledModelMayBeRead(ACompiledLoopMayGetASecondBackwardMidway):
+    """torch.compile(fullgraph=True), and a weight that is read outside of the graph"""
+
+    def backward(self, step):
+        y = self.compiled(self.normal(step, 8, 6))
+        to_target(y * self.model[2].weight.detach().norm()).backward()

@@ -1,0 +1,212 @@
+"""Weights that are read beside their layers while ε lives in the forward."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import nusam
+from nusam.layers import find_uses
+from nusam.reads import Watched
+
+
+def small():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def optimizer(model, **options):
+    base = options.pop("base", None) or torch.optim.SGD(model.parameters(), lr=0.1)
+    return nusam.NuSAM(base, rho=0.3, model=model, placement="forward", **options)
+
+
+def seen_in_descent(look, dtype=torch.float64, after=False):
+    """What ``look`` finds of a weight in a descent, the weight, and the ascent's gradient."""
+    torch.manual_seed(0)
+    model = small().to(dtype)
+    opt = optimizer(model)
+    x = torch.randn(4, 6).to(dtype)
+    W = model[0].weight.detach().clone()
+    for name in opt.passes():
+        loss = model(x).square().sum()
+        found = None if after else look(model[0].weight)
+        loss.backward()
+        found = look(model[0].weight) if after else found
+        if name == "ascent":
+            G = model[0].weight.grad.double().clone()
+    assert type(model[0].weight) is nn.Parameter
+    return found, W, G
+
+
+LOOKS = {
+    "detach": lambda W: W.detach().clone(),
+    "data": lambda W: W.data.clone(),
+    "transposed": lambda W: W.detach().T.clone().T,
+    "rows": lambda W: torch.stack([W[i].detach() for i in range(5)]),
+    "sum": lambda W: (W + 0).detach(),
+    "list": lambda W: torch.cat([W, W]).detach()[:5],
+    "out": lambda W: torch.add(W.detach(), 0, out=torch.empty_like(W)),
+    "as another": lambda W: W.reshape_as(torch.empty(30).to(W)).detach().view(5, 6),
+    "moved by": lambda W: torch.zeros_like(W).lerp_(W, 1.0).detach(),
+    "at once": lambda W: torch._foreach_mul([W.detach()], 1.0)[0],
+    "numpy": lambda W: torch.from_numpy(W.detach().numpy().copy()),
+    "subclass": lambda W: (W.detach() + torch.zeros(5, 6).to(W).as_subclass(Other)).as_subclass(torch.Tensor),
+}
+
+
+class Other(torch.Tensor):
+    """A subclass that knows of no other."""
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_reader_finds_epsilon_in_the_descent(look):
+    found, W, G = seen_in_descent(lambda W: LOOKS[look](W).detach())
+    E = found.double() - W
+    assert float(torch.linalg.matrix_norm(E)) == pytest.approx(0.3, rel=1e-6)
+    assert torch.linalg.matrix_rank(E, rtol=1e-6) == 1
+    assert float((E * G).sum()) > 0.9 * 0.3 * float(torch.linalg.matrix_norm(G, 2))
+
+
+@pytest.mark.parametrize("look", ["detach", "data", "sum"])
+def test_after_the_last_backward_a_reader_finds_the_unperturbed_weight(look):
+    found, W, _ = seen_in_descent(LOOKS[look], after=True)
+    assert torch.equal(found, W)
+
+
+def test_a_reader_of_bfloat16_weights_finds_epsilon_in_their_precision():
+    found, W, _ = seen_in_descent(LOOKS["detach"], torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - W.double()).norm()) == pytest.approx(0.3, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda W: (W.shape, W.size(0), W.dtype, W.device, W.ndim, W.numel(), len(W), W.stride(), W.is_contiguous()),
+        lambda W: (hash(W), W.data_ptr(), W.requires_grad, W.is_leaf, W.grad is None, repr(type(W.untyped_storage()))),
+        lambda W: ({W: 1}[W], W is next(iter({W})), isinstance(W, nn.Parameter)),
+    ],
+)
+def test_what_is_asked_of_a_weight_is_answered_by_the_weight_itself(ask):
+    model = small()
+    opt, expected, found = optimizer(model), ask(model[0].weight), []
+    for _ in opt.passes():
+        found.append(ask(model[0].weight))
+        model(torch.ones(2, 6)).sum().backward()
+    assert found == [expected, expected]
+
+
+def test_copies_and_pickles_made_in_a_pass_are_plain_parameters():
+    model = small()
+    opt = optimizer(model)
+    before = model[0].weight.detach().clone()
+    for name in opt.passes():
+        made = [copy.deepcopy(model[0].weight)]
+        if name == "descent":
+            file = io.BytesIO()
+            torch.save(model[0].weight, file)
+            file.seek(0)
+            made.append(torch.load(file, weights_only=True))
+        for parameter in made:
+            assert type(parameter) is nn.Parameter
+            assert parameter.requires_grad
+            assert torch.equal(parameter, before)
+            assert not [name for name in vars(parameter) if name.startswith("_nusam")]
+        model(torch.ones(2, 6)).sum().backward()
+    opt.step()
+
+
+def test_a_hook_and_a_gradient_asked_for_are_the_weights_own():
+    model = small()
+    opt, x, heard = optimizer(model), torch.ones(2, 6), []
+    for name in opt.passes():
+        loss = model(x).square().sum()
+        if name == "descent":
+            handle = model[0].weight.register_hook(heard.append)
+            (asked,) = torch.autograd.grad(loss, model[0].weight, retain_graph=True)
+            handle.remove()
+        loss.backward()
+    assert torch.equal(asked, model[0].weight.grad)
+    assert torch.equal(heard[0], asked)
+
+
+@pytest.mark.parametrize("write", [lambda W: W.data.mul_(0.5), lambda W: W.detach().clamp_(-0.1, 0.1)])
+def test_a_write_that_begins_midway_is_refused(write):
+    model = small()
+    opt, x = optimizer(model), torch.randn(4, 6)
+
+    def step(writes):
+        for _ in opt.passes():
+            if writes:
+                write(model[0].weight)
+            model(x).square().sum().backward()
+        opt.step()
+
+    for _ in range(3):
+        step(writes=False)
+    written = model[0].weight.detach().clone()
+    write(written)
+    with pytest.raises(RuntimeError, match=r"^0.weight is written in the passes themselves, "):
+        step(writes=True)
+    assert torch.equal(model[0].weight, written)  # as the ascent left it
+
+
+def test_a_step_in_the_backward_decays_the_weight_and_not_the_perturbed_one():
+    torch.manual_seed(0)
+    model = small().double()
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for at_once, net in ((True, model), (False, twin)):
+        opt = optimizer(net, base=torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.5))
+        if at_once:
+            nusam.step_in_backward(opt)
+        for _ in range(3):
+            for _ in opt.passes():
+                net(x).square().sum().backward()
+            opt.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_an_exception_leaves_plain_parameters():
+    model = small()
+    opt = optimizer(model)
+    seen = []
+    with pytest.raises(KeyError):
+        for name in opt.passes():
+            model(torch.ones(2, 6)).sum().backward()
+            seen += [type(p) for p in model.parameters()]
+            if name == "descent":
+                raise KeyError
+    assert Watched in seen
+    assert all(type(p) is nn.Parameter and not vars(p) for p in model.parameters())
+
+
+def test_frozen_weights_are_frozen_and_without_a_gradient_after_any_pass():
+    model = small()
+    model[0].requires_grad_(False)
+    base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    opt = nusam.NuSAM(base, rho=0.3, model=model, targets="frozen")
+    for step in range(6):
+        try:
+            for _ in opt.passes():
+                loss = model(torch.ones(2, 6)).square().sum()
+                if step == 3:
+                    raise KeyError
+                loss.backward()
+                if step == 4:
+                    raise KeyError
+            opt.step()
+        except KeyError:
+            pass
+        assert model[0].weight.grad is None
+        assert not model[0].weight.requires_grad
+
+
+def test_layers_patched_before_the_import_are_no_layers_of_torch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda layer, x: 2 * F.linear(x, layer.weight, layer.bias))
+        assert not list(find_uses(small()))
+    assert len(list(find_uses(small()))) == 2
