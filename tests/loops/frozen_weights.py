@@ -55,7 +55,7 @@ class FrozenLayersMayBeBypassedMidway(_Frozen):
 
 
 class FrozenLayersMayBeBypassedInHalves(FrozenLayersMayBeBypassedMidway):
-    """The same with opt.ascent() and opt.descent()"""
+    """A frozen layer is bypassed from the fourth step on, with opt.ascent() and opt.descent()"""
 
     halves = True
 

@@ -165,7 +165,7 @@ class ACompiledLoopMayGetASecondBackwardMidway(_Surrounded):
 
 
 class ACompiledLoopInHalvesMayGetASecondBackward(ACompiledLoopMayGetASecondBackwardMidway):
-    """The same with opt.ascent() and opt.descent()"""
+    """A compiled model has a second backward from the fourth step on, with opt.ascent() and opt.descent()"""
 
     halves = True
 
@@ -175,7 +175,7 @@ class ACompiledLoopInHalvesMayGetASecondBackward(ACompiledLoopMayGetASecondBackw
 
 
 class ACompiledFrozenLayerMayGetASecondBackward(ACompiledLoopMayGetASecondBackwardMidway):
-    """The same with a frozen layer that is perturbed"""
+    """A compiled model whose frozen layer is perturbed has a second backward from the fourth step on"""
 
     frozen = True
 
