@@ -246,7 +246,7 @@ class InForward:
         return y.to(W.dtype)
 
     def _added(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
-        small = W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor, Watched)
+        small = W.requires_grad and W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor, Watched)
         if small and not torch.compiler.is_compiling() and self._is_exact(W):
             return kind.apply(x, torch.addr(W, self.u[rows or slice(None)], self.v), extra)
         y = kind.apply(x, W, extra)

@@ -152,7 +152,7 @@ class Nuclear(LMO):
         if shares is not None:
             torch._foreach_mul_(vs, shares)
             torch._foreach_mul_(norms, shares)
-        return [RankOne(pair.u, pair.v, pair.sigma, norm) for pair, norm in zip(pairs, norms, strict=True)]
+        return [RankOne(u, pair.v, pair.sigma, norm) for u, pair, norm in zip(us, pairs, norms, strict=True)]
 
     def _shares(self, sigmas: list[Tensor]) -> list[Tensor] | None:
         """What each matrix gets of its radius; None is all of it."""

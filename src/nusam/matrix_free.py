@@ -9,7 +9,7 @@ the gradient is formed as ever, and the products beside it.
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -429,8 +429,8 @@ class Record:
             self.kept.append(G)
         elif self.job.checks and not self.job.known and not is_sharded(self.parameter):
             pass  # its gradient counts in this pass
-        elif self.calls <= 1 and self.takes == 1 and isinstance(G, LayerGradient) and G.is_small():
-            self.waiting = G
+        elif self.calls <= 1 and self.takes == 1 and self._may_wait(G):
+            self.waiting = cast(LayerGradient, G)
         elif self.calls <= 1 and self.takes == 1:
             (Gv,), (v,) = products([G], [self.u], self.iterations)
             self.pair = Gv, v
@@ -438,6 +438,10 @@ class Record:
             kind, X, D, n = use
             formed = kind.gradient(X, D, n)
             self.formed = formed if self.formed is None else self.formed + formed
+
+    def _may_wait(self, G: Matrix) -> bool:
+        """Whether to multiply it with others later; a frozen matrix's input would not be kept otherwise."""
+        return not self.frozen and isinstance(G, LayerGradient) and G.is_small()
 
     def complete(self, parameter: Tensor) -> None:
         """Autograd has put a gradient into a checked parameter; compare and free it if told so."""

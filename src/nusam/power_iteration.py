@@ -14,6 +14,7 @@ __all__ = [
     "Matrix",
     "Together",
     "TopPair",
+    "iterated",
     "meeting",
     "normalized",
     "power_iteration",
@@ -148,10 +149,7 @@ def _small_signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 def products(
     matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int, together: Together = ALONE
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The last Av and v of every A, v with a largest entry of one: all of the iteration but its norms.
-
-    Norms in between would change nothing but rounding; scaling keeps products within the dtype's range.
-    """
+    """The last Av and v of every A, v with a largest entry of one: all of the iteration but its norms."""
     found: list[tuple[Tensor, Tensor]] = [None] * len(matrices)  # type: ignore[list-item]
     for indices, Avs, vs in _in_stacks(matrices, us, iterations, together):
         for i, pair in zip(indices, zip(Avs, vs, strict=True), strict=True):
@@ -165,7 +163,7 @@ def _in_stacks(
     """Which matrices, and their Av and v: rows of a tensor where small ones of a kind were multiplied in one call."""
     operators = [Explicit(A.to(u.dtype)) if isinstance(A, Tensor) else A for A, u in zip(matrices, us, strict=True)]
     if together is not ALONE or len(operators) == 1:
-        yield list(range(len(operators))), *_iterated(operators, list(us), iterations, together)
+        yield list(range(len(operators))), *iterated(operators, list(us), iterations, together)
         return
     kinds: dict[Hashable, list[int]] = {}
     for i, operator in enumerate(operators):
@@ -174,16 +172,20 @@ def _in_stacks(
     for kind, indices in kinds.items():
         alike, own = [operators[i] for i in indices], [us[i] for i in indices]
         if kind is None or len(indices) == 1:
-            yield indices, *_iterated(alike, own, iterations, together)
+            yield indices, *iterated(alike, own, iterations, together)
         else:
             stack: Any = type(alike[0])
-            (Avs,), (vs,) = _iterated([stack.stacked(alike)], [torch.stack(own)[..., None]], iterations, together)
+            (Avs,), (vs,) = iterated([stack.stacked(alike)], [torch.stack(own)[..., None]], iterations, together)
             yield indices, Avs[..., 0], vs[..., 0]
 
 
-def _iterated(
+def iterated(
     operators: Sequence[Matrix], us: list[Tensor], iterations: int, together: Together
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """The same for matrices as they are, each by itself: u (n), or for stacks (k, n, 1).
+
+    Norms in between would change nothing but rounding; scaling keeps products within the dtype's range.
+    """
     current = us
     for left in reversed(range(iterations)):
         vs = [A.rmatvec(u) for A, u in zip(operators, current, strict=True)]
@@ -206,10 +208,14 @@ def normalized(us: Sequence[Tensor], vs: Sequence[Tensor], warm_starts: Sequence
     for i, (u, v) in enumerate(zip(us, vs, strict=True)):
         kinds.setdefault((u.shape, v.shape, u.device, u.dtype), []).append(i)
     pairs: list[TopPair] = [None] * len(us)  # type: ignore[list-item]
-    for indices in kinds.values():
-        chosen = (torch.stack([xs[i] for i in indices]) for xs in (us, vs, warm_starts))
-        for i, pair in zip(indices, _rows(*_normalized(*chosen)), strict=True):
-            pairs[i] = pair
+    for alike in kinds.values():
+        first = alike[0]
+        at_once = max(1, SMALL // (us[first].numel() + vs[first].numel()))  # they are copied
+        for start in range(0, len(alike), at_once):
+            indices = alike[start : start + at_once]
+            chosen = (torch.stack([xs[i] for i in indices]) for xs in (us, vs, warm_starts))
+            for i, pair in zip(indices, _rows(*_normalized(*chosen)), strict=True):
+                pairs[i] = pair
     return pairs
 
 

@@ -52,7 +52,8 @@ def test_a_process_of_its_own_says_and_keeps_the_same(results, tmp_path):
     title = experiment("table3").title
     tables = [done.stdout[done.stdout.index(title) : done.stdout.index("Saved as")] for done in (here, there)]
     assert tables[0] == tables[1]
-    ours, theirs = ([json.loads(line) for line in (folder / "runs.jsonl").open()] for folder in (results, tmp_path))
+    files = [(folder / "runs.jsonl").read_text().splitlines() for folder in (results, tmp_path)]
+    ours, theirs = ([json.loads(line) for line in lines] for lines in files)
     kept = {row["key"]: (row["epochs"], row["validation_accuracy"]) for row in ours}
     assert {row["key"]: (row["epochs"], row["validation_accuracy"]) for row in theirs}.items() <= kept.items()
 
