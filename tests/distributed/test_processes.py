@@ -14,24 +14,28 @@ def answers(tmp_path_factory):
     """What the checks said in a number of processes, which are started once."""
     known = {}
 
-    def ask(processes):
-        if processes not in known:
+    def ask(processes, *words):
+        if (processes, words) not in known:
             said = tmp_path_factory.mktemp("answers") / f"{processes}.json"
-            torchrun(processes, "tests.distributed.running", str(said), "checks", module=True)
-            known[processes] = json.loads(said.read_text())
-        return known[processes]
+            torchrun(processes, "tests.distributed.running", str(said), "checks", *words, module=True)
+            known[processes, words] = json.loads(said.read_text())
+        return known[processes, words]
 
     return ask
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("processes", "name"), [(size, name) for size in CHECKS for name in CHECKS[size]])
+@pytest.mark.parametrize(
+    ("processes", "name"),
+    [pytest.param(n, name, marks=[pytest.mark.slow] * (n > 2)) for n in CHECKS for name in CHECKS[n]],
+)
 def test_in_processes(processes, name, answers):
     answer = answers(processes)[name]
     assert "error" not in answer, answer.get("trace")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_support_matrix_is_what_the_methods_do(document, answers):
-    assert written(document) == table([answers(processes)["support"]["value"] for processes in (2, 4)])
+    assert written(document) == table([answers(2, "support")["support"]["value"], answers(4)["support"]["value"]])
