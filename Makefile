@@ -3,17 +3,17 @@ PYTHON ?= python3
 
 .PHONY: demo test test-slow check docs bench clean
 
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4
 
 demo: .venv/installed
 	.venv/bin/nusam demo $(ARGS)
 
 test: .venv/installed .venv/test-data
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) --dist loadfile -m "not slow" $(ARGS)
 
 # What a change need not wait for: killed processes, clusters, whole demos, long trainings. The gate, .ci/run, runs both.
 test-slow: .venv/installed .venv/test-data
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --dist loadgroup -m slow $(ARGS)
 
 check: .venv/installed
 	.venv/bin/ruff check

@@ -65,13 +65,14 @@ def forget_autocasts():
     torch.clear_autocast_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "accumulate", "options"),
     [
         (nusam.NuSAM, False, {"ascent": "gradient"}),
-        pytest.param(nusam.NuSAM, True, {"ascent": "matrix-free"}, marks=pytest.mark.slow),
-        pytest.param(nusam.NuSAM, False, {"placement": "forward"}, marks=pytest.mark.slow),
-        pytest.param(nusam.SAM, False, {}, marks=pytest.mark.slow),
+        (nusam.NuSAM, True, {"ascent": "matrix-free"}),
+        (nusam.NuSAM, False, {"placement": "forward"}),
+        (nusam.SAM, False, {}),
     ],
 )
 def test_an_interrupt_at_every_bytecode_of_both_passes(kind, accumulate, options):

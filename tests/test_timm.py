@@ -309,6 +309,7 @@ def test_the_wrapped_module_takes_the_place_of_the_model():
 # ---------------------------------------------------------------- the example
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [[], ["--opt", "sam-adamw", "--amp", "--grad-accum-steps", "2", "--clip-grad", "1.0"]]
 )

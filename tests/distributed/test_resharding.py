@@ -1,5 +1,6 @@
 """A checkpoint of two processes is taken up by four, and theirs by one."""
 
+import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -8,6 +9,7 @@ from tests.distributed.engines import Net, base_optimizer, train
 from tests.distributed.launching import torchrun
 
 
+@pytest.mark.slow
 def test_two_processes_then_four_then_one(tmp_path):
     for processes, first in ((2, 0), (4, 5), (1, 10)):
         old, new = tmp_path / f"step-{first}", tmp_path / f"step-{first + 5}"

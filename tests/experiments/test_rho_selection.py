@@ -62,6 +62,7 @@ def test_no_run_is_planned_twice():
     assert len(set(runs)) == len(runs) == plan.runs()
 
 
+@pytest.mark.slow
 def test_poisoned_test_labels_change_neither_choice_nor_weights(tmp_path):
     source = load("digits", tmp_path)
     rng = np.random.default_rng(0)

@@ -59,6 +59,7 @@ def below(value, bound, scale):
 # Figure 1
 
 
+@pytest.mark.slow
 def test_gd_falls_as_one_over_k(traces):
     k, least, _ = traces["GD"]
     assert slopes(k, least, 2) == pytest.approx([-1] * SETTING.seeds, abs=0.01)

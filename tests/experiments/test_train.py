@@ -69,6 +69,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_it_is_the_training_of_the_experiments(undisturbed):
     source = load("digits", undisturbed, 128)
     outcome = train(Run("mixer", "nusam", 0.1, 0), Recipe(4), source, CPU, lambda epoch: None)
@@ -157,6 +158,7 @@ def float16_with_a_scale_that_moves():
     return machine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["nusam", "none"])
 def test_float16_resumes_bit_equal_after_the_scale_has_backed_off(method, tmp_path):
     source = load("digits", tmp_path, 128)
