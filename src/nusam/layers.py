@@ -352,7 +352,7 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
     The forward is replaced on the instance: a thread-local mode would be missed by activation checkpointing,
     a class swap would fight those of other libraries, and torch.compile guards on the replacement.
     """
-    forwards = {use.module: _forward(use, handlers) for use in uses if use.parameter in handlers}
+    forwards = {use.module: _forward(use, handlers) for use in uses if any(p in handlers for p in _multiplied(use))}
 
     def undo() -> None:
         for module, forward in forwards.items():
@@ -367,6 +367,12 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
         for module, forward in forwards.items():
             vars(module)["forward"] = forward
         yield
+
+
+def _multiplied(use: Use) -> tuple[Tensor, ...]:
+    """Whose use the module's forward decides; an attention multiplies with the weight of its output layer itself."""
+    module = use.module
+    return (use.parameter, module.out_proj.weight) if isinstance(module, nn.MultiheadAttention) else (use.parameter,)
 
 
 def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:

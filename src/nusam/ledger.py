@@ -12,13 +12,13 @@ __all__ = ["Ledger", "not_added"]
 
 
 class Ledger:
-    """Compares what got a gradient in a descent with what had an ε there, and tells each parameter's name once."""
+    """Compares what got a gradient in a descent with what had an ε there, and says each thing of a parameter once."""
 
     def __init__(self) -> None:
         self._had_gradients = False  # in any pass of the run
         self._in_ascent = False  # of this step
         self._backwards = 0
-        self._told: set[Tensor] = set()
+        self._told: set[tuple[Tensor, str]] = set()  # and what was said of it
         self._without: list[tuple[Tensor, Tensor | None, int]] = []
 
     def __getstate__(self) -> dict[str, object]:
@@ -65,10 +65,10 @@ class Ledger:
                   "step; run the same computation in both passes")  # fmt: skip
 
     def tell(self, parameters: Sequence[Tensor], names: Callable[[], dict[Tensor, str]], what: str) -> None:
-        """Warn of the parameters that have not been warned of before."""
-        new = [parameter for parameter in parameters if parameter not in self._told]
+        """Warn of the parameters of which this has not been said before."""
+        new = [parameter for parameter in parameters if (parameter, what) not in self._told]
         if new:
-            self._told.update(new)
+            self._told.update((parameter, what) for parameter in new)
             known = names()
             warnings.warn(f"{', '.join(known[parameter] for parameter in new)} {what}.", stacklevel=2)
 

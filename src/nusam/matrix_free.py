@@ -346,8 +346,12 @@ class Record:
             return self._compiled_use(kind, x, W, extra) if rows is None else kind.apply(x, W, extra)
         if not torch.is_grad_enabled():
             return kind.apply(x, W, extra)
-        if self.job.forms and rows is None and kind is not Own:
-            return kind.apply(x, self._stand_in_for(W), extra)
+        if self.job.forms and kind is not Own:
+            stand_in = self._stand_ins.get(self.parameter)
+            if rows is None:
+                return kind.apply(x, self._stand_in_for(W), extra)
+            if stand_in is not None:
+                return kind.apply(x, stand_in[rows], extra)
         if not is_plain(x):
             return kind.apply(x, W, extra)
         # recomputation by activation checkpointing is no new use
@@ -537,8 +541,14 @@ def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[
     def run_with_stand_ins(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         grad_outputs, retain_graph, create_graph, inputs, *rest = args
         idle.refuse_hidden(inputs)
-        inputs = tuple(stand_ins.get(x, x) if isinstance(x, Tensor) else x for x in inputs)
-        return run(outputs, grad_outputs, retain_graph, create_graph, inputs, *rest, **kwargs)
+        asked = tuple(stand_ins.get(x, x) if isinstance(x, Tensor) else x for x in inputs)
+        found = run(outputs, grad_outputs, retain_graph, create_graph, asked, *rest, **kwargs)
+        if not isinstance(found, tuple) or len(found) != len(inputs):
+            return found
+        return tuple(
+            gradient if asked_for is x else _as_hooks_make_it(gradient, x)
+            for gradient, x, asked_for in zip(found, inputs, asked, strict=True)
+        )
 
     def undo() -> None:
         module._engine_run_backward = run
@@ -546,6 +556,15 @@ def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[
     with always(undo):
         module._engine_run_backward = run_with_stand_ins
         yield
+
+
+def _as_hooks_make_it(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """What the parameter's own hooks, which its stand-in does not have, make of its gradient."""
+    if gradient is not None:
+        for hook in (parameter._backward_hooks or {}).values():
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
+    return gradient
 
 
 class _Products(torch.autograd.Function):

@@ -212,6 +212,7 @@ class SharpnessAware(Wrapper):
         self._holders = Holders()
         self._target_list: _TargetList | None = None
         self._check_targets()
+        self._check_anything_to_perturb()
         for group in base_optimizer.param_groups:
             group.setdefault("rho", rho)
         self._watch_progress()
@@ -317,8 +318,8 @@ class SharpnessAware(Wrapper):
                 pass_.settle()
             reached = bool(pass_ and pass_.saw_gradients())
             self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters), self._has_closure)
-            self._pending = self._perturb(targets, pass_, workers, in_forward)
             self._ascended = [target.parameter for target in targets]
+            self._pending = self._perturb(targets, pass_, workers, in_forward)
 
     @contextmanager
     def descent(self, accumulate: bool = False) -> Iterator[None]:
@@ -355,6 +356,7 @@ class SharpnessAware(Wrapper):
 
         def undo() -> None:
             perturbed.remove()
+            self._guard.after_descent()
             if in_place:
                 workers.reshard()
             self._pass = None
@@ -366,7 +368,7 @@ class SharpnessAware(Wrapper):
             if not accumulate:
                 _clear_gradients(self._parameters())
             self._ledger.begin_pass()
-            self._ledger.open(self._ascended, perturbations)
+            self._ledger.open(self._ascended if self._pending is not None else [], perturbations)
             guards.enter_context(self._guard.descent(bool(perturbations)))
             if forward and structure is not None:
                 handlers: dict[Tensor, Handler] = {**forward}
@@ -430,7 +432,7 @@ class SharpnessAware(Wrapper):
         return losses[0] if losses else None
 
     def _losses_of(self, closure: Callable[[], Any]) -> list[Any]:
-        """What the closure returns in each pass."""
+        """What the closure returns in each pass; an ascent that is run again does not count."""
         if self.ascent_share < 1:
             raise ValueError(
                 f"step(closure) would run the whole batch in both passes, though ascent_share={self.ascent_share:g}; "
@@ -441,7 +443,7 @@ class SharpnessAware(Wrapper):
             for _ in self.passes():
                 with torch.enable_grad():
                     losses.append(closure())
-        return losses
+        return losses[-2:]
 
     def _step_base_knowing(self, loss: Any) -> None:
         kind = type(self.base_optimizer)
@@ -710,14 +712,6 @@ class SharpnessAware(Wrapper):
     def _check_targets(self) -> None:
         """Refuse what can't be perturbed, before anything is."""
         targets = self._targets(factor=1.0)
-        positive = self._rho > 0 or any(group.get("rho", 0) > 0 for group in self.param_groups)
-        if not targets and positive:
-            raise ValueError(
-                f"{type(self).__name__} has nothing to perturb: "
-                f"{'the model' if self.targets != 'trainable' else 'the optimizer'} holds no "
-                f"{self.targets if isinstance(self.targets, str) else 'targeted'} {self._target}; "
-                "hand it such parameters, or choose another method."
-            )
         workers = self._workers()
         self._holders.forget()
         check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
@@ -729,6 +723,19 @@ class SharpnessAware(Wrapper):
             if is_sharded(parameter):
                 own = self._in_forward(parameter) and self._ascent.serve_from is not None
                 check_sharded(parameter, self.model, self.m_sam, workers, own)
+
+    def _check_anything_to_perturb(self) -> None:
+        """Refuse an optimizer that would never perturb anything, unless its radii say so; later it may come to that."""
+        radii = [group.get("rho", self._rho) for group in self.param_groups]
+        radii += [] if self.targets == "trainable" else [self._rho]
+        if self._targets(factor=1.0) or not any(rho > 0 for rho in radii):
+            return
+        raise ValueError(
+            f"{type(self).__name__} has nothing to perturb: "
+            f"{'the model' if self.targets != 'trainable' else 'the optimizer'} holds no "
+            f"{self.targets if isinstance(self.targets, str) else 'targeted'} {self._target}; "
+            "hand it such parameters, or choose another method."
+        )
 
     def _check_processes(self, workers: DataParallel) -> None:
         """Refuse what can't be run among the processes as they are now, before a pass begins."""
@@ -766,6 +773,7 @@ class SharpnessAware(Wrapper):
                 self._repeats, self._may_repeat = True, False
                 return {}
             targets = [target for target in targets if target.parameter not in surprises]
+            self._ascended = [target.parameter for target in targets]
             self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
         there = [target.parameter for target in targets if target.parameter in in_forward]
         self._refuse_unreachable(there, self._ascent.unreachable)

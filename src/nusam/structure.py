@@ -49,10 +49,10 @@ class Structure:
             count = len(self.uses_of(parameter))
             if count == 0:
                 reasons[parameter] = "no known layer holds it"
-            elif count > 1 and parameter.requires_grad:  # else served by the sum over its uses
-                reasons[parameter] = f"tied: used by {count} layers"
             elif has_hooks(parameter):
                 reasons[parameter] = HOOKED
+            elif count > 1 and parameter.requires_grad:  # else served by the sum over its uses
+                reasons[parameter] = f"tied: used by {count} layers"
         return reasons
 
 
