@@ -56,6 +56,7 @@ class Ascent:
         self._whole: set[Tensor] = set()  # whose gradient comes in several backwards, and is not freed between them
         self._counts: list[_Count] = []
         self._compiles = False  # whether compiled graphs were seen
+        self.sees_calls = True  # whether all that was compared was called where Python sees it, in no compiled graph
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_counts": []}
@@ -155,6 +156,7 @@ class Ascent:
         """Learn from what a pass has checked; waits for the device if anything was."""
         self._compiles |= pass_.is_compiled
         checked = [record for record in pass_.records.values() if record.job.checks]
+        self.sees_calls &= not self._compiles and all(record.calls or not record.completed for record in checked)
         if checked:
             with _full_precision(record.parameter for record in checked):
                 self.verification.learn(compared(checked, workers, everyone))

@@ -381,7 +381,9 @@ class SharpnessAware(Wrapper):
             perturbed.add()
             if in_place:
                 workers.reshard()
-            with self._backwards.of_descent() if forward else nullcontext(), watched(forward):
+            # what a compiled graph does with a weight looks as if somebody read it
+            watch = watched(forward) if self._ascent.sees_calls else nullcontext()
+            with self._backwards.of_descent() if forward else nullcontext(), watch:
                 yield
             for parameter, handler in forward.items():
                 if handler.is_written():

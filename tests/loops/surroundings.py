@@ -185,6 +185,20 @@ class ACompiledFrozenLayerMayGetASecondBackward(ACompiledLoopMayGetASecondBackwa
         return model
 
 
+class AModelMayBeCompiledMidway(_Surrounded):
+    """torch.compile(fullgraph=True), from the fourth step on"""
+
+    slow = True
+
+    def prepare(self):
+        torch._dynamo.reset()
+        self.compiled = torch.compile(self.model, backend="aot_eager", fullgraph=True)
+
+    def loss(self, step):
+        model = self.compiled if step >= 3 else self.model
+        return to_target(model(self.normal(step, 8, 6)))
+
+
 class WeightsOfACompiledModelMayBeRead(ACompiledLoopMayGetASecondBackwardMidway):
     """torch.compile(fullgraph=True), and a weight that is read outside of the graph"""
 
