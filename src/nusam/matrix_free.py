@@ -541,14 +541,25 @@ def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[
     def run_with_stand_ins(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         grad_outputs, retain_graph, create_graph, inputs, *rest = args
         idle.refuse_hidden(inputs)
-        asked = tuple(stand_ins.get(x, x) if isinstance(x, Tensor) else x for x in inputs)
-        found = run(outputs, grad_outputs, retain_graph, create_graph, asked, *rest, **kwargs)
-        if not isinstance(found, tuple) or len(found) != len(inputs):
-            return found
-        return tuple(
-            gradient if asked_for is x else _as_hooks_make_it(gradient, x)
-            for gradient, x, asked_for in zip(found, inputs, asked, strict=True)
+        served = [x for x in inputs if isinstance(x, Tensor) and x in stand_ins]
+        if not served:
+            return run(outputs, *args, **kwargs)
+        # what does not go through their layers reaches the parameters themselves
+        asked = (*(stand_ins.get(x, x) if isinstance(x, Tensor) else x for x in inputs), *served)
+        found = run(outputs, grad_outputs, retain_graph, create_graph, asked, *_unused_allowed(rest), **kwargs)
+        if not isinstance(found, tuple):
+            return found  # they are in the tensors themselves
+        own = dict(zip(served, found[len(inputs) :], strict=True))
+        gradients = tuple(
+            _added(_as_hooks_make_it(g, x), own[x]) if isinstance(x, Tensor) and x in own else g
+            for g, x in zip(found, inputs, strict=False)
         )
+        if rest and not rest[0] and any(g is None for g in gradients):
+            raise RuntimeError(
+                "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if "
+                "this is the desired behavior."
+            )
+        return gradients
 
     def undo() -> None:
         module._engine_run_backward = run
@@ -556,6 +567,15 @@ def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[
     with always(undo):
         module._engine_run_backward = run_with_stand_ins
         yield
+
+
+def _unused_allowed(rest: list[Any]) -> list[Any]:
+    """What follows the inputs of a backward, with leave for some of them to be unused."""
+    return [True, *rest[1:]] if rest else []
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _as_hooks_make_it(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -66,6 +66,10 @@ class ModelGuard:
         """The ascent is complete: the next descent is its second pass."""
         self._ascended = True
 
+    def forget_ascent(self) -> None:
+        """The next descent is no second pass."""
+        self._ascended = False
+
     @contextmanager
     def descent(self, perturbed: bool) -> Iterator[None]:
         """The second pass over a sample, if an ascent came before: from the same buffers and generators.

@@ -333,6 +333,10 @@ class SharpnessAware(Wrapper):
                 "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
                 "or loop over opt.passes()."
             )
+        if self._pending is None:  # none came before, or it was refused
+            self._ascended = []
+            self._guard.forget_ascent()
+            self._written.forget_ascent()
         perturbations = self._pending or {}
         forward = {
             parameter: InForward(epsilon.u, epsilon.v, self._backwards.is_over)
@@ -368,7 +372,7 @@ class SharpnessAware(Wrapper):
             if not accumulate:
                 _clear_gradients(self._parameters())
             self._ledger.begin_pass()
-            self._ledger.open(self._ascended if self._pending is not None else [], perturbations)
+            self._ledger.open(self._ascended, perturbations)
             guards.enter_context(self._guard.descent(bool(perturbations)))
             if forward and structure is not None:
                 handlers: dict[Tensor, Handler] = {**forward}

@@ -67,6 +67,10 @@ class WrittenWeights:
         """Whether this step is one that looks at everything."""
         return self._check
 
+    def forget_ascent(self) -> None:
+        """The next descent is no second pass."""
+        self._check = self._ascended = False
+
     def writes(self, parameter: Tensor) -> bool:
         """Whether the model was seen to write the weight."""
         return parameter in self._written
