@@ -556,8 +556,8 @@ def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[
         )
         if rest and not rest[0] and any(g is None for g in gradients):
             raise RuntimeError(
-                "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if "
-                "this is the desired behavior."
+                "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True "
+                "if this is the desired behavior."
             )
         return gradients
 
