@@ -5,12 +5,14 @@ next one. Both passes start from the same buffers, as they draw the same random 
 ascent's: the buffers of one forward at the unperturbed weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nusam.interrupts import always
 from nusam.module_tree import ModuleTree, same
 from nusam.watch import Watch, here, is_here
 
@@ -35,7 +37,6 @@ class Buffers:
         self._moving: set[Tensor] = set()  # of large buffers and frozen parameters
         self._deaf: set[Tensor] = set()  # written without a change, as where DDP broadcasts buffers
         self._step: _Step | None = None
-        self._second: _Step | None = None  # while its second pass runs
         self._plan: _Plan | None = None
         self._find()
 
@@ -61,20 +62,16 @@ class Buffers:
         twins = [parameter for parameter in still if parameter.shape in shapes]  # what may be a network's moving copy
         self._step = _Step(self._plan, still, twins, everything)
 
-    def begin_second_pass(self) -> None:
-        """Start the buffers from where the ascent started."""
-        self._second = self._completed()
-        if self._second is not None:
-            self._second.rewind()
-
-    def end_second_pass(self) -> None:
-        """Leave what the ascent left; bears repetition.
-
-        To be called once ε has been taken back: a weight whose copy was restored then may be one that moves.
-        """
-        if self._second is not None:
-            self._second.finish()
-            self._second = None
+    @contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Inside, the buffers start from where the ascent started; afterwards they are those that it left."""
+        step = self._completed()
+        if step is None:
+            yield
+            return
+        with always(step.finish):
+            step.rewind()
+            yield
 
     def rewind(self) -> None:
         """Go back to where the ascent started, which is to be run again."""

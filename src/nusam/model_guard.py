@@ -74,8 +74,6 @@ class ModelGuard:
     def descent(self, perturbed: bool) -> Iterator[None]:
         """The second pass over a sample, if an ascent came before: from the same buffers and generators.
 
-        To be followed by :meth:`after_descent`.
-
         ``perturbed``: whether any weight is, so that saving, copying and evaluating the model must be refused.
         """
         second, self._ascended = self._ascended, False
@@ -85,16 +83,11 @@ class ModelGuard:
                 contexts.enter_context(self._refusal.armed())
             if second and self._buffers is not None and random_state is not None:
                 if self._of_ascent:
-                    self._buffers.begin_second_pass()
+                    contexts.enter_context(self._buffers.second_pass())
                 else:
                     self._buffers.rewind()
                 random_state.replay()
             yield
-
-    def after_descent(self) -> None:
-        """ε has been taken back: make the buffers what the ascent left; bears repetition."""
-        if self._buffers is not None:
-            self._buffers.end_second_pass()
 
 
 class RandomState:

@@ -360,13 +360,13 @@ class SharpnessAware(Wrapper):
 
         def undo() -> None:
             perturbed.remove()
-            self._guard.after_descent()
             if in_place:
                 workers.reshard()
             self._pass = None
             self._ascended = []
 
-        with always(undo), ExitStack() as guards:
+        # ε goes first: what the guard leaves then may be a weight whose copy was restored
+        with always(undo), ExitStack() as guards, always(perturbed.remove):
             self._pass = "descent"
             self._in_scaler = False
             if not accumulate:

@@ -19,6 +19,7 @@ class Pair:
 
     def __init__(self, model: nn.Module, twin: nn.Module) -> None:
         self.model, self.twin = model, twin
+        self.off = 0.0  # by how much they differed last, where that was little enough
         self.names = [name for name, _ in model.named_parameters()]
         self.parameters, self.others = list(model.parameters()), list(twin.parameters())
         self.name_of = dict(zip(map(id, self.parameters), self.names, strict=True))
@@ -40,13 +41,16 @@ class Pair:
     def difference(self, opt: nusam.SharpnessAware, oracle: Oracle) -> str:
         """Weights, buffers, gradients, flags, the base's state, warm starts, and what is left on modules."""
         ours, theirs = self._tensors(opt, oracle.base)
+        off: list[float] = []
         numbers = [(module.calls, other.calls) for module, other in self.numbered]
-        return (
-            _of_tensors(ours, theirs)
+        fault = (
+            _of_tensors(ours, theirs, off)
             or ("" if all(a == b for a, b in numbers) else f"numbers: {numbers}")
-            or _of_starts(self.warm_starts(opt), oracle.u)
+            or _of_starts(self.warm_starts(opt), oracle.u, off)
             or self._left_behind()
         )
+        self.off = max(off, default=0.0)
+        return fault
 
     def _tensors(self, opt: Any, base: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ours: dict[str, Tensor] = {}
@@ -87,7 +91,7 @@ class Pair:
         return ""
 
 
-def _of_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+def _of_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], off: list[float]) -> str:
     if found.keys() != wanted.keys():
         return f"{sorted(found.keys() ^ wanted.keys())} are on one side only"
     a = torch.cat([t.flatten().double() for t in found.values()])
@@ -96,21 +100,25 @@ def _of_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     if not both.isfinite().all():
         both = both.nan_to_num(NOT_FINITE, NOT_FINITE, NOT_FINITE)  # an inf and a NaN are one to whoever skips the step
     if torch.allclose(*both, rtol=TOLERANCE, atol=TOLERANCE):
+        off.append(float((both[0] - both[1]).abs().max()))
         return ""
-    differences = {name: t.double() - wanted[name].double() for name, t in found.items()}
-    off = {name: float(difference.nan_to_num(NOT_FINITE).abs().max()) for name, difference in differences.items()}
-    name = max(off, key=lambda name: off[name])
-    return f"{name} is off by {off[name]:.1e}"
+    by = {
+        name: float((t.double() - wanted[name].double()).nan_to_num(NOT_FINITE).abs().max())
+        for name, t in found.items()
+    }
+    name = max(by, key=lambda name: by[name])
+    return f"{name} is off by {by[name]:.1e}"
 
 
-def _of_starts(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+def _of_starts(found: dict[str, Tensor], wanted: dict[str, Tensor], off: list[float]) -> str:
     if missing := wanted.keys() - found.keys():
         return f"warm starts of {sorted(missing)} are gone"
     if wanted:
         a, b = torch.cat([found[name] for name in wanted]), torch.cat(list(wanted.values()))
         if not torch.allclose(a, b, rtol=0, atol=1e-8):
-            off = {name: float((found[name] - u).abs().max()) for name, u in wanted.items()}
-            return f"warm starts are off by {off}"
+            by = {name: float((found[name] - u).abs().max()) for name, u in wanted.items()}
+            return f"warm starts are off by {by}"
+        off.append(float((a - b).abs().max()))
     return ""
 
 

@@ -21,6 +21,8 @@ from tests.fuzz.setting import SCHEDULES, Options, base_of, of_head, optimizer_o
 from tests.fuzz.trees import Net, Spec, build, kinds, matrices
 from tests.fuzz.uses import Boom, Plan, can_run, run
 
+ROUNDED = 1e-12  # a difference that would grow over many steps
+
 
 class Tally:
     """What all trials of this process have done."""
@@ -28,6 +30,7 @@ class Tally:
     steps = 0
     trials = 0
     doubted = 0  # steps that rounding decides: the oracle took the library's result over
+    realigned = 0  # steps after which it did so since rounding had grown over many
     doings: ClassVar[Counter[str]] = Counter()
     refusals: ClassVar[Counter[str]] = Counter()
     warned: ClassVar[Counter[str]] = Counter()
@@ -135,6 +138,9 @@ class Trial:
             self._update()
             self.oracle.update()
         self._hold("after the step")
+        if self.pair.off > ROUNDED:
+            Tally.realigned += 1
+            self._take_over()
 
     def plain(self) -> None:
         """A step of the base optimizer alone."""

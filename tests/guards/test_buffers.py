@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nusam
-from nusam.interrupts import always
 from nusam.model_guard import ModelGuard
 from tests.guards.stateful import KINDS, LARGE, AssignedStatistics, Fading, Queue, model_with
 
@@ -277,7 +276,7 @@ def guarded(model, everything, move=lambda: None):
     move()
     with counted:
         guard.after_ascent()
-        with always(guard.after_descent), guard.descent(True):
+        with guard.descent(True):
             pass
     return counted
 
@@ -309,7 +308,7 @@ def test_a_large_buffer_that_begins_to_move_later_is_seen_by_its_version():
         guard.before_ascent(False)
         model.queue += 1
         guard.after_ascent()
-        with always(guard.after_descent), guard.descent(True):
+        with guard.descent(True):
             if round_:
                 assert (model.queue == round_).all()  # from the second time on
             model.queue += 1

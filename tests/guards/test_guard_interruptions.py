@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from nusam.interrupts import always
 from nusam.model_guard import ModelGuard
 from tests.guards.stateful import AbsentAtFirst, AssignedStatistics, Fading, GrowingMemory, Momentum, Queue
 from tests.guards.test_buffers import LARGE, loss_of, state_of
@@ -36,7 +35,7 @@ def test_an_interrupt_at_every_bytecode(everything):
         loss_of(trained, 0)
         guard.after_ascent()
         reached.append("ascent")
-        with always(guard.after_descent), guard.descent(True):
+        with guard.descent(True):
             reached.append("descent")
             loss_of(trained, 0)
 

@@ -175,7 +175,8 @@ class SharpnessAwareCallback(Callback):
             first: Any = None
             last: Any = None
             with _logging_once(pl_module, self._replay):
-                share, names = opt.ascent_share, opt._passes(accumulate=True)
+                share = opt.ascent_share
+                names = opt.passes(accumulate=True) if share == 1 else opt._passes(accumulate=True)
                 for name, kwargs["batch"] in self._replay.passes(names, self._owners, batch, share):
                     # its hooks run once a batch, and find the gradients of the step before
                     closure._zero_grad_fn = clear if name == "descent" else None

@@ -65,7 +65,8 @@ class Replay:
                     self._asked_for = iter(self._prepared)
                     self.later = True
                     self.counts = name == "descent" and self._shares
-                    yield name, kept.again() if name == "descent" else first_samples(kept.again(), share)
+                    again = kept.again()
+                    yield name, first_samples(again, share) if self._shares and name == "ascent" else again
                 elif name != "ascent":  # the only pass
                     yield name, batch
                 else:

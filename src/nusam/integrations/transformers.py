@@ -110,9 +110,10 @@ class NuSAMTrainerMixin:
         last: Any = None
         owners, kept = (self, self.state), self._replay  # type: ignore[attr-defined]
         with _in_training_mode(self.optimizer), self._inputs_prepared_once(model):
-            names = reaching(self.optimizer, model)._passes(accumulate=True)
-            for name, given in kept.passes(names, owners, inputs, opt.ascent_share):
-                several = opt.ascent_share == 1 and (kept.later or name == "ascent")
+            reached, share = reaching(self.optimizer, model), opt.ascent_share
+            names = reached.passes(accumulate=True) if share == 1 else reached._passes(accumulate=True)
+            for name, given in kept.passes(names, owners, inputs, share):
+                several = share == 1 and (kept.later or name == "ascent")
                 with self._calls.compared(model, type(self).__name__, kept.later) if several else nullcontext():
                     last = super().training_step(model, given, *args, **kwargs)  # type: ignore[misc]
                 first = last if first is None else first
