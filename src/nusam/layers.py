@@ -386,7 +386,8 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
         def attention(*args: Any, **kwargs: Any) -> Any:
             if type(module).forward is not use.forward:
                 return type(module).forward(module, *args, **kwargs)
-            if torch.compiler.is_compiling() or not any(type(p) is Watched for p in module._parameters.values()):
+            weights = (*module._parameters.values(), module.out_proj.weight)
+            if torch.compiler.is_compiling() or not any(type(W) is Watched for W in weights):
                 return _multihead_attention(module, *args, **kwargs)
             with untold():
                 return _multihead_attention(module, *args, **kwargs)
