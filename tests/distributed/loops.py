@@ -232,11 +232,9 @@ def train(loop: Loop, engine: str, ball: str, **options):
 
 
 WAYS = {
-    "gradient weights": ("NuSAM", {"ascent": "gradient"}),
     "matrix-free weights": ("NuSAM", {"ascent": "matrix-free"}),
     "matrix-free forward": ("NuSAM", {"ascent": "matrix-free", "placement": "forward"}),
-    "NuSAMNorm": ("NuSAMNorm", {"ascent": "matrix-free"}),
-    "SAM": ("SAM", {}),
+    "SAM": ("SAM", {}),  # and for νSAM by gradients
 }
 for loop in LOOPS:
     for engine in loop.engines:
