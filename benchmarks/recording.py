@@ -28,8 +28,15 @@ def circumstances(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "nusam": nusam.__version__,
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", _what_runs(Path(sys.argv[0])), *sys.argv[1:]]),
     }
+
+
+def _what_runs(script: Path) -> str:
+    if script.name == "__main__.py":
+        package = script.resolve().parent.relative_to(Path(__file__).resolve().parents[1])
+        return f"-m {'.'.join(package.parts)}"
+    return f"benchmarks/{script.name}"
 
 
 def record(name: str, device: str, table: list[dict[str, Any]], notes: str) -> None:

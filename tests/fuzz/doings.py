@@ -51,7 +51,8 @@ class Run(Trial):
         if not self.schedulers:
             both = (self.opt, self.oracle.base)
             self.schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, SLOWER) for one in both]
-            self.plain()
+            if not self.plain():
+                self.schedulers = []
         for scheduler in self.schedulers:
             scheduler.step()
         self._hold("after a scheduler's step")
@@ -76,11 +77,15 @@ class Run(Trial):
             for handle in self.hooks.pop(name)[1]:
                 handle.remove()
         else:
-            both = (self.model, self.oracle.model)
-            self.hooks[name] = (factor, [_scaled(model.get_parameter(name), factor) for model in both])
+            self.hooks[name] = (
+                factor,
+                [_scaled(m.get_parameter(name), factor) for m in (self.model, self.oracle.model)],
+            )
 
     def resume(self, how: str) -> None:
-        """Go on with another optimizer: "anew" and "elsewhere" with another model, "copied", or the base "alone"."""
+        """Go on with another optimizer: "anew", "elsewhere" with another model, "copied", or from the base "alone"."""
+        if not any(self.oracle.targets()):
+            return  # a new optimizer that has nothing to perturb is refused
         if how == "copied" and not self.hooks:  # of which torch makes no copy
             self.model, self.opt = copy.deepcopy((self.model, self.opt))
             self.pair = Pair(self.model, self.oracle.model)

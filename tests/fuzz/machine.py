@@ -5,8 +5,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.fuzz.doings import Run
 from tests.fuzz.setting import Options, options
+from tests.fuzz.tally import Tally
 from tests.fuzz.trees import Spec, specs
-from tests.fuzz.trial import Tally
 from tests.fuzz.uses import Extra, Plan, extras, plans
 
 HOWS = st.sampled_from(["passes", "passes", "closure", "halves"])
@@ -77,7 +77,13 @@ class Machine(RuleBasedStateMachine):
     def leave_out_in_one_pass(self, which, index, how):
         self.run.take(Plan(off=((which, index),)), how=how)
 
-    @rule(then=AFTERWARDS, which=PASSES, where=WHERE, how=HOWS, again=st.booleans())
+    @rule(
+        then=AFTERWARDS,
+        which=PASSES,
+        where=WHERE,
+        how=HOWS,
+        again=st.booleans(),
+    )
     @done
     def fail(self, which, where, how, again):
         self.run.take(fails=(which, where), how=how)

@@ -1,7 +1,7 @@
 """νSAM, νSAM-Norm, SAM and SAM-ON by hand, in plain torch: dense ε, copies of the weights. Nothing is the library's."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,14 +45,17 @@ class Oracle:
     def radii(self) -> dict[str, float]:
         """What is perturbed now, and by how much; negative where the base climbs."""
         factor = self.schedule(self.steps)
-        found = {}
+        signs = {id(group): -1 if group.get("maximize") else 1 for group in self.base.param_groups}
+        radii = {name: group["rho"] * factor * signs[id(group)] for name, group in self.targets()}
+        return {name: rho for name, rho in radii.items() if rho}
+
+    def targets(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What is perturbed if its group's radius is positive."""
         for group in self.base.param_groups:
-            rho = group["rho"] * factor * (-1 if group.get("maximize") else 1)
             for p in group["params"]:
                 chosen = p in self.norms if self.method == "SAMON" else self.method == "SAM" or p.ndim == 2
-                if p.requires_grad and rho and chosen and self.names[p] not in self.excluded:
-                    found[self.names[p]] = rho
-        return found
+                if p.requires_grad and chosen and self.names[p] not in self.excluded:
+                    yield self.names[p], group
 
     def is_active(self) -> bool:
         rhos = [group["rho"] for group in self.base.param_groups]

@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.fuzz.machine import Machine
-from tests.fuzz.trial import Tally
+from tests.fuzz.tally import Tally
 
 TRIALS = 20  # of each seed
 

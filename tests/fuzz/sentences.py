@@ -12,8 +12,7 @@ PACKAGE = Path(nusam.__file__).parent
 
 UNREACHED = (
     r"(?P<name>[\w.]+) is (?P<why>also used outside its layer|reached in pieces or by another way|asked for its "
-    r"gradient "
-    r"inside the loss|given a hook on its gradient|written in the passes themselves|not reached by its ε in "
+    r"gradient inside the loss|given a hook on its gradient|written in the passes themselves|not reached by its ε in "
     r"the forward), where an ε in the forward can't reach it; exclude it with targets= or use placement='weights'\."
 )
 ASKS_IDLE = (

@@ -10,8 +10,8 @@ from nusam.ledger import Ledger
 from tests.fuzz.doings import Run
 from tests.fuzz.running import fuzz
 from tests.fuzz.setting import Options
+from tests.fuzz.tally import Tally
 from tests.fuzz.trees import Spec
-from tests.fuzz.trial import Tally
 from tests.fuzz.uses import Plan
 
 IN_FORWARD = Options(placement="forward")
@@ -32,8 +32,8 @@ def start():
         run.close()
 
 
-def test_a_thousand_steps():
-    fuzz(1_000)
+def test_some_hundred_steps():
+    fuzz(500)
 
 
 @pytest.mark.slow
@@ -121,6 +121,18 @@ def test_what_is_said_of_a_matrix_does_not_hide_another_thing():
     assert [tell(what) for what in ("is late", "is early", "is late")] == [["a is late."], ["a is early."], []]
 
 
+def test_a_matrix_that_one_pass_alone_reached_is_named_again_when_it_is_used_otherwise(start):
+    run = start(Spec(2, ("residual", LINEAR)))
+    run.take()
+    with mock.patch.object(run, "_without", wraps=run._without) as without:
+        run.take(Plan(off=(("ascent", 0),)), how="halves")
+        run.take()
+        run.take(Plan(extras=(("outside", 0),)), how="halves")
+    heard = [one.pattern for call in without.call_args_list for one in call.args[0]]
+    assert len(heard) == 2
+    assert heard[0] != heard[1]
+
+
 @pytest.mark.parametrize("factor", [0.5, -1.0])
 def test_a_hook_on_a_matrix_that_two_layers_share_is_refused_in_the_forward(start, factor):
     run = start(Spec(2, LINEAR, table="tied"), IN_FORWARD)
@@ -134,8 +146,8 @@ def test_a_hook_on_a_matrix_that_two_layers_share_is_refused_in_the_forward(star
 @pytest.mark.parametrize("how", ["passes", "closure"])
 def test_the_loss_of_a_step_is_that_of_the_ascent_which_counts(start, how):
     run = start(Spec(2, LINEAR))
-    run.take()
-    run.take()
+    for _ in range(9):
+        run.take()
     run.take(Plan(extras=(("asks", 0), ("slope penalty", 0))), how=how)
 
 

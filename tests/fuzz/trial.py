@@ -3,47 +3,26 @@
 import copy
 import random
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import nusam
 from tests.fuzz import sentences
 from tests.fuzz.comparison import Pair, said_of_epsilon
 from tests.fuzz.oracle import DOUBTFUL, Oracle
 from tests.fuzz.setting import SCHEDULES, Options, base_of, of_head, optimizer_of, out_of_reach
+from tests.fuzz.tally import Outcome, Tally
 from tests.fuzz.trees import Net, Spec, build, kinds, matrices
+from tests.fuzz.tries import tried
 from tests.fuzz.uses import Boom, Plan, can_run, run
 
-ROUNDED = 1e-12  # a difference that would grow over many steps
-
-
-class Tally:
-    """What all trials of this process have done."""
-
-    steps = 0
-    trials = 0
-    doubted = 0  # steps that rounding decides: the oracle took the library's result over
-    realigned = 0  # steps after which it did so since rounding had grown over many
-    doings: ClassVar[Counter[str]] = Counter()
-    refusals: ClassVar[Counter[str]] = Counter()
-    warned: ClassVar[Counter[str]] = Counter()
-
-
-@dataclass
-class Outcome:
-    """What the library made of the passes of one step."""
-
-    loss: Tensor | None = None
-    error: BaseException | None = None
-    passes: list[str] = field(default_factory=list)
-    warned: list[str] = field(default_factory=list)
+ROUNDED = 1e-11  # a difference that would grow over many steps
 
 
 class Trial:
@@ -142,8 +121,8 @@ class Trial:
             Tally.realigned += 1
             self._take_over()
 
-    def plain(self) -> None:
-        """A step of the base optimizer alone."""
+    def plain(self) -> bool:
+        """A step of the base optimizer alone; whether it came to that."""
         self.at += 1
         Tally.steps += 1
         runs = True
@@ -159,6 +138,7 @@ class Trial:
             self._update()
             self.oracle.update()
         self._hold("after a plain step")
+        return runs
 
     def _update(self) -> None:
         with warnings.catch_warnings(record=True) as warned:
@@ -234,7 +214,9 @@ class Trial:
             outcome.passes.append(name)
             loss = self._run(self.model, plan, at, name, fails[1] * (name == fails[0]))
             if beside[0] == name:
-                self._try(beside[1], name)
+                perturbed = name == "descent" and any(key.startswith("epsilon/") for key in self.opt.metrics())
+                pattern = tried(beside[1], self.opt, self.model, perturbed and self.guarded)
+                Tally.refusals.update([pattern] if pattern else [])
             if name == "ascent" or outcome.loss is None:
                 outcome.loss = loss
             return loss
@@ -326,7 +308,7 @@ class Trial:
     def _follow(self, names: frozenset[str]) -> None:
         """Exclude what was refused, or else put ε into the weights."""
         saved = self.opt.state_dict()
-        if set(self.oracle.radii()) <= names:
+        if {name for name, _ in self.oracle.targets()} <= names:
             self.placement, self.left_out = "weights", frozenset()
         else:
             self.left_out |= names
@@ -363,50 +345,3 @@ class Trial:
         for p, q in zip(self.model.parameters(), twin.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
         self.oracle.u = {name: u.clone() for name, u in self.pair.warm_starts(self.opt).items()}
-
-    # ------------------------------------------------------------ what must be refused inside a pass
-
-    def _try(self, what: str, name: str) -> None:
-        """Something that a pass refuses, whereupon the loop goes on."""
-        perturbed = name == "descent" and any(key.startswith("epsilon/") for key in self.opt.metrics())
-        refused: RuntimeError | None = None
-        try:
-            self._tries()[what]()
-        except RuntimeError as error:
-            refused = error
-        if refused is not None:
-            assert sentences.is_ours(refused), refused
-            said = sentences.heard(str(refused), sentences.INSIDE_PASS, sentences.SAVED, sentences.EVALUATED)
-            assert said, refused
-            Tally.refusals[said.pattern] += 1
-        else:
-            of_model = what in ("save the model", "evaluate")
-            due = perturbed and self.guarded and (what == "save the model" or self.model.training)
-            assert of_model, f"{what} was not refused in the {name}"
-            assert not due or self.opt.active is False, f"{what} was not refused in the {name}"
-
-    def _tries(self) -> dict[str, Callable[[], Any]]:
-        opt, model = self.opt, self.model
-
-        def evaluate() -> None:
-            modes = [module.training for module in model.modules()]
-            model.eval()
-            x = torch.ones(2, self.spec.width, dtype=torch.float64)
-            try:
-                with torch.no_grad():
-                    model(x, torch.zeros(2, dtype=torch.int64))
-            finally:
-                for module, mode in zip(model.modules(), modes, strict=True):
-                    module.training = mode
-
-        return {
-            "save the model": model.state_dict,
-            "evaluate": evaluate,
-            "save": opt.state_dict,
-            "load": lambda: opt.load_state_dict({}),
-            "step": opt.step,
-            "copy": lambda: copy.deepcopy(opt),
-            "add": lambda: opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.float64))]}),
-            "nest": lambda: next(opt.passes()),
-            "ascend": lambda: opt.ascent().__enter__(),
-        }
