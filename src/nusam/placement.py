@@ -103,6 +103,7 @@ class _RankOneInWeights(InWeights):
         if len(self._written) > 1 and self._marker.item():
             torch._foreach_addcmul_(self._written, self._columns, self._rows, value=-1)
             torch.clear_autocast_cache()
+            self._written = []
 
 
 class _WithCopy(InWeights):
