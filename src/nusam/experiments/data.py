@@ -19,7 +19,7 @@ from nusam.experiments import text
 from nusam.experiments.class_sizes import require_two_of_each
 from nusam.experiments.errors import Refused
 
-__all__ = ["DATASETS", "Labels", "Pixels", "Source", "Tokens", "load", "shuffled"]
+__all__ = ["DATASETS", "Labels", "Pixels", "Source", "Tokens", "load", "shuffled", "with_wrong_labels"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 # How much is used unless told otherwise.
@@ -257,6 +257,18 @@ def _at_most(wanted: int, every: int, validation: int) -> int:
 def shuffled(count: int, seed: int) -> NDArray[np.int64]:
     """The numbers below ``count`` in the seed's order."""
     return np.random.default_rng(seed).permutation(count)
+
+
+def with_wrong_labels(source: Source, share: float) -> Source:
+    """That share of the labels for training and validation drawn anew from all classes; those of the test stay."""
+    if not share:
+        return source
+    count = len(source.pool_labels)
+    drawn = np.random.default_rng(0)
+    chosen = drawn.permutation(count)[: round(share * count)]
+    labels = source.pool_labels.copy()
+    labels[chosen] = drawn.integers(source.classes, size=len(chosen))
+    return replace(source, title=f"{source.title}, {share:.0%} of the labels drawn anew", pool_labels=labels)
 
 
 DATASETS: dict[str, Callable[[Path, int | None, bool | None], Source]] = {

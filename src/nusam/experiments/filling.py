@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from nusam.experiments.augmentation import require_images
-from nusam.experiments.data import Source, load
+from nusam.experiments.data import Source, load, with_wrong_labels
 from nusam.experiments.devices import jobs_on
 from nusam.experiments.errors import Refused
 from nusam.experiments.models import require_fit
@@ -53,7 +53,7 @@ def fill(
         missing = [cell for cell in asked if cell not in store]
         for (data, size, recipe, pretrained), group in groupby(missing, alike):
             wanted = deque(group)
-            source = load(data, data_root, size, download)
+            source = with_wrong_labels(load(data, data_root, size, download), recipe.wrong_labels)
             require_images(recipe.augment, data, source.channels)
             for cell in wanted:
                 require_fit(cell.run.model, source.image_size, source.channels)

@@ -4,7 +4,7 @@ import math
 
 from nusam.experiments.errors import Refused
 
-__all__ = ["at_least", "not_negative", "shares", "some_of"]
+__all__ = ["at_least", "not_negative", "part_of", "shares", "some_of"]
 
 
 def at_least(least: int, **counts: int | None) -> None:
@@ -27,6 +27,13 @@ def shares(**numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not 0 <= number < 1:
             raise Refused(f"{_words(name)} is a share of the steps and must be at least 0 and below 1, got {number}.")
+
+
+def part_of(**numbers: float) -> None:
+    """Refuse what is no part of a whole."""
+    for name, number in numbers.items():
+        if not 0 <= number <= 1:
+            raise Refused(f"{_words(name)} must be at least 0 and at most 1, got {number}.")
 
 
 def some_of(**numbers: float) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nusam.experiments.limits import at_least, not_negative, shares, some_of
+from nusam.experiments.limits import at_least, not_negative, part_of, shares, some_of
 
 __all__ = ["Epoch", "Outcome", "Recipe", "Report", "Run"]
 
@@ -20,11 +20,13 @@ class Recipe:
     base: str = "adamw"
     augment: str = "none"
     accumulate: int = 1  # micro-batches of a step, each perturbed on its own
+    wrong_labels: float = 0.0  # share of the labels for training and validation that are drawn anew
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
         not_negative(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         shares(warm_up=self.warm_up)
+        part_of(wrong_labels=self.wrong_labels)
 
 
 @dataclass(frozen=True)

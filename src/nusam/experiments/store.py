@@ -42,8 +42,10 @@ class Cell:
     def key(self) -> str:
         """The same for the same cell, in any process."""
         described = asdict(self)
-        if self.run.ascent_share == 1:  # results of before there were shares keep their keys
+        if self.run.ascent_share == 1:  # results of before there were these keep their keys
             del described["run"]["ascent_share"]
+        if not self.recipe.wrong_labels:
+            del described["recipe"]["wrong_labels"]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -56,6 +56,8 @@ class Sweep:
     """Fetch what is missing."""
     train_size: int | None = None
     """Training images; a few hundred unless given."""
+    wrong_labels: float = 0.0
+    """Share of the labels for training and validation that are drawn anew."""
     base: str = "adamw"
     """Base optimizer: sgd, adam, adamw or adafactor."""
     epochs: int = 40
@@ -97,7 +99,13 @@ class Sweep:
         """
         delays: Sequence[float | None] = self.delays or (None,)
         recipe = Recipe(
-            self.epochs, self.batch_size, self.learning_rate, self.weight_decay, base=self.base, augment=self.augment
+            self.epochs,
+            self.batch_size,
+            self.learning_rate,
+            self.weight_decay,
+            base=self.base,
+            augment=self.augment,
+            wrong_labels=self.wrong_labels,
         )
         runs = [
             Run(model, method, 0.0, seed)

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from nusam.experiments.augmentation import AUGMENTATIONS, require_images
-from nusam.experiments.data import Source, load
+from nusam.experiments.data import Source, load, with_wrong_labels
 from nusam.experiments.devices import PARALLEL, PRECISIONS, require_device
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import writing_to
@@ -52,6 +52,8 @@ class Train:
     """Fetch what is missing."""
     train_size: int | None = None
     """Training images; a few hundred unless given, and with 0 all but those for validation."""
+    wrong_labels: float = 0.0
+    """Share of the labels for training and validation that are drawn anew, to see what that does to a method."""
     base: str = "adamw"
     """Base optimizer: sgd, adam, adamw or adafactor."""
     epochs: int = 40
@@ -86,7 +88,7 @@ class Train:
         self._check()
         run, recipe = self._wanted()
         require_device(self.device)
-        source = load(self.data, self.data_root, self.train_size, self.download)
+        source = with_wrong_labels(load(self.data, self.data_root, self.train_size, self.download), self.wrong_labels)
         require_images(self.augment, self.data, source.channels)
         require_fit(self.model, source.image_size, source.channels)
         with writing_to(self.out):
@@ -111,6 +113,7 @@ class Train:
             self.base,
             self.augment,
             self.accumulate,
+            self.wrong_labels,
         )
 
     def _identity(self, run: Run, recipe: Recipe, source: Source) -> dict[str, dict[str, object]]:

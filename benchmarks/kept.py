@@ -1,0 +1,225 @@
+"""What a share of the batch in the ascent keeps of the gain, and what it costs: one table for each task.
+
+``python benchmarks/kept.py TASK ... [--runs FOLDER] [--data-root FOLDER] [--jobs 2]``; the tasks are in ``TASKS``. It
+goes on where it was stopped. Every radius, and AdamW's learning rate, is chosen by validation accuracy on seeds that
+are not reported, and moved by factors of 2 until the best one has worse neighbours.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+
+from nusam.experiments.filling import fill
+from nusam.experiments.runs import Recipe, Run
+from nusam.experiments.store import Cell, Store
+from recording import record
+
+SHARES = {"1": 1.0, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "one sample": 1 / 32}
+LATE = 0.8  # the share of the steps that AdamW takes alone where the perturbation starts late
+TUNING, REPORTED = range(100, 102), range(8)  # seeds
+# A step over AdamW's: passes alone, as counted by floating-point operations (benchmarks/shares.py has measured steps).
+EXTRA = {"nusam": 2 / 3, "sam": 1.0}
+TITLES = {"nusam": "νSAM", "sam": "SAM"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, model and recipe; the radii from which the search starts."""
+
+    title: str
+    data: str
+    model: str
+    recipe: Recipe
+    train_size: int
+    radii: dict[str, float]
+
+
+TASKS = {
+    "digits": Task("Digits, Mixer", "digits", "mixer", Recipe(40), 300, {"nusam": 0.1, "sam": 0.4}),
+    "wrong-mixer": Task(
+        "Digits with 40% of the labels drawn anew, Mixer",
+        "digits",
+        "mixer",
+        Recipe(40, wrong_labels=0.4),
+        600,
+        {"nusam": 0.4, "sam": 0.8},
+    ),
+    "wrong-vit": Task(
+        "Digits with 40% of the labels drawn anew, ViT",
+        "digits",
+        "vit",
+        Recipe(40, wrong_labels=0.4),
+        600,
+        {"nusam": 0.1, "sam": 0.2},
+    ),
+    "cifar10": Task(
+        "CIFAR-10 (JPEG re-encoded), 2,000 images, Mixer",
+        "cifar10",
+        "mixer",
+        Recipe(20),
+        2000,
+        {"nusam": 0.1, "sam": 0.4},
+    ),
+}
+
+
+@dataclass
+class Bench:
+    """Where runs are kept, and how they are made."""
+
+    task: Task
+    store: Store
+    data_root: Path
+    jobs: int
+
+    def cells(self, run: Run, seeds: range, recipe: Recipe) -> list[Cell]:
+        """The run with each of the seeds."""
+        return [Cell(self.task.data, recipe, replace(run, seed=seed), self.task.train_size) for seed in seeds]
+
+    def fill(self, cells: list[Cell]) -> None:
+        """Run what is missing."""
+        fill(self.store, cells, self.data_root, self.jobs, "cpu", Console(quiet=True))
+
+    def best(self, searches: list["Search"]) -> None:
+        """Carry all of the searches to their ends, side by side."""
+        while wanted := [cell for search in searches for cell in search.wanted(self)]:
+            self.fill(wanted)
+
+
+class Search:
+    """For the value of a run's radius, or of AdamW's learning rate, with the best validation accuracy.
+
+    It moves by factors of 2 until both neighbours are worse; of equal ones it takes the smallest.
+    """
+
+    def __init__(self, start: float, of: Callable[[float], tuple[Run, Recipe]]) -> None:
+        self.found, self._of = start, of
+
+    def wanted(self, bench: Bench) -> list[Cell]:
+        """Runs that the next move needs, after all moves that are possible; none at the end."""
+        while True:
+            neighbourhood = (self.found, self.found / 2, self.found * 2)
+            cells = {value: bench.cells(self._of(value)[0], TUNING, self._of(value)[1]) for value in neighbourhood}
+            missing = [cell for group in cells.values() for cell in group if cell not in bench.store]
+            if missing:
+                return missing
+            scores = {
+                value: fmean(bench.store[cell].validation_accuracy for cell in group) for value, group in cells.items()
+            }
+            found = max(neighbourhood, key=lambda value: (scores[value], -value))
+            if found == self.found:
+                return []
+            self.found = found
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half of its 95% interval by Student's t."""
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
+    return f"{fmean(values):+.2f} ± {half:.2f}"
+
+
+@dataclass
+class Row:
+    """A line of the table before its runs are made."""
+
+    method: str
+    share: str
+    start: str
+    price: float
+    run: Run
+
+
+def table(bench: Bench) -> list[dict[str, Any]]:
+    """AdamW, for as many epochs and for as many seconds; SAM and νSAM at every share, from early on and late."""
+    task = bench.task
+    alone = Run(task.model, "adamw", 0.0, 0)
+    rate = Search(task.recipe.learning_rate, lambda rate: (alone, replace(task.recipe, learning_rate=rate)))
+    bench.best([rate])
+    recipe = replace(task.recipe, learning_rate=rate.found)
+    prices = (1 + EXTRA["nusam"] / 8, 1 + EXTRA["nusam"], 1 + EXTRA["sam"])
+    rows = [Row(f"AdamW, learning rate {rate.found:g}", "–", "–", 1, alone)]
+    rows += [Row("AdamW, as many seconds", "–", "–", price, replace(alone, stretch=price)) for price in prices]
+    for method, extra in EXTRA.items():
+        for name, share in SHARES.items():
+            run = Run(task.model, method, 0.0, 0, ascent_share=share)
+            rows.append(Row(TITLES[method], name, "10%", 1 + 0.9 * extra * share, run))
+        for name in ("1", "1/8"):
+            run = Run(task.model, method, 0.0, 0, delay=LATE, ascent_share=SHARES[name])
+            rows.append(Row(TITLES[method], name, f"{LATE:.0%}", 1 + (1 - LATE) * extra * SHARES[name], run))
+    searches = [
+        Search(task.radii[row.run.method], lambda rho, run=row.run: (replace(run, rho=rho), recipe))  # type: ignore[misc]
+        for row in rows
+        if row.run.method in EXTRA
+    ]
+    bench.best(searches)
+    radii = iter(search.found for search in searches)
+    for row in rows:
+        if row.run.method in EXTRA:
+            row.run = replace(row.run, rho=next(radii))
+    bench.fill([cell for row in rows for cell in bench.cells(row.run, REPORTED, recipe)])
+    return described(bench, rows, recipe)
+
+
+def described(bench: Bench, rows: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows with what came out."""
+    lines: list[dict[str, Any]] = []
+    base: list[float] = []
+    whole: dict[str, float] = {}
+    for row in rows:
+        outcomes = [bench.store[cell] for cell in bench.cells(row.run, REPORTED, recipe)]
+        last = [100 * outcome.test_accuracy for outcome in outcomes]
+        best = [100 * max(epoch.test_accuracy for epoch in outcome.epochs) for outcome in outcomes]
+        base = base or last
+        differences = [a - b for a, b in zip(last, base, strict=True)]
+        if row.share == "1" and row.start == "10%":
+            whole[row.method] = fmean(differences)
+        gain = whole.get(row.method, 0.0)
+        lines.append(
+            {
+                "task": bench.task.title,
+                "method": row.method,
+                "share": row.share,
+                "from": row.start,
+                "ρ": f"{row.run.rho:g}" if row.run.rho else "–",
+                "price": f"{row.price:.3f}",
+                "test accuracy": f"{fmean(last):.2f} ± {stdev(last) / math.sqrt(len(last)):.2f}",
+                "over AdamW": "–" if differences == [0.0] * len(base) else interval(differences),
+                "of the whole batch's gain": f"{fmean(differences) / gain:.0%}" if gain > 0 else "",
+                "best epoch": f"{fmean(best):.2f}",
+            }
+        )
+    return lines
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("tasks", nargs="+", choices=TASKS)
+    arguments.add_argument("--runs", type=Path, default=Path("runs/kept"))
+    arguments.add_argument("--data-root", type=Path, default=Path("data"))
+    arguments.add_argument("--jobs", type=int, default=2)
+    options = arguments.parse_args()
+    for name in options.tasks:
+        bench = Bench(TASKS[name], Store(options.runs), options.data_root, options.jobs)
+        record(
+            f"kept-{name}",
+            "cpu",
+            table(bench),
+            f"{len(REPORTED)} seeds, each with its own split, order and initial weights, the same for all rows; test "
+            "accuracy in % after the last epoch, ± standard error; over AdamW: paired by seed, with its 95% interval. "
+            f"ρ, and AdamW's learning rate, were chosen by validation accuracy on {len(TUNING)} other seeds, moved by "
+            "factors of 2 until the best one had worse neighbours; SAM and νSAM take AdamW's learning rate. Price: "
+            "floating-point operations of the whole run over AdamW's. AdamW for as many seconds runs so many times as "
+            "many epochs. From: where in training the perturbation starts.",
+        )
+
+
+if __name__ == "__main__":
+    main()
