@@ -1,7 +1,7 @@
 """The ascent: from one pass over a sample to ε of every target, and what is remembered from step to step."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, cast
 
 import torch
@@ -55,7 +55,7 @@ class Ascent:
         self.unreachable: dict[Tensor, str] = {}  # by an ε in the forward in this step, and why
         self._whole: set[Tensor] = set()  # whose gradient comes in several backwards, and is not freed between them
         self._counts: list[_Count] = []
-        self._compiles = False  # whether compiled graphs were seen
+        self.compiles = False  # whether compiled graphs were seen
         self.sees_calls = True  # whether all that was compared was called where Python sees it, in no compiled graph
 
     def __getstate__(self) -> dict[str, object]:
@@ -126,7 +126,7 @@ class Ascent:
         due = self.verification.is_due()
         checks = any(job.checks for job in jobs.values())
         needed = {target.parameter for target in targets}
-        compiles = self._compiles or checks
+        compiles = self.compiles or checks
         return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed, due)
 
     def _is_worth(self, parameter: Tensor) -> bool:
@@ -154,9 +154,9 @@ class Ascent:
     @torch.no_grad()
     def compare(self, pass_: LayerPass, workers: DataParallel, everyone: DataParallel) -> None:
         """Learn from what a pass has checked; waits for the device if anything was."""
-        self._compiles |= pass_.is_compiled
+        self.compiles |= pass_.is_compiled
         checked = [record for record in pass_.records.values() if record.job.checks]
-        self.sees_calls &= not self._compiles and all(record.calls or not record.completed for record in checked)
+        self.sees_calls &= not self.compiles and all(record.calls or not record.completed for record in checked)
         if checked:
             with _full_precision(record.parameter for record in checked):
                 self.verification.learn(compared(checked, workers, everyone))
@@ -168,7 +168,7 @@ class Ascent:
         """Matrices that were served though this step used them otherwise than the steps that were compared."""
         reasons = {}
         for parameter, record in pass_.records.items():
-            in_a_graph = record.job.forms and self._compiles  # where its own uses form it in the parameter too
+            in_a_graph = record.job.forms and self.compiles  # where its own uses form it in the parameter too
             if record.count_differs():
                 reasons[parameter] = IN_A_GRAPH
             elif record.is_lost():
@@ -232,13 +232,26 @@ class Ascent:
                 found = self._from_parts(targets, pass_, workers, in_summands)
             else:
                 found = self._from_here(targets, pass_, seed, sharded)
+        self.measure(found)
+        return found
+
+    def measure(self, found: Mapping[Tensor, Perturbation]) -> None:
+        """What the metrics say of a step's ε."""
         self.measured = {
             parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
             if isinstance(perturbation, RankOne)
             else {"epsilon": perturbation.norm}
             for parameter, perturbation in found.items()
         }
-        return found
+
+    @contextmanager
+    def only_compared(self) -> Iterator[None]:
+        """Inside, an ascent is run for its comparisons: nothing else of it is remembered."""
+        states, measured = {parameter: dict(state) for parameter, state in self.states.items()}, self.measured
+        try:
+            yield
+        finally:
+            self.states, self.measured = states, measured
 
     def _trusts(self, record: Record | None, *found: str) -> bool:
         """Whether what its layers found counts: always where served, where compared if it was known before too."""

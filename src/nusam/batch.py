@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["first_samples", "rebuilt"]
+__all__ = ["first_samples", "rebuilt", "samples_in"]
 
 PACKED = ("cu_seq_lens", "cu_seqlens")  # what begins the names of entries that say where packed sequences end
 
@@ -38,6 +38,18 @@ def first_samples(batch: Any, share: float) -> Any:
         )
     count = math.ceil(share * size * (1 - 1e-12))  # 0.1 · 30 is a little more than 3
     return batch if count == size else _cut(batch, size, count, outermost=True)
+
+
+def samples_in(batch: Any) -> int:
+    """B, the number of a batch's samples.
+
+    Raises:
+        ValueError: if nothing in it has a first dimension.
+    """
+    size = _size(batch)
+    if size is None:
+        raise ValueError(f"A batch needs a first dimension, got {_described(batch)}; hand over its tensors.")
+    return size
 
 
 def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:

@@ -418,7 +418,13 @@ _F: Any = F  # its private parts
 
 def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     handler: Handler | None = getattr(W, _HANDLER, None)
-    return F.linear(x, W, bias) if handler is None else handler(Linear, x, W, bias)
+    return F.linear(x, W, bias) if handler is None else _behind_positions(handler, x, W, bias)
+
+
+def _behind_positions(handler: Handler, x: Tensor, W: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
+    """An attention computes with samples behind positions, which matters to a handler that tells samples apart."""
+    inner: Callable[..., Tensor] | None = getattr(handler, "inner", None)
+    return handler(Linear, x, W, bias, rows) if inner is None else inner(x, W, bias, rows)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, W: Tensor, bias: Tensor | None = None) -> Any:
@@ -431,7 +437,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, W: Tensor, bias: Tensor | None = No
     n = W.shape[0] // 3
     biases = (None, None, None) if bias is None else bias.chunk(3)
     return [
-        handler(Linear, x, W[i * n : (i + 1) * n], b, slice(i * n, (i + 1) * n))
+        _behind_positions(handler, x, W[i * n : (i + 1) * n], b, slice(i * n, (i + 1) * n))
         for i, (x, b) in enumerate(zip((q, k, v), biases, strict=True))
     ]
 

@@ -1,11 +1,12 @@
 """What a step's passes owe each other: gradients in both, and an ε for whatever got a gradient in the descent."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from nusam.apart import Apart
 from nusam.layers import InForward
 
 __all__ = ["Ledger", "not_added"]
@@ -73,7 +74,7 @@ class Ledger:
             warnings.warn(f"{', '.join(known[parameter] for parameter in new)} {what}.", stacklevel=2)
 
 
-def not_added(forward: dict[Tensor, InForward]) -> list[Tensor]:
+def not_added(forward: Mapping[Tensor, InForward | Apart]) -> list[Tensor]:
     """Those whose ε no layer has added in a descent, though their gradients say that they were used.
 
     A compiled graph adds without counting, so that nothing is known where nothing was counted.

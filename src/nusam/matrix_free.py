@@ -21,7 +21,7 @@ from nusam.lmo import State, matrix_shape
 from nusam.power_iteration import SMALL, Explicit, Matrix, TopPair, meeting, normalized, products, signs
 from nusam.sharding import block, compute_device, is_sharded, layout, local, whole
 
-__all__ = ["Job", "LayerGradient", "LayerPass", "Sum"]
+__all__ = ["Job", "LayerGradient", "LayerPass", "Record", "Sum", "without_autocast"]
 
 
 class LayerGradient:
@@ -177,7 +177,7 @@ class LayerPass:
         """The backwards are over: multiply what waits, and put the gradients that stand-ins have into parameters."""
         waiting = [record for record in self.records.values() if record.waiting is not None]
         if waiting:
-            with torch.no_grad(), _without_autocast(waiting[0].u.device):
+            with torch.no_grad(), without_autocast(waiting[0].u.device):
                 gradients: list[Matrix] = [record.waiting for record in waiting if record.waiting is not None]
                 Gvs, vs = products(gradients, [record.u for record in waiting], waiting[0].iterations)
                 for record, pair in zip(waiting, zip(Gvs, vs, strict=True), strict=True):
@@ -197,6 +197,11 @@ class LayerPass:
         us, vs = zip(*(record.vectors() for record in records.values()), strict=True)
         warm_starts = [record.job.state["u"] for record in records.values()]
         return dict(zip(records, normalized(list(us), list(vs), warm_starts), strict=True))
+
+    def forget(self) -> None:
+        """Begin anew: what the layers have left so far does not count."""
+        for record in self.records.values():
+            record.forget()
 
     def release(self) -> None:
         """Let go of what was kept, which a loss that lives on would keep alive."""
@@ -254,7 +259,24 @@ class Record:
         self._probe: Tensor | None = None
         self.r = signs(shape[0], device, self.u.dtype) if job.checks else None
 
+    def forget(self) -> None:
+        """Nothing has happened yet."""
+        self.kept, self.formed, self.waiting, self.pair = [], None, None, None
+        self.calls = self.takes = 0
+        if self._probe is not None:
+            self._probe.grad = None
+
     # ------------------------------------------------------------ what happened
+
+    @property
+    def tap(self) -> Tensor:
+        """What an output depends on that is to be reached where autograd accumulates."""
+        return self._tap
+
+    @property
+    def probe(self) -> Tensor | None:
+        """The leaf whose gradient a compiled graph hands the products out by."""
+        return self._probe
 
     @property
     def probed(self) -> Tensor | None:
@@ -504,7 +526,7 @@ def _as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
     return multiplied
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Compute with the dtypes that are there; a compiled graph needs the context itself."""
     if torch.compiler.is_compiling():
         return torch.autocast(device.type, enabled=False)
@@ -615,7 +637,7 @@ class _Products(torch.autograd.Function):
         input_gradient = weight_gradient = bias_gradient = probe_gradient = None
         if torch.is_grad_enabled() and ctx.reports is not None:
             W = ctx.reports[2]  # the weight itself: a gradient inside the loss depends on it
-        with _without_autocast(D.device):
+        with without_autocast(D.device):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
             if ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W).view(x.shape)

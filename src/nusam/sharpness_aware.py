@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from operator import is_
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nusam.apart import Apart
 from nusam.ascent import Ascent, Target
 from nusam.base_optimizer import needs_closure, step_knowing, turns_round
 from nusam.batch import first_samples
@@ -39,6 +40,7 @@ from nusam.ledger import Ledger, not_added
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
 from nusam.matrix_free import LayerPass
 from nusam.model_guard import ModelGuard
+from nusam.one_pass import OnePass, Riders, looked_ahead
 from nusam.reads import Backwards, watched
 from nusam.saving import load_base, merge, own_containers, split
 from nusam.sharding import DataParallel, is_sharded, unwrapped
@@ -211,6 +213,7 @@ class SharpnessAware(Wrapper):
         self._progress = _Progress()
         self._holders = Holders()
         self._target_list: _TargetList | None = None
+        self._one_pass: OnePass | None = None
         self._check_targets()
         self._check_anything_to_perturb()
         for group in base_optimizer.param_groups:
@@ -324,7 +327,12 @@ class SharpnessAware(Wrapper):
     @contextmanager
     def descent(self, accumulate: bool = False) -> Iterator[None]:
         """The second half of :meth:`passes`: inside, the weights are x + ε; afterwards x again."""
-        self = _itself(self)
+        with _itself(self)._descent(accumulate):
+            yield
+
+    @contextmanager
+    def _descent(self, accumulate: bool = False, riders: Riders | None = None) -> Iterator[None]:
+        """With samples of the next step's ascent behind those of the batch, if there are any."""
         self._refuse_inside_pass("descent()")
         if self._in_backward and accumulate:
             raise RuntimeError("accumulate=True needs gradients that step_in_backward() frees; use one or the other.")
@@ -338,12 +346,13 @@ class SharpnessAware(Wrapper):
             self._guard.forget_ascent()
             self._written.forget_ascent()
         perturbations = self._pending or {}
-        forward = {
-            parameter: InForward(epsilon.u, epsilon.v, self._backwards.is_over)
-            for parameter, epsilon in perturbations.items()
-            if isinstance(epsilon, RankOne) and self._in_forward(parameter)
-        }
-        in_place = [p for p in perturbations if p not in forward]
+        pairs = {p: e for p, e in perturbations.items() if isinstance(e, RankOne) and self._in_forward(p)}
+        forward: dict[Tensor, Apart] | dict[Tensor, InForward]
+        if riders is None:
+            forward = {p: InForward(epsilon.u, epsilon.v, self._backwards.is_over) for p, epsilon in pairs.items()}
+        else:
+            forward = riders.of(pairs)
+        in_place = [p for p in perturbations if p not in pairs]
         # processes with perturbations of their own would drift apart by the rounding of a subtraction
         bit_exact = self.m_sam is not False
         others = [] if self._in_backward else self._parameters()  # those are written by the base optimizer
@@ -396,7 +405,88 @@ class SharpnessAware(Wrapper):
             if not accumulate and not self._in_backward:
                 found = any(p.grad is not None for p in self._parameters())
                 self._ledger.end_pass("descent", found, self._has_closure)
-            self._close_ledger(forward)
+            self._close_ledger({parameter: forward[parameter] for parameter in pairs})
+
+    # ---------------------------------------------------------------- one pass
+
+    def one_pass(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[Any], Tensor],
+        *,
+        backward: Callable[[Tensor], Any] | None = None,
+        accumulate: bool = False,
+    ) -> Iterator[Tensor]:
+        """Iterate over the batches with one forward and one backward each: the next step's ascent rides along.
+
+        The first ``ascent_share`` of the next batch's samples travel behind those of this batch, without ε, and give
+        the next step's ε. So ε is one update old when it is used, which the paper's algorithm is not::
+
+            def loss(batch):
+                x, y = batch
+                return criterion(model(x), y)
+
+            for value in opt.one_pass(loader, loss):
+                opt.step()
+
+        The first perturbed step, and one after the end of ``batches``, has no ε waiting and takes an ascent of its
+        own; the very first takes two passes. So does every step, after one warning, where the model does not tell
+        samples apart: batch norm, experts with a capacity, weights that are used outside of their layers. Matrices are
+        perturbed in the forward from here on, whatever ``placement`` was.
+
+        Args:
+            batches: of the run, or of an epoch; looked ahead by one.
+            loss: of one batch, a tensor with one value. It is called for the samples behind too, in a thread of its
+                own that never runs beside the caller's.
+            backward: runs a loss backwards, such as ``accelerator.backward``; ``torch.Tensor.backward`` unless given.
+            accumulate: whether gradients of micro-batches add up, each perturbed by what the one before it carried.
+
+        Yields:
+            The loss of a batch at the perturbed weights, with its gradients in place.
+
+        Raises:
+            ValueError: for a ball that is not nuclear, without ``model=``, with ``placement="weights"``, or after
+                :func:`step_in_backward`.
+        """
+        self = _itself(self)
+        self._refuse_inside_pass("one_pass()")
+        check_closure(self.base_optimizer, needs_closure(self.base_optimizer))
+        check_served("one_pass()", self.lmo, self.model)
+        if self.placement == "weights" or self._in_backward is not None:
+            given = "placement='weights'" if self._in_backward is None else "step_in_backward()"
+            raise ValueError(
+                f"one_pass() needs an ε in the forward and gradients that stay, which {given} does not leave; leave it "
+                "out, or loop over opt.passes(*batch)."
+            )
+        before, self.placement = self.placement, "forward"
+        try:
+            self._check_targets()
+        except ValueError:
+            self.placement = before
+            raise
+        self._ascent.serve_from = 0
+        if self._one_pass is None:
+            self._one_pass = OnePass(self)
+        for batch, following in looked_ahead(batches):
+            yield self._one_pass.step(batch, following, loss, backward or Tensor.backward, accumulate)
+
+    def _had_ascent(self, waiting: dict[Tensor, RankOne]) -> None:
+        """The next descent perturbs by what an earlier pass has found, for radii of 1."""
+        targets = self._targets()
+        found = [(t.parameter, abs(t.radius), waiting[t.parameter]) for t in targets if t.parameter in waiting]
+        radii = [radius for _, radius, _ in found]
+        vs, norms = [epsilon.v for _, _, epsilon in found], [epsilon.norm for _, _, epsilon in found]
+        if found:
+            vs, norms = list(torch._foreach_mul(vs, radii)), list(torch._foreach_mul(norms, radii))
+        self._pending = {
+            parameter: RankOne(epsilon.u, v, epsilon.sigma, norm)
+            for (parameter, _, epsilon), v, norm in zip(found, vs, norms, strict=True)
+        }
+        self._ascended = [target.parameter for target in targets]
+        self._ascent.measure(self._pending)
+        self._guard.forget_ascent()
+        self._written.forget_ascent()
+        self._progress.ascents += 1
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step with the gradients that are there.
@@ -812,7 +902,7 @@ class SharpnessAware(Wrapper):
             "with targets= or use placement='weights'."
         )
 
-    def _close_ledger(self, forward: dict[Tensor, InForward]) -> None:
+    def _close_ledger(self, forward: Mapping[Tensor, InForward | Apart]) -> None:
         """Hold what got a gradient in the descent against what had an ε there."""
         stepped = self._in_backward.stepped if self._in_backward else set()
         self._ledger.close(stepped, self._names)

@@ -1,0 +1,205 @@
+"""Layers whose first rows see W + ε and give the gradient, and whose other rows see W and give the next ε's products.
+
+The first rows are this batch's samples. Those behind are the first samples of the next batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nusam.joint import CannotJoin, Joint
+from nusam.layers import Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
+from nusam.lmo import RankOne
+from nusam.matrix_free import LayerGradient, Record, without_autocast
+from nusam.power_iteration import products
+from nusam.reads import untold
+from nusam.sharding import is_sharded
+
+__all__ = ["Apart", "Mixed"]
+
+
+class Mixed:
+    """What a step sees of gradients that reach samples which they should not: zero where samples are independent."""
+
+    def __init__(self, of: str) -> None:
+        self.of = of  # whose loss runs backwards: "first" or "second"
+        self.found: list[Tensor] = []
+
+    def look(self, D: Tensor, cut: int) -> None:
+        """At the gradient of a layer's output rows, of which the first ``cut`` are this batch's."""
+        others = D[cut:] if self.of == "first" else D[:cut]
+        if others.numel():
+            self.found.append(torch.linalg.vector_norm(others.detach().float(), float("inf")))
+
+    def value(self) -> float:
+        """The largest; waits for the device."""
+        if not self.found:
+            return 0.0
+        device = self.found[0].device
+        return float(torch.stack([x.to(device) for x in self.found]).max())
+
+
+class Apart:
+    """A layer with W + ε for this batch's rows and W for those behind, which give the products of the next ε.
+
+    Args:
+        joint: says whose rows a call sees.
+        epsilon: this step's, if there is one.
+        record: takes the products.
+    """
+
+    def __init__(self, joint: Joint, epsilon: RankOne | None, record: Record | None) -> None:
+        self.joint, self.epsilon, self.record = joint, epsilon, record
+        self.mixed: Mixed | None = None  # looks at the gradients, in a step that checks
+        self.alone: InForward | None = None  # takes over where no samples travel behind
+        self._calls = 0
+
+    def go_alone(self) -> None:
+        """From now on all rows are this batch's."""
+        self._calls = 0
+        unperturbed = torch.zeros(())
+        u, v = (unperturbed, unperturbed) if self.epsilon is None else (self.epsilon.u, self.epsilon.v)
+        self.alone = InForward(u, v)
+
+    @property
+    def calls(self) -> int:
+        """That added ε, outside of compiled graphs."""
+        return self._calls if self.alone is None else self.alone.calls
+
+    def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
+        if self.alone is not None:
+            return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
+        if torch.compiler.is_compiling():
+            return self._apart(kind, x, W, extra, rows)
+        if kind is Own or is_sharded(W) or is_sharded(x):
+            raise CannotJoin("has a quantized or tensor-parallel layer, whose samples are not told apart")
+        if is_altered() or not is_plain(x):
+            raise CannotJoin("has a layer that computes with another function than torch's")
+        with untold():
+            return self._apart(kind, x, W, extra, rows)
+
+    def inner(self, x: Tensor, W: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
+        """A linear layer of an attention, whose input (L, N, E) or (L·N, E) has the samples behind the positions."""
+        if self.alone is not None or self.joint.side != "both":
+            return self(Linear, x, W, bias, rows)
+        samples = sum(self.joint.rows)
+        if x.ndim == 3:
+            return self(Linear, x.transpose(0, 1), W, bias, rows).transpose(0, 1)
+        if x.shape[0] % samples:
+            raise CannotJoin("folds the samples' dimension of an attention's input away")
+        y = self(Linear, x.view(-1, samples, x.shape[-1]).transpose(0, 1), W, bias, rows)
+        return y.transpose(0, 1).reshape(-1, y.shape[-1])
+
+    def _cut(self, kind: type[Kind], x: Tensor) -> int:
+        """How many of the layer's input rows are this batch's."""
+        rows = x.numel() if kind is Embedding else x.numel() // max(1, x.shape[-1])
+        side = self.joint.side
+        if side != "both":
+            return rows if side == "first" else 0
+        length, samples = x.shape[0] if x.ndim else 0, sum(self.joint.rows)
+        if not length or length % samples or (x.ndim == 1 and kind is not Embedding):
+            raise CannotJoin("folds the samples' dimension of a layer's input away")
+        return rows // samples * self.joint.rows.first
+
+    def _apart(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
+        record = self.record
+        compiling = torch.compiler.is_compiling()
+        tap = start = None
+        if not compiling:
+            is_new = torch._C._current_graph_task_id() == -1  # no recomputation by activation checkpointing
+            behind = self.joint.side != "first"
+            if behind and not torch.is_grad_enabled() and self.joint.side == "second":
+                return kind.apply(x, W, extra)
+            self._calls += is_new
+            if record is not None:
+                record.calls += is_new and behind
+        if record is not None:
+            tap, start = record.probe if compiling else record.tap, record.u
+        epsilon = self.epsilon
+        u, v = (None, None) if epsilon is None else (epsilon.u, epsilon.v)
+        if u is not None and rows is not None:
+            u = u[rows]
+        bias = extra if isinstance(extra, Tensor) else None
+        other = None if isinstance(extra, Tensor) else extra
+        if kind is not Embedding and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        reports = None if compiling else (record, rows, self.mixed)
+        iterations = 0 if record is None else record.iterations
+        y: Tensor = _Apart.apply(x, W, bias, tap, u, v, start, kind, other, iterations, self._cut(kind, x), reports)
+        if y.dtype == torch.float16:
+            raise CannotJoin("computes in float16, where the samples behind would leave nothing")
+        return y
+
+    # ------------------------------------------------------------ what others do with the weight
+
+    def value(self, W: Tensor, tracked: bool) -> Tensor:
+        """W + ε for a function that reads the weight beside its layer."""
+        if self.alone is None:
+            raise CannotJoin("reads a weight outside its layer")
+        return W if self.epsilon is None else self.alone.value(W, tracked)
+
+    def is_written(self) -> bool:
+        """Whether somebody wrote into what :meth:`value` gave."""
+        return self.alone is not None and self.alone.is_written()
+
+
+class _Apart(torch.autograd.Function):
+    """The layer of :class:`Apart`: gradients of weight and bias from the first rows, products from the others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, tap: Tensor | None, u: Tensor | None, v: Tensor | None,
+        start: Tensor | None, kind: type[Kind], extra: Any, iterations: int, cut: int, reports: Any,
+    ) -> Tensor:  # fmt: skip
+        y = kind.apply(x, W, extra if bias is None else bias)
+        if y._is_view():
+            y = y.detach()
+        if u is not None and v is not None and cut:
+            X = _flat(kind, x)
+            D = y.view(-1, y.shape[-1])
+            D[:cut] += kind.delta(X[:cut], u.to(x.device), v.to(x.device)).to(y.dtype)
+        ctx.save_for_backward(x, W.detach(), u, v, start)
+        ctx.kind, ctx.extra, ctx.iterations, ctx.cut, ctx.reports = kind, extra, iterations, cut, reports
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, D: Tensor) -> Any:
+        if torch.is_grad_enabled() and ctx.reports is not None:
+            raise CannotJoin("has a gradient inside its loss")
+        x, W, u, v, start = ctx.saved_tensors
+        kind: type[Kind] = ctx.kind
+        n, cut = W.shape[0], ctx.cut
+        record, rows, mixed = ctx.reports or (None, None, None)
+        input_gradient = weight_gradient = bias_gradient = probe_gradient = None
+        with torch.no_grad(), without_autocast(D.device):
+            X, D = kind.rows(x, D, ctx.extra)
+            if mixed is not None:
+                mixed.look(D, cut)
+            if ctx.needs_input_grad[0]:
+                input_gradient = kind.input_gradient(D, W)
+                if u is not None and cut:
+                    effect = kind.delta(D[:cut], v.to(D.device), u.to(D.device))
+                    input_gradient[:cut] += effect.to(input_gradient.dtype)
+                input_gradient = input_gradient.view(x.shape)
+            if ctx.needs_input_grad[1]:
+                weight_gradient = kind.gradient(X[:cut], D[:cut], n)
+            if ctx.needs_input_grad[2]:
+                bias_gradient = D[:cut].sum(0)
+            if record is not None and cut < len(D):
+                record.take(kind, X[cut:], D[cut:], n, rows)
+            elif ctx.reports is None and start is not None:
+                G = LayerGradient(kind, X[cut:], D[cut:], n)
+                (Gv,), (w,) = products([G], [start], ctx.iterations)
+                probe_gradient = torch.cat([Gv, w, w.new_ones(1), _mixed(D, cut, w)])
+        return input_gradient, weight_gradient, bias_gradient, probe_gradient, *[None] * 8
+
+
+def _mixed(D: Tensor, cut: int, like: Tensor) -> Tensor:
+    """What :class:`Mixed` looks at, of both sides, as a vector of that length, for a compiled graph to hand out."""
+    sizes = [part.abs().amax().to(like.dtype) if len(part) else like.new_zeros(()) for part in (D[cut:], D[:cut])]
+    return torch.stack(sizes).repeat(len(like) // 2 + 1)[: len(like)]
+
+
+def _flat(kind: type[Kind], x: Tensor) -> Tensor:
+    return x.reshape(-1) if kind is Embedding else x.reshape(-1, x.shape[-1])

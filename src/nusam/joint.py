@@ -1,0 +1,303 @@
+"""Two computations whose calls of certain modules are joined: the samples of one travel behind those of the other.
+
+Each computation is a function of a batch, such as a loss, and is run once, as it stands. Where both call a module whose
+outputs have the samples' dimension, the module runs once, on the samples of both; everything else (a loss, a model that
+computes its own) runs for each by itself.
+"""
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nusam.batch import rebuilt
+from nusam.interrupts import always
+
+__all__ = ["CannotJoin", "Joint", "Rows", "joinable", "observed"]
+
+T = TypeVar("T")
+
+
+class CannotJoin(Exception):
+    """Two computations can't be joined; ``for_good``: nor will they be in later steps."""
+
+    def __init__(self, reason: str, for_good: bool = True) -> None:
+        super().__init__(reason)
+        self.for_good = for_good
+
+
+class Rows(NamedTuple):
+    """How many samples come first, and how many behind them."""
+
+    first: int
+    second: int
+
+
+# ---------------------------------------------------------------- which modules are joined
+
+
+@contextmanager
+def observed(model: nn.Module, samples: int, seen: dict[nn.Module, list[int | None]]) -> Iterator[None]:
+    """Inside, note of every call of a module how many rows its outputs have for each sample; None if it has none."""
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in _leaves(output)}
+        (length,) = lengths if len(lengths) == 1 else (0,)
+        seen.setdefault(module, []).append(length // samples if length and length % samples == 0 else None)
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def joinable(model: nn.Module, passes: Sequence[dict[nn.Module, list[int | None]]]) -> list[nn.Module]:
+    """The outermost modules whose outputs had as many rows for each sample in all of the observed passes."""
+    calls = [seen.get(model, []) for seen in passes]
+    if calls[0] and None not in calls[0] and all(others == calls[0] for others in calls):
+        return [model]
+    return list(dict.fromkeys(found for child in model.children() for found in joinable(child, passes)))
+
+
+# ---------------------------------------------------------------- joining them
+
+
+class Joint:
+    """Runs a function of two batches in turns.
+
+    Attributes:
+        side: whose samples a layer sees where it is called: ``"both"``, ``"first"`` or ``"second"``.
+        rows: the samples of both.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], rows: Rows) -> None:
+        self._modules = modules
+        self.rows = rows
+        self.side = "first"
+        self._second: _Turns | None = None
+        self._answer: Any = None
+
+    def run(self, function: Callable[[Any], T], first: Any, second: Any) -> tuple[T, T]:
+        """What the function makes of both batches.
+
+        Raises:
+            CannotJoin: if the two computations call the modules differently.
+        """
+        turns = self._second = _Turns(lambda: function(second))
+
+        def undo() -> None:
+            turns.close()
+            for module in self._modules:
+                vars(module).pop("_call_impl", None)
+            self.side = "both"
+
+        with always(undo):
+            self.side = "first"
+            for module in self._modules:
+                vars(module)["_call_impl"] = self._meeting(module)
+            found = function(first)
+            request = self._resume()
+            if isinstance(request, _Call):
+                raise CannotJoin("calls its modules a number of times that depends on the samples")
+            return found, request.value
+
+    def _meeting(self, module: nn.Module) -> Callable[..., Any]:
+        alone: Callable[..., Any] = module._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            turns = self._second
+            if self.side == "both" or turns is None:
+                return alone(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return alone(*args, **kwargs)  # a side's own business, such as pseudo-labels
+            mine = _Call(module, args, kwargs)
+            if self.side == "second":
+                return turns.ask(mine)
+            if _has_saved_tensor_hooks():
+                raise CannotJoin("is checkpointed around the modules that could be joined")
+            other = self._resume()
+            if not isinstance(other, _Call) or other.module is not module:
+                raise CannotJoin("calls its modules in an order that depends on the samples")
+            joined = _joined((args, kwargs), (other.args, other.kwargs), self.rows)
+            self.side = "both"
+            try:
+                output = alone(*joined[0], **joined[1])
+            finally:
+                self.side = "first"
+            self._answer = _part(output, self.rows, second=True)
+            return _part(output, self.rows, second=False)
+
+        return call
+
+    def _resume(self) -> "_Call | _Done":
+        """Let the second computation go on until it calls a module that is joined, or is done."""
+        answer, self._answer = self._answer, None
+        assert self._second is not None
+        self.side = "second"
+        try:
+            return self._second.resume(answer)
+        finally:
+            self.side = "first"
+
+
+class _Call(NamedTuple):
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Done(NamedTuple):
+    value: Any
+
+
+class _Stop(BaseException):
+    """Ends a computation that nobody waits for."""
+
+
+class _Turns:
+    """A function in a thread of its own, which runs only while its owner waits for it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._to: SimpleQueue[Any] = SimpleQueue()
+        self._from: SimpleQueue[Any] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def resume(self, answer: Any) -> _Call | _Done:
+        """Hand over what it asked for; what it asks for next, or what it came to. What it raises is raised."""
+        if self._thread is None:
+            body = _in_this_setting(self._body)
+            self._thread = threading.Thread(target=body, name="nusam-ahead", daemon=True)
+            self._thread.start()
+        else:
+            self._to.put(answer)
+        found = self._from.get()
+        if isinstance(found, _Call | _Done):
+            return found
+        raise found
+
+    def ask(self, request: _Call) -> Any:
+        """In the thread: wait for the answer."""
+        self._from.put(request)
+        answer = self._to.get()
+        if answer is _Stop:
+            raise _Stop
+        return answer
+
+    def close(self) -> None:
+        """End it, wherever it is."""
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            self._to.put(_Stop)
+            thread.join()
+
+    def _body(self) -> None:
+        try:
+            found: Any = _Done(self._function())
+        except _Stop:
+            return
+        except BaseException as error:
+            found = error
+        self._from.put(found)
+
+
+def _in_this_setting(body: Callable[[], None]) -> Callable[[], None]:
+    """The function as it would run here: gradients, autocast, device and stream are a thread's own."""
+    context = contextvars.copy_context()
+    grad = torch.is_grad_enabled()
+    kinds = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(kind)]
+    autocasts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) for kind in kinds]
+    default = torch.get_default_device()
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.current_stream() if started else None
+
+    def run() -> None:
+        with ExitStack() as stack:
+            if stream is not None:
+                stack.enter_context(torch.cuda.device(stream.device))
+                stack.enter_context(torch.cuda.stream(stream))
+            if default != torch.device("cpu"):
+                stack.enter_context(default)
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, dtype, caches in autocasts:
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=caches))
+            body()
+
+    return lambda: context.run(run)
+
+
+def _has_saved_tensor_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+# ---------------------------------------------------------------- samples behind samples
+
+
+def _leaves(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Mapping):
+        for value in part.values():
+            yield from _leaves(value)
+    elif isinstance(part, list | tuple):
+        for value in part:
+            yield from _leaves(value)
+    elif hasattr(part, "__dataclass_fields__"):
+        yield from _leaves(list(vars(part).values()))
+
+
+def _joined(first: Any, second: Any, rows: Rows) -> Any:
+    """Arguments whose tensors have the samples of both; what is no sample must be the same."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        here, there = first.shape[:1], second.shape[:1]
+        a, b = (here or (0,))[0], (there or (0,))[0]
+        if a and b and a % rows.first == 0 and a * rows.second == b * rows.first:
+            if first.shape[1:] != second.shape[1:]:
+                raise CannotJoin(
+                    f"gets samples of shape {tuple(first.shape[1:])} and then of {tuple(second.shape[1:])}", False
+                )
+            return torch.cat([first, second])
+        if first is second or (first.shape == second.shape and torch.equal(first, second)):
+            return first
+        raise CannotJoin("gets a tensor without the samples' dimension, which differs from sample to sample")
+    if type(first) is not type(second):
+        raise CannotJoin("gets arguments of several kinds")
+    if isinstance(first, Mapping):
+        if list(first) != list(second):
+            raise CannotJoin("gets other arguments with other samples", False)
+        entries = iter([_joined(first[name], second[name], rows) for name in first])
+        fresh = rebuilt(first, lambda _: next(entries))
+        if fresh is None:
+            raise CannotJoin(f"gets a {type(first).__name__}, which can't be rebuilt")
+        return fresh
+    if isinstance(first, list | tuple):
+        if len(first) != len(second):
+            raise CannotJoin("gets lists of several lengths", False)
+        entries = iter([_joined(a, b, rows) for a, b in zip(first, second, strict=True)])
+        return rebuilt(first, lambda _: next(entries))
+    try:
+        same = first is second or bool(first == second)
+    except Exception:
+        same = False
+    if not same:
+        raise CannotJoin(f"gets a {type(first).__name__} that differs from sample to sample")
+    return first
+
+
+def _part(output: Any, rows: Rows, second: bool) -> Any:
+    """The rows of one side; what has no rows goes to both."""
+    if isinstance(output, Tensor):
+        length = output.shape[0] if output.ndim else 0
+        if not length or length % sum(rows):
+            return output
+        cut = length // sum(rows) * rows.first
+        return output[cut:] if second else output[:cut]
+    fresh = rebuilt(output, lambda entry: _part(entry, rows, second))
+    return output if fresh is None else fresh

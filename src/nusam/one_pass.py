@@ -1,0 +1,325 @@
+"""SAM in one pass a step: the next step's ascent rides in this step's descent.
+
+The first samples of the next batch travel behind this batch's through one forward and one backward. This batch's rows
+see W + ε and give the gradient; those behind see W, and give the two products of the next power iteration. So ε is one
+update old when it is used, on samples that it was found on.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nusam.apart import Apart, Mixed
+from nusam.ascent import Target
+from nusam.batch import first_samples, samples_in
+from nusam.joint import CannotJoin, Joint, Rows, joinable, observed
+from nusam.lmo import Nuclear, RankOne
+from nusam.matrix_free import Job, LayerPass
+from nusam.structure import Structure
+from nusam.verification import IN_A_GRAPH, ONE_USE, OTHERWISE, SEVERAL_USES
+
+if TYPE_CHECKING:
+    from nusam.sharpness_aware import SharpnessAware
+
+__all__ = ["OnePass", "Riders", "looked_ahead"]
+
+# The loss of the samples behind counts so little that what it leaves in a gradient which is not told apart by rows (of
+# a norm, a position, a layer that is no target) is below any rounding. The products have no scale.
+BEHIND = 2.0**-60
+
+Loss = Callable[[Any], Tensor]
+Backward = Callable[[Tensor], Any]
+
+
+def looked_ahead(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Every batch with the one after it; the last with None."""
+    iterator = iter(batches)
+    try:
+        batch = next(iterator)
+    except StopIteration:
+        return
+    for following in iterator:
+        yield batch, following
+        batch = following
+    yield batch, None
+
+
+class Riders:
+    """The handlers of one step's layers, and what samples behind it leave.
+
+    Args:
+        targets: what the next step perturbs, with radii of 1 or −1.
+        pass_: takes the products.
+        joint: runs both losses.
+    """
+
+    def __init__(self, targets: list[Target], pass_: LayerPass, joint: Joint) -> None:
+        self.targets, self.pass_, self.joint = targets, pass_, joint
+        self.handlers: dict[Tensor, Apart] = {}
+
+    def of(self, forward: Mapping[Tensor, RankOne]) -> dict[Tensor, Apart]:
+        """A handler for every matrix that has an ε in this step, or will have one in the next."""
+        records = self.pass_.records
+        for parameter in {**forward, **records}:
+            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), records.get(parameter))
+        return self.handlers
+
+    def go_alone(self) -> None:
+        """From now on this batch's samples travel alone."""
+        for handler in self.handlers.values():
+            handler.go_alone()
+
+    def mixed_in_graphs(self, side: int) -> float:
+        """The same as compiled graphs have left it."""
+        left = [
+            record.probed[-record.block.shape[1] :]
+            for record in self.pass_.records.values()
+            if record.probed is not None
+        ]
+        return max((float(x[min(side, len(x) - 1)]) for x in left), default=0.0)
+
+    def mixed(self, of: str) -> Mixed:
+        """Let the layers look for gradients that reach the other side's samples."""
+        mixed = Mixed(of)
+        for handler in self.handlers.values():
+            handler.mixed = mixed
+        return mixed
+
+
+class OnePass:
+    """What is remembered from step to step."""
+
+    def __init__(self, opt: "SharpnessAware") -> None:
+        self._opt = opt
+        self.waiting: dict[Tensor, RankOne] | None = None  # the next step's ε, for radii of 1
+        self._modules: list[nn.Module] | None = None  # whose calls are joined
+        self._structure: Structure | None = None  # of the model when they were found
+        self._refused = False
+        self._checked = False
+        self._told: set[str] = set()
+
+    def step(self, batch: Any, following: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
+        """Gradients of one batch at the perturbed weights; its loss there."""
+        opt = self._opt
+        waiting, self.waiting = self.waiting, None
+
+        def run(part: Any) -> Tensor:
+            value = _checked(loss(part))
+            backward(value)
+            return value.detach()
+
+        if not opt.active:
+            with opt.descent(accumulate):
+                return run(batch)
+        if self._refused or not self._knows_modules():
+            return self._in_two_passes(batch, loss, backward, accumulate)
+        due = opt._ascent.verification.is_due()
+        if waiting is None or due:
+            with nullcontext() if waiting is None else opt._ascent.only_compared(), opt.ascent(accumulate):
+                run(first_samples(batch, opt.ascent_share))
+            if waiting is not None:
+                opt._guard.rewind()
+        else:
+            opt._ascent.verification.advance()
+        if waiting is not None:
+            opt._had_ascent(waiting)
+        riders = None if following is None else self._riders(batch, following)
+        if riders is None:
+            with opt.descent(accumulate):
+                return run(batch)
+        ahead = first_samples(following, opt.ascent_share)
+        kept = [p.grad for p in opt._parameters()] if accumulate else []
+        with opt._descent(False, riders):
+            value = self._joined(riders, batch, ahead, loss, backward, check=due or not self._checked)
+        _add(opt._parameters(), kept)
+        return value
+
+    # ------------------------------------------------------------ the ways a step can go
+
+    def _in_two_passes(self, batch: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
+        """And learn which modules can be joined."""
+        opt = self._opt
+        assert opt.model is not None
+        passes: dict[str, dict[nn.Module, list[int | None]]] = {}
+        value = torch.zeros(())
+        for name in opt._passes(accumulate):
+            part = first_samples(batch, opt.ascent_share) if name == "ascent" else batch
+            seen = passes[name] = {}
+            with nullcontext() if self._refused else observed(opt.model, samples_in(part), seen):
+                value = _checked(loss(part))
+            backward(value)
+        if not self._refused:
+            self._structure = opt._structure_now()
+            self._modules = joinable(opt.model, list(passes.values()))
+            self._checked = False
+            if not self._modules:
+                self._refuse("has no module whose output has the samples' dimension, outside of a compiled graph")
+        return value.detach()
+
+    def _joined(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, check: bool) -> Tensor:
+        """One forward and one backward of both; of this batch alone if that can't be had."""
+        opt = self._opt
+        workers = opt._workers()
+        buffers = _Buffers(opt.model)
+        try:
+            if check:
+                value = self._check(riders, batch, ahead, loss, backward, buffers)
+            else:
+                mine, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+                backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
+                value = mine.detach()
+            self.waiting = self._found(riders, 1.0 if check else BEHIND)
+            return value
+        except CannotJoin as reason:
+            if workers.replicates or workers.shards:
+                raise RuntimeError(
+                    f"one_pass() can't go on among processes: the model {reason}; loop over opt.passes(*batch) instead."
+                ) from reason
+            self._refuse(str(reason), reason.for_good)
+        buffers.restore()
+        riders.go_alone()
+        for parameter in opt._parameters():
+            parameter.grad = None
+        value = _checked(loss(batch))
+        backward(value)
+        return value.detach()
+
+    def _check(
+        self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, buffers: "_Buffers"
+    ) -> Tensor:
+        """Each loss runs backwards by itself, so that a gradient which reaches the other's samples is seen."""
+        opt = self._opt
+        mixed = riders.mixed("first")
+        mine, _ = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+        backward(mine)
+        reached = [mixed.value(), riders.mixed_in_graphs(0)]
+        if buffers.moved():
+            raise CannotJoin("has buffers that move with the samples")
+        gradients = [parameter.grad for parameter in opt._parameters()]
+        for parameter in opt._parameters():
+            parameter.grad = None
+        riders.pass_.forget()
+        mixed = riders.mixed("second")
+        with opt._workers().ascent(False):
+            _, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+            backward(other)
+        reached += [mixed.value(), riders.mixed_in_graphs(1)]
+        for parameter, gradient in zip(opt._parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        buffers.restore()
+        if any(x != x for x in reached):
+            raise CannotJoin("has a gradient that is not finite", for_good=False)
+        if any(reached):
+            raise CannotJoin("computes a sample from others in its batch")
+        self._checked = True
+        return mine.detach()
+
+    # ------------------------------------------------------------ ε from step to step
+
+    def _riders(self, batch: Any, following: Any) -> Riders | None:
+        """None where this step can't carry the next one's ascent."""
+        opt = self._opt
+        structure, modules = opt._structure_now(), self._modules
+        assert structure is not None
+        assert modules is not None
+        workers = opt._workers()
+        targets = [t._replace(radius=1.0 if t.radius > 0 else -1.0) for t in opt._targets(factor=1.0)]
+        verification = opt._ascent.verification
+        jobs = {}
+        for target in targets:
+            parameter = target.parameter
+            found = verification.of(parameter)
+            if found == OTHERWISE or (found and verification.found[parameter].reason == IN_A_GRAPH):
+                self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
+                return None
+            if found in (ONE_USE, SEVERAL_USES):
+                keeps = workers.splits_the_batch or found == SEVERAL_USES
+                state = opt._ascent.state_of(target)
+                jobs[parameter] = Job(state, True, False, False, keeps, workers.splits_the_batch, False, True)
+        iterations = opt.lmo.power_iterations if isinstance(opt.lmo, Nuclear) else 1
+        compiles = opt._ascent.compiles
+        pass_ = LayerPass(structure.uses, jobs, iterations, compiles, structure.idle, set(), False)
+        rows = Rows(samples_in(batch), samples_in(first_samples(following, opt.ascent_share)))
+        return Riders(targets, pass_, Joint(modules, rows))
+
+    @torch.no_grad()
+    def _found(self, riders: Riders, scale: float) -> dict[Tensor, RankOne] | None:
+        """The next step's ε, for radii of 1; None if a layer was used otherwise than before."""
+        opt = self._opt
+        ascent = opt._ascent
+        pass_ = riders.pass_
+        pass_.settle()
+        otherwise = [p for p, record in pass_.records.items() if record.is_lost()]
+        for parameter in otherwise:
+            ascent.verification.forget(parameter)
+        if otherwise:
+            pass_.release()
+            return None
+        gradients = [target.parameter.grad for target in riders.targets]
+        measured = ascent.measured
+        for target in riders.targets:
+            target.parameter.grad = None  # this batch's, which is no part of the next ε
+        try:
+            found = ascent.perturbations(riders.targets, pass_, 0, opt._workers())
+        finally:
+            ascent.measured = measured
+            for target, gradient in zip(riders.targets, gradients, strict=True):
+                target.parameter.grad = gradient
+            pass_.release()
+        pairs = {p: epsilon for p, epsilon in found.items() if isinstance(epsilon, RankOne)}
+        if scale != 1 and pairs:
+            torch._foreach_div_([epsilon.sigma for epsilon in pairs.values()], scale)
+        return pairs
+
+    # ------------------------------------------------------------ where it can't be had
+
+    def _knows_modules(self) -> bool:
+        return self._modules is not None and self._structure is self._opt._structure_now()
+
+    def _refuse(self, reason: str, for_good: bool = True) -> None:
+        self._refused |= for_good
+        if reason not in self._told:
+            self._told.add(reason)
+            how = "from now on every step takes" if for_good else "such a step is followed by one of"
+            warnings.warn(
+                f"one_pass() can't tell the samples apart, since the model {reason}; {how} two passes.", stacklevel=2
+            )
+
+
+class _Buffers:
+    """Small buffers of a model as they were, which a forward that is not to count may have moved."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module | None) -> None:
+        buffers = [] if model is None else [b for b in model.buffers() if b.device.type != "meta"]
+        self._buffers = [buffer for buffer in buffers if buffer.numel() <= 2**16]
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def moved(self) -> bool:
+        """Whether any is another than it was, counters apart; waits for the device."""
+        pairs = [(a, b) for a, b in zip(self._buffers, self._before, strict=True) if a.is_floating_point()]
+        return any(not torch.equal(a, b) for a, b in pairs)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+
+def _checked(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim:
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TypeError(f"The loss that one_pass() is given must return a tensor with one value, got {kind}.")
+    return value
+
+
+@torch.no_grad()
+def _add(parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Add gradients of micro-batches before."""
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
