@@ -282,3 +282,28 @@ def test_under_autocast_and_a_scaler(dtype):
         cut_by_hand.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p, q, atol=2e-3)
+
+
+def test_a_compiled_model_has_two_graphs_and_no_more():
+    torch._dynamo.reset()
+    model, batches = problem(8, torch.float32)
+    expected = copy.deepcopy(model)
+
+    def build(net):
+        base = torch.optim.SGD(net.parameters(), lr=0.05)
+        return nusam.NuSAM(base, rho=RHO, model=net, ascent="matrix-free", ascent_share=1 / 4)
+
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+    optimizers = [(compiled, build(compiled)), (expected, build(expected))]
+
+    def train(batches):
+        for (tokens, y), (net, opt) in itertools.product(batches, optimizers):
+            for part in opt.passes(tokens, y):
+                loss_of(net, *part).backward()
+            opt.step()
+
+    train(batches[:5])  # the first compare layers with gradients, in graphs of their own
+    with torch.compiler.set_stance("fail_on_recompile"):
+        train(batches[5:])
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4)

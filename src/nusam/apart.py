@@ -91,6 +91,12 @@ class Apart:
         y = self(Linear, x.view(-1, samples, x.shape[-1]).transpose(0, 1), W, bias, rows)
         return y.transpose(0, 1).reshape(-1, y.shape[-1])
 
+    def _is_shared(self, kind: type[Kind], x: Tensor) -> bool:
+        """Whether the input is the same for all samples, as positions are; the output then gets their dimension."""
+        if x.ndim > 1:
+            return x.shape[0] == 1
+        return kind is Embedding and x.ndim == 1 and x.shape[0] % sum(self.joint.rows) != 0
+
     def _cut(self, kind: type[Kind], x: Tensor) -> int:
         """How many of the layer's input rows are this batch's."""
         rows = x.numel() if kind is Embedding else x.numel() // max(1, x.shape[-1])
@@ -126,6 +132,8 @@ class Apart:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         reports = None if compiling else (record, rows, self.mixed)
         iterations = 0 if record is None else record.iterations
+        if self.joint.side == "both" and self._is_shared(kind, x):
+            x = x.expand(sum(self.joint.rows), *x.shape[x.ndim > 1 :])
         y: Tensor = _Apart.apply(x, W, bias, tap, u, v, start, kind, other, iterations, self._cut(kind, x), reports)
         if y.dtype == torch.float16:
             raise CannotJoin("computes in float16, where the samples behind would leave nothing")

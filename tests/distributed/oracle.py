@@ -98,9 +98,10 @@ def at_epsilon(
     epsilons: Callable[[Gradients, float], Gradients],
     rho: float,
     processes: int,
+    ascent: Backward | None = None,
 ) -> Gradients:
-    """The joint gradient at x + ε."""
-    epsilon = epsilons(joint_gradients(model, backward, processes), rho)
+    """The joint gradient at x + ε, which is that of another pass if one is given."""
+    epsilon = epsilons(joint_gradients(model, ascent or backward, processes), rho)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

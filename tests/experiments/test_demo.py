@@ -22,8 +22,8 @@ pytestmark = pytest.mark.xdist_group("demo")  # on one worker, for the fixture's
 def finished(tmp_path_factory):
     """A small demo's folder and what it printed."""
     out = tmp_path_factory.mktemp("demo")
-    options = ["--methods", "adamw,nusam", "--seeds", "2", "--epochs", "3", "--rho", "0.05", "--out", out / "deep"]
-    done = subprocess.run([NUSAM, "demo", *options], capture_output=True, text=True, cwd=out)
+    options = ["--methods", "adamw,nusam", "--seeds", "2", "--epochs", "3", "--rho", "0.05", "--ascent-share", "0.5"]
+    done = subprocess.run([NUSAM, "demo", *options, "--out", out / "deep"], capture_output=True, text=True, cwd=out)
     assert done.returncode == 0, done.stderr
     return out / "deep", done
 
@@ -48,6 +48,7 @@ def test_results_hold_settings_runs_and_the_table(finished):
     results = json.loads((finished[0] / "results.json").read_text(encoding="utf-8"))
     assert results["options"]["seeds"] == 2
     assert results["options"]["rho"] == 0.05
+    assert results["options"]["ascent_share"] == 0.5
     assert results["recipe"]["epochs"] == 3
     assert results["device"] == "cpu"
     assert {"python", "torch", "timm", "nusam"} == set(results["versions"])

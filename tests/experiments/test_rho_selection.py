@@ -79,3 +79,12 @@ def test_poisoned_test_labels_change_neither_choice_nor_weights(tmp_path):
     losses = [[[e.train_loss for e in o.epochs] for o in plan.outcomes] for plan in plans]
     assert losses[0] == losses[1]
     assert clean.outcomes[0].test_accuracy > 0.5 > fooled.outcomes[0].test_accuracy == pytest.approx(0.1, abs=0.1)
+
+
+def test_a_share_is_every_methods_but_that_of_the_base_optimizer_alone():
+    plan = Plan({Contest("mixer", "adamw"): (0.0,), MIXER: (0.1, 0.2)}, seeds=3, trial_seeds=2, ascent_share=1 / 8)
+    runs = list(plan.pending)
+    assert {run.ascent_share for run in runs if run.method == "adamw"} == {1.0}
+    assert {run.ascent_share for run in runs if run.method == "nusam"} == {1 / 8}
+    finish(plan, validation=lambda rho: rho)
+    assert {o.run.ascent_share for o in plan.chosen_outcomes(MIXER)} == {1 / 8}

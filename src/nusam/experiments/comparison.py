@@ -86,7 +86,9 @@ class Comparison:
         seconds = {}
         for model in self.plan.models:
             radii = {contest.method: rho for contest, rho in self.plan.chosen.items() if contest.model == model}
-            seconds[model] = step_seconds(model, {"adamw": 0.0, **radii}, batch, self.source.classes)
+            seconds[model] = step_seconds(
+                model, {"adamw": 0.0, **radii}, batch, self.source.classes, self.plan.ascent_share
+            )
         return seconds
 
     def save(self) -> None:
@@ -133,7 +135,9 @@ class Comparison:
     def title(self) -> str:
         """Of the table and the figure."""
         sizes = self.source.sizes
-        return f"{self.source.title}: {sizes['train']} training images, {self.recipe.epochs} epochs"
+        share = self.plan.ascent_share
+        ascents = "" if share == 1 else f", ascents on {share:.3g} of each batch"
+        return f"{self.source.title}: {sizes['train']} training images, {self.recipe.epochs} epochs{ascents}"
 
     @property
     def caption(self) -> str:

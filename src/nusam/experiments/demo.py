@@ -12,6 +12,7 @@ from nusam.experiments.comparison import Comparison
 from nusam.experiments.data import load
 from nusam.experiments.devices import require_device
 from nusam.experiments.errors import Refused
+from nusam.experiments.limits import some_of
 from nusam.experiments.methods import METHODS
 from nusam.experiments.models import SMALL, require_fit
 from nusam.experiments.rho_selection import Contest, Plan
@@ -39,6 +40,8 @@ class Demo:
     """Which to compare, separated by spaces or commas."""
     rho: float | None = None
     """One radius for every method and model, instead of choosing it."""
+    ascent_share: float = 1.0
+    """Of each batch, that the ascents see."""
     seeds: int = 4
     """How many. A seed decides the data split, the initial weights and the order, alike for all methods."""
     epochs: int | None = None
@@ -58,12 +61,13 @@ class Demo:
                 raise Refused(f"{option} must be at least 1, got {value}.")
         if self.rho is not None and not (math.isfinite(self.rho) and self.rho > 0):
             raise Refused(f"--rho must be a positive number, got {self.rho}; leave it out to have it chosen.")
+        some_of(ascent_share=self.ascent_share)
         require_device(self.device)
         source = load(self.data, self.data_root)
         for model in SMALL:
             require_fit(model, source.image_size, source.channels)
         recipe = Recipe(self.epochs or EPOCHS.get(self.data, 30))
-        plan = Plan(_radii(methods, self.rho), self.seeds, TRIAL_SEEDS)
+        plan = Plan(_radii(methods, self.rho), self.seeds, TRIAL_SEEDS, self.ascent_share)
         options = {**asdict(self), "methods": methods}
         return Comparison(source, recipe, self.device, plan, self.out, options).run(self.jobs)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from nusam.experiments.methods import ALONE
 from nusam.experiments.runs import Outcome, Run
 
 __all__ = ["Contest", "Plan"]
@@ -24,17 +25,25 @@ class Plan:
         radii: the candidates; a single one is used without a trial.
         seeds: how many seeds the chosen radius gets.
         trial_seeds: how many of these, the first, every candidate gets.
+        ascent_share: of each batch, that the ascents see.
     """
 
-    def __init__(self, radii: Mapping[Contest, Sequence[float]], seeds: int, trial_seeds: int) -> None:
+    def __init__(
+        self,
+        radii: Mapping[Contest, Sequence[float]],
+        seeds: int,
+        trial_seeds: int,
+        ascent_share: float = 1.0,
+    ) -> None:
         self.radii = radii
+        self.ascent_share = ascent_share
         self.chosen: dict[Contest, float] = {}
         self.outcomes: list[Outcome] = []
         self.pending: deque[Run] = deque()
         self._trial_seeds = range(min(trial_seeds, seeds))
         self._other_seeds = range(len(self._trial_seeds), seeds)
         for contest, candidates in radii.items():
-            self.pending.extend(Run(*contest, rho, seed) for seed in self._trial_seeds for rho in candidates)
+            self.pending.extend(self._run(contest, rho, seed) for seed in self._trial_seeds for rho in candidates)
         for contest, candidates in radii.items():
             if len(candidates) == 1:
                 self._choose(contest, candidates[0])
@@ -76,4 +85,8 @@ class Plan:
 
     def _choose(self, contest: Contest, rho: float) -> None:
         self.chosen[contest] = rho
-        self.pending.extend(Run(*contest, rho, seed) for seed in self._other_seeds)
+        self.pending.extend(self._run(contest, rho, seed) for seed in self._other_seeds)
+
+    def _run(self, contest: Contest, rho: float, seed: int) -> Run:
+        share = 1.0 if contest.method == ALONE else self.ascent_share
+        return Run(*contest, rho, seed, ascent_share=share)

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from statistics import median
 
 import torch
-from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
+from nusam import SharpnessAware
 from nusam.experiments.building import build
 from nusam.experiments.machine import one_thread
 from nusam.experiments.methods import METHODS
@@ -22,9 +21,14 @@ ROUNDS = 10
 STEPS = 10
 
 
-def step_seconds(model_name: str, radii: Mapping[str, float], batch: Images, classes: int) -> dict[str, float]:
+def step_seconds(
+    model_name: str, radii: Mapping[str, float], batch: Images, classes: int, ascent_share: float = 1.0
+) -> dict[str, float]:
     """Median seconds of a step for each method, the methods taking turns so that all see the same machine."""
-    steps = {method: _stepper(model_name, method, rho, batch, classes) for method, rho in radii.items()}
+    steps = {
+        method: _stepper(Run(model_name, method, rho, 0, ascent_share=ascent_share), batch, classes)
+        for method, rho in radii.items()
+    }
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     with one_thread():
         for _ in range(1 + ROUNDS):
@@ -33,18 +37,19 @@ def step_seconds(model_name: str, radii: Mapping[str, float], batch: Images, cla
     return {method: median(rounds[1:]) for method, rounds in seconds.items()}  # the first round warms up
 
 
-def _stepper(model_name: str, method: str, rho: float, batch: Images, classes: int) -> Callable[[], object]:
-    model = build(model_name, batch.pixels.shape[-1], batch.pixels.shape[1], classes).to(batch.pixels.device)
-    optimizer = METHODS[method].wrap(AdamW(model.parameters()), Run(model_name, method, rho, seed=0), 0, model)
-    return partial(optimizer.step, partial(_one_pass, model, optimizer, batch))
+def _stepper(run: Run, batch: Images, classes: int) -> Callable[[], object]:
+    pixels, labels = batch.pixels, batch.labels
+    model = build(run.model, pixels.shape[-1], pixels.shape[1], classes).to(pixels.device)
+    optimizer = METHODS[run.method].wrap(AdamW(model.parameters()), run, 0, model)
 
+    def step() -> None:
+        optimizer.zero_grad()
+        passes = optimizer.passes(pixels, labels) if isinstance(optimizer, SharpnessAware) else [(pixels, labels)]
+        for x, y in passes:
+            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
-def _one_pass(model: nn.Module, optimizer: Optimizer, batch: Images) -> Tensor:
-    """The closure that an optimizer's ``step`` takes: the loss, with its gradients computed."""
-    optimizer.zero_grad()
-    loss = cross_entropy(model(batch.pixels), batch.labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss
+    return step
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
