@@ -13,7 +13,7 @@ test: .venv/installed .venv/test-data
 
 # What a change need not wait for: killed processes, clusters, whole demos, long trainings. The gate, .ci/run, runs both.
 test-slow: .venv/installed .venv/test-data
-	$(PYTEST) --dist loadgroup -m slow $(ARGS)
+	$(PYTEST) --dist loadfile -m slow $(ARGS)
 
 check: .venv/installed
 	.venv/bin/ruff check

@@ -36,9 +36,6 @@ def weights(checkpoint):
     return torch.load(checkpoint)["model"]
 
 
-pytestmark = pytest.mark.xdist_group("faults")  # on one worker, for the fixture's sake
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """What each example does if nobody kills it."""

@@ -8,8 +8,6 @@ from tests.distributed.checks import CHECKS
 from tests.distributed.launching import torchrun
 from tests.distributed.support import DOCUMENTS, table, written
 
-pytestmark = pytest.mark.xdist_group("processes")  # on one worker, for the fixture's sake
-
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):

@@ -15,7 +15,7 @@ NAMES = [
     (module, size, name) for module in MODULES for size, checks in MODULES[module].CHECKS.items() for name in checks
 ]
 
-pytestmark = [pytest.mark.xdist_group("training steps"), pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.experiments.commands import nusam
 from tests.experiments.test_store import rows
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.slow
 SMALL = ("sweep", "--rhos", "0.1", "--train-size", "64", "--jobs", "2")
 FILLING = (*SMALL, "--methods", "adamw", "nusam", "--seeds", "4", "--epochs", "2")
 REFUSED = (*SMALL, "--methods", "sam", "--seeds", "2", "--epochs", "1", "--models", "vit-s/16")

@@ -15,8 +15,6 @@ from nusam.experiments import command
 
 NUSAM = Path(sysconfig.get_path("scripts")) / "nusam"
 
-pytestmark = pytest.mark.xdist_group("demo")  # on one worker, for the fixture's sake
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
