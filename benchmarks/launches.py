@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -70,13 +71,35 @@ def main() -> None:
 
         return step
 
+    def alone(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def step() -> None:
+            optimizer.zero_grad()
+            backward()
+            optimizer.step()
+
+        return step
+
+    def in_one_pass(opt: nusam.SharpnessAware) -> Callable[[], None]:
+        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+            return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+        gradients = opt.one_pass(itertools.repeat((x, y)), loss)
+
+        def step() -> None:
+            next(gradients)
+            opt.step()
+
+        return step
+
     serve = {"ascent": "matrix-free"}
     steps = {
+        "SGD": alone(base()),
         "SAM by hand": by_hand(model, base(), backward),
         "SAM": ours(nusam.SAM(base(), RHO, model=model)),
         "νSAM by gradients": ours(nusam.NuSAM(base(), RHO, model=model, ascent="gradient")),
         "νSAM matrix-free": ours(nusam.NuSAM(base(), RHO, model=model, **serve)),
         "νSAM matrix-free, ε in the forward": ours(nusam.NuSAM(base(), RHO, model=model, placement="forward", **serve)),
+        "νSAM in one pass, 1/8": in_one_pass(nusam.NuSAM(base(), RHO, model=model, ascent_share=1 / 8)),
     }
     synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -88,9 +111,14 @@ def main() -> None:
             synchronize()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values[5:]) for name, values in seconds.items()}
-    hand = medians["SAM by hand"]
+    one, hand = medians["SGD"], medians["SAM by hand"]
     rows = [
-        {"step": name, "milliseconds": f"{1000 * value:.2f}", "over SAM by hand": f"{value / hand:.3f}"}
+        {
+            "step": name,
+            "milliseconds": f"{1000 * value:.2f}",
+            "over SGD": f"{value / one:.3f}",
+            "over SAM by hand": f"{value / hand:.3f}",
+        }
         for name, value in medians.items()
     ]
     for row in rows:

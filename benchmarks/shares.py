@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 import timm
@@ -37,7 +38,22 @@ def steps_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[s
 
         return step
 
+    def loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def in_one_pass(opt: nusam.SharpnessAware) -> Callable[[], None]:
+        gradients = opt.one_pass(itertools.repeat((x, y)), loss)
+
+        def step() -> None:
+            next(gradients)
+            opt.step()
+
+        return step
+
     steps = {"AdamW": alone(adamw(model))}
+    for name, share in SHARES.items():
+        opt = nusam.NuSAM(adamw(model), RHO, model=model, ascent_share=share)
+        steps[f"νSAM in one pass {name}"] = in_one_pass(opt)
     for name, share in SHARES.items():
         steps[f"νSAM {name}"] = ours(nusam.NuSAM(adamw(model), RHO, model=model, ascent_share=share))
         steps[f"SAM {name}"] = ours(nusam.SAM(adamw(model), RHO, model=model, ascent_share=share))
@@ -70,6 +86,7 @@ def main() -> None:
     table.append(
         {
             "model": "floor",
+            **{f"νSAM in one pass {name}": round(1 + 2 / 3 * share, 3) for name, share in SHARES.items()},
             **{f"νSAM {name}": round(1 + 2 / 3 * share, 3) for name, share in SHARES.items()},
             **{f"SAM {name}": round(1 + share, 3) for name, share in SHARES.items()},
         }

@@ -81,6 +81,7 @@ class Joint:
         self._modules = modules
         self.rows = rows
         self.side = "first"
+        self.looks: Callable[[Tensor, int], None] | None = None  # at gradients of what joined modules are given
         self._second: _Turns | None = None
         self._answer: Any = None
 
@@ -126,6 +127,8 @@ class Joint:
             if not isinstance(other, _Call) or other.module is not module:
                 raise CannotJoin("calls its modules in an order that depends on the samples")
             joined = _joined((args, kwargs), (other.args, other.kwargs), self.rows)
+            if self.looks is not None:
+                self._watch(joined, self.looks)
             self.side = "both"
             try:
                 output = alone(*joined[0], **joined[1])
@@ -135,6 +138,19 @@ class Joint:
             return _part(output, self.rows, second=False)
 
         return call
+
+    def _watch(self, given: Any, looks: Callable[[Tensor, int], None]) -> None:
+        """Look at the gradients of samples that travel together, which only the module's own input would show."""
+
+        def hook_for(cut: int) -> Callable[[Tensor], None]:
+            return lambda D: looks(D, cut)
+
+        for tensor in _leaves(given):
+            length = tensor.shape[0] if tensor.ndim else 0
+            if tensor.is_floating_point() and length and length % sum(self.rows) == 0:
+                if tensor.is_leaf and not tensor.requires_grad:
+                    tensor.requires_grad_(True)
+                tensor.register_hook(hook_for(length // sum(self.rows) * self.rows.first))  # type: ignore[no-untyped-call]
 
     def _resume(self) -> "_Call | _Done":
         """Let the second computation go on until it calls a module that is joined, or is done."""

@@ -56,6 +56,10 @@ class ModelGuard:
                 self._generators = [value for value in attributes if isinstance(value, torch.Generator)]
             self._random_state = RandomState(self._on_each_device, self._generators)
 
+    def random_state(self) -> "RandomState":
+        """The generators as they are."""
+        return RandomState(self._on_each_device, self._generators)
+
     def rewind(self) -> None:
         """Go back to where the last ascent started, which is to be run again."""
         if self._buffers is not None and self._random_state is not None:

@@ -7,7 +7,7 @@ update old when it is used, on samples that it was found on.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +87,14 @@ class Riders:
         mixed = Mixed(of)
         for handler in self.handlers.values():
             handler.mixed = mixed
+        self.joint.looks = mixed.look
         return mixed
+
+    def look_no_more(self) -> None:
+        """The step itself follows."""
+        for handler in self.handlers.values():
+            handler.mixed = None
+        self.joint.looks = None
 
 
 class OnePass:
@@ -95,7 +102,6 @@ class OnePass:
 
     def __init__(self, opt: "SharpnessAware") -> None:
         self._opt = opt
-        self.waiting: dict[Tensor, RankOne] | None = None  # the next step's ε, for radii of 1
         self._modules: list[nn.Module] | None = None  # whose calls are joined
         self._structure: Structure | None = None  # of the model when they were found
         self._refused = False
@@ -105,7 +111,7 @@ class OnePass:
     def step(self, batch: Any, following: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
         """Gradients of one batch at the perturbed weights; its loss there."""
         opt = self._opt
-        waiting, self.waiting = self.waiting, None
+        waiting, opt._waiting = opt._waiting, None
 
         def run(part: Any) -> Tensor:
             value = _checked(loss(part))
@@ -115,8 +121,32 @@ class OnePass:
         if not opt.active:
             with opt.descent(accumulate):
                 return run(batch)
-        if self._refused or not self._knows_modules():
+        if waiting is not None and not self._refused and not self._knows_modules():  # after a resume, or a change
+            self._look(batch, loss)
+        if self._refused or not self._knows_modules() or not self._fits():
             return self._in_two_passes(batch, loss, backward, accumulate)
+        with opt._all_in_forward():
+            return self._ridden(batch, following, waiting, loss, backward, accumulate)
+
+    # ------------------------------------------------------------ the ways a step can go
+
+    def _ridden(
+        self,
+        batch: Any,
+        following: Any,
+        waiting: dict[Tensor, RankOne] | None,
+        loss: Loss,
+        backward: Backward,
+        accumulate: bool,
+    ) -> Tensor:
+        """With ε in the forward, and the next one's ascent behind this batch if there is a next one."""
+        opt = self._opt
+
+        def run(part: Any) -> Tensor:
+            value = _checked(loss(part))
+            backward(value)
+            return value.detach()
+
         due = opt._ascent.verification.is_due()
         if waiting is None or due:
             with nullcontext() if waiting is None else opt._ascent.only_compared(), opt.ascent(accumulate):
@@ -138,8 +168,6 @@ class OnePass:
         _add(opt._parameters(), kept)
         return value
 
-    # ------------------------------------------------------------ the ways a step can go
-
     def _in_two_passes(self, batch: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
         """And learn which modules can be joined."""
         opt = self._opt
@@ -153,12 +181,39 @@ class OnePass:
                 value = _checked(loss(part))
             backward(value)
         if not self._refused:
-            self._structure = opt._structure_now()
-            self._modules = joinable(opt.model, list(passes.values()))
-            self._checked = False
-            if not self._modules:
-                self._refuse("has no module whose output has the samples' dimension, outside of a compiled graph")
+            self._learn(list(passes.values()))
         return value.detach()
+
+    def _look(self, batch: Any, loss: Loss) -> None:
+        """Learn which modules can be joined, without a trace."""
+        opt = self._opt
+        assert opt.model is not None
+        passes: list[dict[nn.Module, list[int | None]]] = [{}, {}]
+        with self._without_a_trace():
+            for part, seen in zip((first_samples(batch, opt.ascent_share), batch), passes, strict=True):
+                with observed(opt.model, samples_in(part), seen):
+                    loss(part)
+        self._learn(passes)
+
+    def _learn(self, passes: list[dict[nn.Module, list[int | None]]]) -> None:
+        model = self._opt.model
+        assert model is not None
+        self._structure = self._opt._structure_now()
+        self._modules = joinable(model, passes)
+        self._checked = False
+        if not self._modules:
+            self._refuse("has no module whose output has the samples' dimension, outside of a compiled graph")
+
+    @contextmanager
+    def _without_a_trace(self) -> Iterator["_Buffers"]:
+        """Generators and small buffers are put back."""
+        opt = self._opt
+        random_state, buffers = opt._guard.random_state(), _Buffers(opt.model)
+        try:
+            yield buffers
+        finally:
+            buffers.restore()
+            random_state.replay()
 
     def _joined(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, check: bool) -> Tensor:
         """One forward and one backward of both; of this batch alone if that can't be had."""
@@ -167,13 +222,11 @@ class OnePass:
         buffers = _Buffers(opt.model)
         try:
             if check:
-                value = self._check(riders, batch, ahead, loss, backward, buffers)
-            else:
-                mine, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
-                backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
-                value = mine.detach()
-            self.waiting = self._found(riders, 1.0 if check else BEHIND)
-            return value
+                self._check(riders, batch, ahead, loss, backward)
+            mine, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+            backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
+            opt._waiting = self._found(riders)
+            return mine.detach()
         except CannotJoin as reason:
             if workers.replicates or workers.shards:
                 raise RuntimeError(
@@ -188,40 +241,46 @@ class OnePass:
         backward(value)
         return value.detach()
 
-    def _check(
-        self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, buffers: "_Buffers"
-    ) -> Tensor:
-        """Each loss runs backwards by itself, so that a gradient which reaches the other's samples is seen."""
+    def _check(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> None:
+        """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen."""
         opt = self._opt
-        mixed = riders.mixed("first")
-        mine, _ = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
-        backward(mine)
-        reached = [mixed.value(), riders.mixed_in_graphs(0)]
-        if buffers.moved():
-            raise CannotJoin("has buffers that move with the samples")
-        gradients = [parameter.grad for parameter in opt._parameters()]
-        for parameter in opt._parameters():
-            parameter.grad = None
-        riders.pass_.forget()
-        mixed = riders.mixed("second")
-        with opt._workers().ascent(False):
-            _, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
-            backward(other)
-        reached += [mixed.value(), riders.mixed_in_graphs(1)]
-        for parameter, gradient in zip(opt._parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        buffers.restore()
+        reached = []
+        with self._without_a_trace() as buffers, opt._workers().ascent(False):
+            for number, side in enumerate(("first", "second")):
+                mixed = riders.mixed(side)
+                losses = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+                backward(losses[number])
+                reached += [mixed.value(), riders.mixed_in_graphs(number)]
+                for parameter in opt._parameters():
+                    parameter.grad = None
+                riders.pass_.forget()
+                if buffers.moved():
+                    raise CannotJoin("has buffers that move with the samples")
+        riders.look_no_more()
         if any(x != x for x in reached):
             raise CannotJoin("has a gradient that is not finite", for_good=False)
         if any(reached):
             raise CannotJoin("computes a sample from others in its batch")
         self._checked = True
-        return mine.detach()
 
     # ------------------------------------------------------------ ε from step to step
 
-    def _riders(self, batch: Any, following: Any) -> Riders | None:
-        """None where this step can't carry the next one's ascent."""
+    def _fits(self) -> bool:
+        """Whether the layers of every target are known to serve it."""
+        opt = self._opt
+        structure = opt._structure_now()
+        found = opt._ascent.verification.found
+        for target in opt._targets():
+            parameter = target.parameter
+            verdict = found.get(parameter)
+            if structure is None or not structure.uses_of(parameter):
+                self._refuse(f"has no layer that is known to hold {opt._names()[parameter]}")
+            elif verdict and (verdict.found == OTHERWISE or verdict.reason == IN_A_GRAPH):
+                self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
+        return not self._refused
+
+    def _riders(self, batch: Any, following: Any) -> Riders:
+        """The next step's ascent behind this step's descent."""
         opt = self._opt
         structure, modules = opt._structure_now(), self._modules
         assert structure is not None
@@ -233,9 +292,6 @@ class OnePass:
         for target in targets:
             parameter = target.parameter
             found = verification.of(parameter)
-            if found == OTHERWISE or (found and verification.found[parameter].reason == IN_A_GRAPH):
-                self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
-                return None
             if found in (ONE_USE, SEVERAL_USES):
                 keeps = workers.splits_the_batch or found == SEVERAL_USES
                 state = opt._ascent.state_of(target)
@@ -247,7 +303,7 @@ class OnePass:
         return Riders(targets, pass_, Joint(modules, rows))
 
     @torch.no_grad()
-    def _found(self, riders: Riders, scale: float) -> dict[Tensor, RankOne] | None:
+    def _found(self, riders: Riders) -> dict[Tensor, RankOne] | None:
         """The next step's ε, for radii of 1; None if a layer was used otherwise than before."""
         opt = self._opt
         ascent = opt._ascent
@@ -271,8 +327,8 @@ class OnePass:
                 target.parameter.grad = gradient
             pass_.release()
         pairs = {p: epsilon for p, epsilon in found.items() if isinstance(epsilon, RankOne)}
-        if scale != 1 and pairs:
-            torch._foreach_div_([epsilon.sigma for epsilon in pairs.values()], scale)
+        if pairs:
+            torch._foreach_div_([epsilon.sigma for epsilon in pairs.values()], BEHIND)
         return pairs
 
     # ------------------------------------------------------------ where it can't be had

@@ -37,7 +37,7 @@ from nusam.coverage import Candidate, Coverage, covered, warn_of_small_reach
 from nusam.interrupts import always
 from nusam.layers import Handler, InForward, rerouted
 from nusam.ledger import Ledger, not_added
-from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
+from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import LayerPass
 from nusam.model_guard import ModelGuard
 from nusam.one_pass import OnePass, Riders, looked_ahead
@@ -53,6 +53,7 @@ from nusam.written_weights import WrittenWeights
 
 __all__ = ["Options", "SharpnessAware", "step_in_backward"]
 
+AHEAD = "ahead"  # in the state of a matrix: v of the ε that waits for the next step, its σ and its norm
 WORTH_SERVING = 2**16  # entries of a matrix from which a matrix-free ascent is faster than its gradient
 
 OTHERWISE_USED = (
@@ -214,6 +215,7 @@ class SharpnessAware(Wrapper):
         self._holders = Holders()
         self._target_list: _TargetList | None = None
         self._one_pass: OnePass | None = None
+        self._waiting: dict[Tensor, RankOne] | None = None  # ε of the next step, for radii of 1
         self._check_targets()
         self._check_anything_to_perturb()
         for group in base_optimizer.param_groups:
@@ -304,7 +306,7 @@ class SharpnessAware(Wrapper):
                 pass_.release()
             self._pass = None
 
-        self._pending = None
+        self._pending = self._waiting = None
         self._repeats = False
         with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
@@ -431,8 +433,7 @@ class SharpnessAware(Wrapper):
 
         The first perturbed step, and one after the end of ``batches``, has no ε waiting and takes an ascent of its
         own; the very first takes two passes. So does every step, after one warning, where the model does not tell
-        samples apart: batch norm, experts with a capacity, weights that are used outside of their layers. Matrices are
-        perturbed in the forward from here on, whatever ``placement`` was.
+        samples apart: batch norm, experts with a capacity, weights that are used outside of their layers.
 
         Args:
             batches: of the run, or of an epoch; looked ahead by one.
@@ -458,17 +459,22 @@ class SharpnessAware(Wrapper):
                 f"one_pass() needs an ε in the forward and gradients that stay, which {given} does not leave; leave it "
                 "out, or loop over opt.passes(*batch)."
             )
-        before, self.placement = self.placement, "forward"
-        try:
-            self._check_targets()
-        except ValueError:
-            self.placement = before
-            raise
         self._ascent.serve_from = 0
         if self._one_pass is None:
             self._one_pass = OnePass(self)
         for batch, following in looked_ahead(batches):
             yield self._one_pass.step(batch, following, loss, backward or Tensor.backward, accumulate)
+
+    @contextmanager
+    def _all_in_forward(self) -> Iterator[None]:
+        """Inside, every ε lives in the forward."""
+        before, self.placement = self.placement, "forward"
+
+        def undo() -> None:
+            self.placement = before
+
+        with always(undo):
+            yield
 
     def _had_ascent(self, waiting: dict[Tensor, RankOne]) -> None:
         """The next descent perturbs by what an earlier pass has found, for radii of 1."""
@@ -710,6 +716,7 @@ class SharpnessAware(Wrapper):
         self._ascent.verification.load({outside.get(key, key): code for key, code in saved.found.items()})
         self._progress.steps, self._progress.ascents = saved.steps, max(0, saved.steps - self.delay)
         self._first_ascent = None
+        self._waiting = self._saved_ahead({p: state for p, state in found.items() if p in states})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -722,7 +729,7 @@ class SharpnessAware(Wrapper):
         left_out = ("step", "_hook_for_profile")
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
         kept = {name: value for name, value in state.items() if name not in left_out}
-        return {**kept, "_pending": None, "_structure": None, "_ascended": [], "_target_list": None}
+        return {**kept, "_pending": None, "_structure": None, "_ascended": [], "_target_list": None, "_one_pass": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -960,7 +967,25 @@ class SharpnessAware(Wrapper):
         for target in self._targets(factor=1.0):
             state = dict(self._ascent.state_of(target))
             saved[target.parameter] = state
+        for parameter, epsilon in (self._waiting or {}).items():
+            numbers = torch.stack([epsilon.sigma, epsilon.norm.to(epsilon.sigma)]).to(epsilon.v)
+            saved[parameter] = {**saved.get(parameter, {}), AHEAD: torch.cat([epsilon.v, numbers])}
         return saved
+
+    def _saved_ahead(self, saved: dict[Tensor, State]) -> dict[Tensor, RankOne] | None:
+        """The ε that waited for the next step."""
+        waiting = {}
+        for parameter, state in saved.items():
+            if AHEAD in state:
+                u = self._ascent.states[parameter]["u"]
+                v = state[AHEAD].to(u)
+                if v.shape != (matrix_shape(parameter)[1] + 2,):
+                    raise ValueError(
+                        f"The state dict holds an ε of shape {tuple(v.shape)} for a matrix of shape "
+                        f"{tuple(matrix_shape(parameter))}; load it into the model it was saved from."
+                    )
+                waiting[parameter] = RankOne(u, v[:-2].clone(), v[-2].clone(), v[-1].clone())
+        return waiting or None
 
     def _checked_state(self, parameter: Tensor, state: State) -> State:
         """What the ball remembers of the parameter, on its device."""

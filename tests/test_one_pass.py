@@ -1,0 +1,359 @@
+"""One pass a step equals two passes by hand: ε by an SVD, one update old, on samples that it is used on."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import nusam
+from tests.conftest import assert_unperturbed, weights
+
+RHO, B, SHARE = 0.05, 8, 1 / 4
+
+
+class Attentive(nn.Module):
+    """An embedding, positions, torch's attention, norms, and a head tied to the table."""
+
+    def __init__(self, checkpoints=None):
+        super().__init__()
+        self.table, self.positions = nn.Embedding(9, 6), nn.Embedding(5, 6)
+        self.norm, self.attention = nn.LayerNorm(6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+        self.out = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.table.weight
+        self.checkpoints = checkpoints
+
+    def block(self, x):
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.body(x)
+
+    def features(self, tokens):
+        x = self.table(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        if self.checkpoints is None:
+            return self.out(self.block(x))
+        return self.out(checkpoint(self.block, x, use_reentrant=self.checkpoints == "re-entrant"))
+
+    def forward(self, tokens):
+        return self.head(self.features(tokens))
+
+
+class WithItsLoss(nn.Module):
+    """A model that returns its own loss, as those of Hugging Face do: the loss has no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = Attentive(), nn.Linear(9, 9)
+
+    def forward(self, tokens):
+        logits = self.head(self.inner(tokens))
+        return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()), "logits": logits}
+
+
+def token_batches(count, dtype=None):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(9, (B, 5), generator=generator) for _ in range(count)]
+
+
+def mean(model, tokens):
+    return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def summed(model, tokens):
+    return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / 30
+
+
+def weighted(model, tokens):
+    """A mean over the tokens that count, of which every sample has another number."""
+    counts = (tokens[:, 1:] > 2).to(next(model.parameters()).dtype).flatten()
+    losses = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (losses * counts).sum() / counts.sum()
+
+
+def own(model, tokens):
+    return model(tokens)["loss"]
+
+
+def by_hand(model, base, batches, loss, share=SHARE, stale=1, micro_batches=1, matrices=None, delay=0):
+    """Two passes a step, the first at the weights before the last update; only the first perturbed steps are fresh."""
+    parameters = list(model.parameters())
+    waiting = None
+
+    def gradients(batch):
+        found = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    def ascent(batch):
+        found = []
+        for p, gradient in zip(parameters, gradients(batch[: -int(-len(batch) * share // 1)]), strict=True):
+            if p.ndim == 2:
+                U, _, Vh = torch.linalg.svd(gradient, full_matrices=False)
+                found.append(RHO * torch.outer(U[:, 0], Vh[0]))
+            else:
+                found.append(torch.zeros_like(p))
+        return found
+
+    for step in range(0, len(batches), micro_batches):
+        total = [torch.zeros_like(p) for p in parameters]
+        for number in range(step, step + micro_batches):
+            perturbed = step >= delay
+            epsilon = (ascent(batches[number]) if waiting is None else waiting) if perturbed else None
+            # the very first perturbed pass finds out how the model treats its samples, and carries none
+            carries = perturbed and number > delay and number + 1 < len(batches)
+            waiting = ascent(batches[number + 1]) if carries and stale else None
+            before = [p.detach().clone() for p in parameters]
+            with torch.no_grad():
+                for p, e in zip(parameters, epsilon or total, strict=True):
+                    p.add_(e if epsilon else 0)
+            found = gradients(batches[number])
+            with torch.no_grad():
+                for p, old, sum_, gradient in zip(parameters, before, total, found, strict=True):
+                    p.copy_(old)
+                    sum_.add_(gradient)
+        for p, gradient in zip(parameters, total, strict=True):
+            p.grad = gradient
+        base.step()
+
+
+def built(kind=Attentive, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = kind(**options).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(0, 0.3)
+    return model
+
+
+def bases():
+    return {
+        "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4),
+    }
+
+
+def wrapped(model, base="SGD", share=SHARE, **options):
+    options = {"power_iterations": 500, **options}
+    return nusam.NuSAM(bases()[base](model), rho=RHO, model=model, ascent_share=share, **options)
+
+
+def run(opt, model, batches, loss, **options):
+    for value in opt.one_pass(batches, lambda batch: loss(model, batch), **options):
+        assert value.ndim == 0
+        assert not value.requires_grad
+        opt.step()
+
+
+def assert_same(model, expected, tolerance=1e-9):
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+CASES = {
+    "mean": (Attentive, {}, mean),
+    "sum": (Attentive, {}, summed),
+    "token-weighted mean": (Attentive, {}, weighted),
+    "its own loss": (WithItsLoss, {}, own),
+    "checkpoint": (Attentive, {"checkpoints": "plain"}, mean),
+    "re-entrant checkpoint": (Attentive, {"checkpoints": "re-entrant"}, mean),
+}
+
+
+@pytest.mark.parametrize("base", bases())
+@pytest.mark.parametrize("case", CASES)
+def test_it_equals_two_passes_by_hand(case, base):
+    kind, options, loss = CASES[case]
+    model = built(kind, **options)
+    expected = built(kind)
+    batches = token_batches(12)
+    opt = wrapped(model, base)
+    run(opt, model, batches, loss)
+    by_hand(expected, bases()[base](expected), batches, loss)
+    assert_same(model, expected)
+    control = built(kind)
+    by_hand(control, bases()[base](control), batches, loss, stale=0)
+    with pytest.raises(AssertionError):  # an ε that is fresh in every step is another algorithm
+        assert_same(control, expected)
+
+
+@pytest.mark.parametrize("share", [1, 1 / 2, 1 / 8])
+def test_shares(share):
+    model, expected, batches = built(), built(), token_batches(8)
+    run(wrapped(model, share=share), model, batches, mean)
+    by_hand(expected, bases()["SGD"](expected), batches, mean, share)
+    assert_same(model, expected)
+
+
+def test_one_forward_and_one_backward_a_step():
+    model, batches = built(), token_batches(20)
+    opt = wrapped(model, power_iterations=1)
+    calls, backwards = [], []
+    model.body[0].register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    model.body[0].bias.register_hook(lambda gradient: backwards.append(1))
+    counted = []
+    for _ in opt.one_pass(batches, lambda batch: mean(model, batch)):
+        opt.step()
+        counted.append((tuple(calls), len(backwards)))
+        calls.clear()
+        backwards.clear()
+    assert counted[0][0] == (2, 8)  # two passes
+    assert counted[-1] == ((8,), 1)  # the last batch has nothing behind it
+    assert counted[6] == counted[10] == counted[12] == ((10,), 1)
+
+
+def test_accumulation():
+    model, expected, batches = built(), built(), token_batches(12)
+    opt = wrapped(model)
+    opt.zero_grad()
+    for number, _ in enumerate(opt.one_pass(batches, lambda batch: mean(model, batch), accumulate=True), 1):
+        if number % 2 == 0:
+            opt.step()
+            opt.zero_grad()
+    by_hand(expected, bases()["SGD"](expected), batches, mean, micro_batches=2)
+    assert_same(model, expected)
+
+
+def test_a_delay_and_the_end_of_an_epoch():
+    model, expected, batches = built(), built(), token_batches(10)
+    run(wrapped(model, delay=3), model, batches, mean)
+    by_hand(expected, bases()["SGD"](expected), batches, mean, delay=3)
+    assert_same(model, expected)
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit():
+    model, batches = built(dtype=torch.float32), token_batches(12)
+    opt = wrapped(model, "AdamW", power_iterations=1)
+    states = []
+    for number, _ in enumerate(opt.one_pass(batches, lambda batch: mean(model, batch))):
+        opt.step()
+        if number == 6:
+            states = copy.deepcopy([model.state_dict(), opt.state_dict()])
+    again = built(dtype=torch.float32)
+    resumed = wrapped(again, "AdamW", power_iterations=1)
+    again.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    run(resumed, again, batches[7:], mean)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("where", ["loss", "backward", "body", "behind"])
+def test_an_exception_leaves_the_weights_and_later_steps_alone(where):
+    model, batches = built(), token_batches(9)
+    opt = wrapped(model, power_iterations=1)
+    calls = 0
+
+    def loss(batch):
+        nonlocal calls
+        calls += 1
+        value = mean(model, batch)
+        if calls >= 12 and where == ("loss" if len(batch) == B else "behind"):
+            raise KeyError
+        return value
+
+    def backward(value):
+        if calls >= 12 and where == "backward":
+            raise KeyError
+        value.backward()
+
+    before = weights(model)
+    with pytest.raises(KeyError):
+        for _ in opt.one_pass(batches, loss, backward=backward):
+            before = weights(model)
+            if where == "body" and calls > 12:
+                raise KeyError
+            opt.step()
+            before = weights(model)
+    assert_unperturbed(model, before)
+    assert not any("_call_impl" in vars(module) or "forward" in vars(module) for module in model.modules())
+    assert opt._pass is None
+    run(opt, model, batches, mean)
+
+
+def mixing():
+    yield "batch norm", nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    class Whitens(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    yield "a mean over the batch", nn.Sequential(nn.Linear(5, 8), Whitens(), nn.Linear(8, 3))
+    yield "and at its input", nn.Sequential(Whitens(), nn.Linear(5, 3))
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.other(F.linear(self.layer(x), self.layer.weight))
+
+    yield "a weight that is read", Reads()
+
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(1, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.down(torch.tanh(self.up(x.T[..., None]))).mean(0)
+
+    yield "positions before samples", SequenceFirst()
+
+
+@pytest.mark.parametrize(("name", "model"), list(mixing()), ids=[name for name, _ in mixing()])
+def test_where_samples_are_not_told_apart_it_takes_two_passes_and_says_so(name, model):
+    model = copy.deepcopy(model).double()
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(B, 5, generator=generator, dtype=torch.float64) for _ in range(8)]
+
+    def loss(model, x):
+        return model(x).square().mean()
+
+    opt, plain = wrapped(model), wrapped(twin)
+    with pytest.warns(UserWarning, match="one_pass.. can't tell the samples apart, since the model .* two passes"):
+        run(opt, model, batches, loss)
+    for x in batches:
+        for part in plain.passes(x):
+            loss(twin, part).backward()
+        plain.step()
+    assert_same(model, twin)
+
+
+def test_padding_may_change_the_length_of_a_batch():
+    model = built()
+    batches = [tokens[:, : 3 + number % 3] for number, tokens in enumerate(token_batches(9))]
+    opt = wrapped(model)
+    with pytest.warns(UserWarning, match="gets samples of shape"):
+        run(opt, model, batches, mean)
+    assert not opt._one_pass._refused
+
+
+def test_what_is_refused():
+    model, batches = built(), token_batches(3)
+    with pytest.raises(ValueError, match=r"one_pass\(\) needs"):
+        next(wrapped(model, placement="weights").one_pass(batches, lambda batch: mean(model, batch)))
+    with pytest.raises(ValueError, match="rank-one"):
+        opt = nusam.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+        next(opt.one_pass(batches, lambda batch: mean(model, batch)))
+    with pytest.raises(ValueError, match="model="):
+        opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1))
+        next(opt.one_pass(batches, lambda batch: mean(model, batch)))
+    with pytest.raises(TypeError, match="must return a tensor with one value"):
+        next(wrapped(model).one_pass(batches, lambda batch: model(batch)))
+    assert list(wrapped(model).one_pass([], lambda batch: mean(model, batch))) == []
+
+
+def test_metrics_are_those_of_the_epsilon_that_the_step_had():
+    model, batches = built(), token_batches(6)
+    opt = wrapped(model, rho_schedule=lambda step: 1 / (step + 1))
+    for step, _ in enumerate(opt.one_pass(batches, lambda batch: mean(model, batch))):
+        found = opt.metrics()
+        assert found["epsilon/body.0.weight"] == pytest.approx(RHO / (step + 1))
+        assert 1e-6 < found["sigma/body.0.weight"] < 10
+        opt.step()
