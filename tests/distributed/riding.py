@@ -1,0 +1,106 @@
+"""One pass a step in several processes, of which each cuts its own part of the next batch."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import nusam
+from collectives import Collectives
+from tests.distributed import oracle
+from tests.distributed.engines import ENGINES, Net, full, sample, shares
+from tests.distributed.problem import BALLS
+from tests.distributed.running import Checks
+
+STEPS, RATE, RHO, SHARE = 7, 0.2, 0.1, 1 / 4
+CHECKS: Checks = {2: {}}
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def batch_of(step: int, parts: int, part: int, first: int | None = None) -> tuple[Tensor, Tensor]:
+    x, y = (t.chunk(parts)[part][:first] for t in sample(step, torch.float64))
+    return x, y
+
+
+def by_hand(parts: int, ball: str, each: bool) -> nn.Module:
+    """By one process and singular value decompositions: ε one update old, fresh in the first two steps."""
+    model = Net(torch.float64)
+    epsilons = BALLS[ball][1]
+    groups = [[part] for part in range(parts)] if each else [list(range(parts))]
+
+    def backward(step: int, group: list[int], first: int | None = None) -> oracle.Backward:
+        return lambda model, number: loss_of(model, batch_of(step, parts, group[number], first)).backward()
+
+    def ascent(step: int) -> list[oracle.Gradients]:
+        count = len(batch_of(step, parts, 0)[1]) // 4
+        joint = [oracle.joint_gradients(model, backward(step, group, count), len(group)) for group in groups]
+        return [epsilons(gradients, RHO) for gradients in joint]
+
+    waiting = None
+    for step in range(STEPS):
+        found = waiting or ascent(step)
+        waiting = ascent(step + 1) if 0 < step < STEPS - 1 else None
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        total: oracle.Gradients = {}
+        for group, epsilon in zip(groups, found, strict=True):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(before[name] + epsilon.get(name, 0))
+            gradients = oracle.joint_gradients(model, backward(step, group), len(group))
+            for name, gradient in gradients.items():
+                total[name] = total.get(name, 0) + gradient / len(groups)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(before[name] - RATE * total[name])
+    return model
+
+
+def equals_the_steps_by_hand(engine: str, ball: str, m_sam: bool = False) -> None:
+    parts, part = shares(engine)
+    model = ENGINES[engine][1](Net(torch.float64))
+    base = torch.optim.SGD(model.parameters(), lr=RATE)
+    opt = BALLS[ball][0](base, RHO, model=model, m_sam=m_sam, ascent_share=SHARE)
+    batches = [batch_of(step, parts, part) for step in range(STEPS)]
+    for _ in opt.one_pass(batches, partial(loss_of, model)):
+        opt.step()
+    for p, q in zip(model.parameters(), by_hand(parts, ball, m_sam).parameters(), strict=True):
+        torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-8)
+
+
+for engine in ("DDP", "FSDP2"):
+    for ball in ("NuSAM", "NuSAMNorm"):
+        CHECKS[2][f"one pass {engine} {ball}"] = partial(equals_the_steps_by_hand, engine, ball)
+    CHECKS[2][f"one pass {engine} m-SAM"] = partial(equals_the_steps_by_hand, engine, "NuSAM", m_sam=True)
+
+
+def says_no_more_than_the_base(engine: str, m_sam: bool) -> None:
+    """Gathering and reducing as the base optimizer alone; two sums of all vectors together, or none with m-SAM."""
+    parts, part = shares(engine)
+    batches = [batch_of(step, parts, part) for step in range(STEPS)]
+    alone = ENGINES[engine][1](Net(torch.float64))
+    for batch in batches[:3]:  # DDP makes its buckets anew in the first
+        loss_of(alone, batch).backward()
+    with Collectives() as base:
+        loss_of(alone, batches[3]).backward()
+    model = ENGINES[engine][1](Net(torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    opt = nusam.NuSAM(optimizer, RHO, model=model, m_sam=m_sam, ascent_share=SHARE)
+    steps = opt.one_pass(batches, partial(loss_of, model))
+    for _ in range(3):
+        next(steps)
+        opt.step()
+    with Collectives() as ours:  # of a step in which nothing is compared
+        next(steps)
+    for name in ("gather", "scatter"):
+        assert ours.bytes(name) == base.bytes(name)
+        assert ours.count(name) == base.count(name)
+    assert ours.count() == base.count() + (0 if m_sam else 2), (ours.calls, base.calls)
+
+
+for engine in ("DDP", "FSDP2"):
+    for m_sam in (False, True):
+        case = partial(says_no_more_than_the_base, engine, m_sam)
+        CHECKS[2][f"one pass says no more {engine} {m_sam=}"] = case
