@@ -357,3 +357,43 @@ def test_metrics_are_those_of_the_epsilon_that_the_step_had():
         assert found["epsilon/body.0.weight"] == pytest.approx(RHO / (step + 1))
         assert 1e-6 < found["sigma/body.0.weight"] < 10
         opt.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_and_a_scaler(dtype):
+    model, twin = built(dtype=torch.float32), built(dtype=torch.float32)
+    batches = token_batches(8)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=RHO, model=model, ascent_share=SHARE)
+
+    def loss(batch):
+        with torch.autocast("cpu", dtype):
+            return mean(model, batch)
+
+    def run():
+        for _ in opt.one_pass(batches, loss, backward=lambda value: scaler.scale(value).backward()):
+            scaler.step(opt)
+            scaler.update()
+
+    if dtype == torch.float16:
+        with pytest.warns(UserWarning, match="computes in float16"):
+            run()
+    else:
+        run()
+        assert not opt._one_pass._refused
+    by_hand(twin, torch.optim.SGD(twin.parameters(), lr=0.1), batches, mean, stale=dtype != torch.float16)
+    assert_same(model, twin, 0.02)
+
+
+def test_a_compiled_model_takes_two_passes():
+    torch._dynamo.reset()
+    model, expected, batches = built(), built(), token_batches(4)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with pytest.warns(UserWarning, match="the model is compiled; from now on every step takes two passes"):
+        run(wrapped(compiled, power_iterations=1), compiled, batches, mean)
+    opt = wrapped(expected, power_iterations=1)
+    for tokens in batches:
+        for part in opt.passes(tokens):
+            mean(expected, part).backward()
+        opt.step()
+    assert_same(model, expected)

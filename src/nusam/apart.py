@@ -11,8 +11,7 @@ from torch import Tensor
 from nusam.joint import CannotJoin, Joint
 from nusam.layers import Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
 from nusam.lmo import RankOne
-from nusam.matrix_free import LayerGradient, Record, without_autocast
-from nusam.power_iteration import products
+from nusam.matrix_free import Record, without_autocast
 from nusam.reads import untold
 from nusam.sharding import is_sharded
 
@@ -70,8 +69,6 @@ class Apart:
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if self.alone is not None:
             return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
-        if torch.compiler.is_compiling():
-            return self._apart(kind, x, W, extra, rows)
         if kind is Own or is_sharded(W) or is_sharded(x):
             raise CannotJoin("has a quantized or tensor-parallel layer, whose samples are not told apart")
         if is_altered() or not is_plain(x):
@@ -109,19 +106,13 @@ class Apart:
         return rows // samples * self.joint.rows.first
 
     def _apart(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
-        record = self.record
-        compiling = torch.compiler.is_compiling()
-        tap = start = None
-        if not compiling:
-            is_new = torch._C._current_graph_task_id() == -1  # no recomputation by activation checkpointing
-            behind = self.joint.side != "first"
-            if behind and not torch.is_grad_enabled() and self.joint.side == "second":
-                return kind.apply(x, W, extra)
-            self._calls += is_new
-            if record is not None:
-                record.calls += is_new and behind
+        record, side = self.record, self.joint.side
+        if side == "second" and not torch.is_grad_enabled():
+            return kind.apply(x, W, extra)
+        is_new = torch._C._current_graph_task_id() == -1  # no recomputation by activation checkpointing
+        self._calls += is_new
         if record is not None:
-            tap, start = record.probe if compiling else record.tap, record.u
+            record.calls += is_new and side != "first"
         epsilon = self.epsilon
         u, v = (None, None) if epsilon is None else (epsilon.u, epsilon.v)
         if u is not None and rows is not None:
@@ -130,11 +121,10 @@ class Apart:
         other = None if isinstance(extra, Tensor) else extra
         if kind is not Embedding and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        reports = None if compiling else (record, rows, self.mixed)
-        iterations = 0 if record is None else record.iterations
-        if self.joint.side == "both" and self._is_shared(kind, x):
+        if side == "both" and self._is_shared(kind, x):
             x = x.expand(sum(self.joint.rows), *x.shape[x.ndim > 1 :])
-        y: Tensor = _Apart.apply(x, W, bias, tap, u, v, start, kind, other, iterations, self._cut(kind, x), reports)
+        tap = None if record is None else record.tap
+        y: Tensor = _Apart.apply(x, W, bias, tap, u, v, kind, other, self._cut(kind, x), (record, rows, self.mixed))
         if y.dtype == torch.float16:
             raise CannotJoin("computes in float16, where the samples behind would leave nothing")
         return y
@@ -158,29 +148,28 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, tap: Tensor | None, u: Tensor | None, v: Tensor | None,
-        start: Tensor | None, kind: type[Kind], extra: Any, iterations: int, cut: int, reports: Any,
+        kind: type[Kind], extra: Any, cut: int, reports: tuple[Record | None, slice | None, Mixed | None],
     ) -> Tensor:  # fmt: skip
         y = kind.apply(x, W, extra if bias is None else bias)
         if y._is_view():
             y = y.detach()
         if u is not None and v is not None and cut:
             X = _flat(kind, x)
-            D = y.view(-1, y.shape[-1])
-            D[:cut] += kind.delta(X[:cut], u.to(x.device), v.to(x.device)).to(y.dtype)
-        ctx.save_for_backward(x, W.detach(), u, v, start)
-        ctx.kind, ctx.extra, ctx.iterations, ctx.cut, ctx.reports = kind, extra, iterations, cut, reports
+            y.view(-1, y.shape[-1])[:cut] += kind.delta(X[:cut], u.to(x.device), v.to(x.device)).to(y.dtype)
+        ctx.save_for_backward(x, W.detach(), u, v)
+        ctx.kind, ctx.extra, ctx.cut, ctx.reports = kind, extra, cut, reports
         return y
 
     @staticmethod
     def backward(ctx: Any, D: Tensor) -> Any:
-        if torch.is_grad_enabled() and ctx.reports is not None:
+        if torch.is_grad_enabled():
             raise CannotJoin("has a gradient inside its loss")
-        x, W, u, v, start = ctx.saved_tensors
+        x, W, u, v = ctx.saved_tensors
         kind: type[Kind] = ctx.kind
         n, cut = W.shape[0], ctx.cut
-        record, rows, mixed = ctx.reports or (None, None, None)
-        input_gradient = weight_gradient = bias_gradient = probe_gradient = None
-        with torch.no_grad(), without_autocast(D.device):
+        record, rows, mixed = ctx.reports
+        input_gradient = weight_gradient = bias_gradient = None
+        with without_autocast(D.device):
             X, D = kind.rows(x, D, ctx.extra)
             if mixed is not None:
                 mixed.look(D, cut)
@@ -196,17 +185,7 @@ class _Apart(torch.autograd.Function):
                 bias_gradient = D[:cut].sum(0)
             if record is not None and cut < len(D):
                 record.take(kind, X[cut:], D[cut:], n, rows)
-            elif ctx.reports is None and start is not None:
-                G = LayerGradient(kind, X[cut:], D[cut:], n)
-                (Gv,), (w,) = products([G], [start], ctx.iterations)
-                probe_gradient = torch.cat([Gv, w, w.new_ones(1), _mixed(D, cut, w)])
-        return input_gradient, weight_gradient, bias_gradient, probe_gradient, *[None] * 8
-
-
-def _mixed(D: Tensor, cut: int, like: Tensor) -> Tensor:
-    """What :class:`Mixed` looks at, of both sides, as a vector of that length, for a compiled graph to hand out."""
-    sizes = [part.abs().amax().to(like.dtype) if len(part) else like.new_zeros(()) for part in (D[cut:], D[:cut])]
-    return torch.stack(sizes).repeat(len(like) // 2 + 1)[: len(like)]
+        return input_gradient, weight_gradient, bias_gradient, *[None] * 7
 
 
 def _flat(kind: type[Kind], x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nusam.batch import rebuilt
 from nusam.interrupts import always
 
-__all__ = ["CannotJoin", "Joint", "Rows", "joinable", "observed"]
+__all__ = ["CannotJoin", "Joint", "Rows", "is_compiled", "joinable", "observed"]
 
 T = TypeVar("T")
 
@@ -50,12 +50,25 @@ def observed(model: nn.Module, samples: int, seen: dict[nn.Module, list[int | No
         (length,) = lengths if len(lengths) == 1 else (0,)
         seen.setdefault(module, []).append(length // samples if length and length % samples == 0 else None)
 
-    handles = [module.register_forward_hook(note) for module in model.modules()]
+    handles = [module.register_forward_hook(note) for module in _outside_of_graphs(model)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module is one of torch.compile, or has been compiled in place."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _outside_of_graphs(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that Python calls; what is compiled is one module."""
+    yield module
+    if not is_compiled(module):
+        for child in module.children():
+            yield from _outside_of_graphs(child)
 
 
 def joinable(model: nn.Module, passes: Sequence[dict[nn.Module, list[int | None]]]) -> list[nn.Module]:

@@ -263,8 +263,6 @@ class Record:
         """Nothing has happened yet."""
         self.kept, self.formed, self.waiting, self.pair = [], None, None, None
         self.calls = self.takes = 0
-        if self._probe is not None:
-            self._probe.grad = None
 
     # ------------------------------------------------------------ what happened
 
@@ -272,11 +270,6 @@ class Record:
     def tap(self) -> Tensor:
         """What an output depends on that is to be reached where autograd accumulates."""
         return self._tap
-
-    @property
-    def probe(self) -> Tensor | None:
-        """The leaf whose gradient a compiled graph hands the products out by."""
-        return self._probe
 
     @property
     def probed(self) -> Tensor | None:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from nusam.apart import Apart, Mixed
 from nusam.ascent import Target
 from nusam.batch import first_samples, samples_in
-from nusam.joint import CannotJoin, Joint, Rows, joinable, observed
+from nusam.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
 from nusam.lmo import Nuclear, RankOne
 from nusam.matrix_free import Job, LayerPass
 from nusam.structure import Structure
-from nusam.verification import IN_A_GRAPH, ONE_USE, OTHERWISE, SEVERAL_USES
+from nusam.verification import ONE_USE, OTHERWISE, SEVERAL_USES
 
 if TYPE_CHECKING:
     from nusam.sharpness_aware import SharpnessAware
@@ -72,15 +72,6 @@ class Riders:
         """From now on this batch's samples travel alone."""
         for handler in self.handlers.values():
             handler.go_alone()
-
-    def mixed_in_graphs(self, side: int) -> float:
-        """The same as compiled graphs have left it."""
-        left = [
-            record.probed[-record.block.shape[1] :]
-            for record in self.pass_.records.values()
-            if record.probed is not None
-        ]
-        return max((float(x[min(side, len(x) - 1)]) for x in left), default=0.0)
 
     def mixed(self, of: str) -> Mixed:
         """Let the layers look for gradients that reach the other side's samples."""
@@ -202,7 +193,9 @@ class OnePass:
         self._modules = joinable(model, passes)
         self._checked = False
         if not self._modules:
-            self._refuse("has no module whose output has the samples' dimension, outside of a compiled graph")
+            self._refuse("has no module whose output has the samples' dimension")
+        if self._opt._ascent.compiles or any(is_compiled(module) for module in model.modules()):
+            self._refuse("is compiled")
 
     @contextmanager
     def _without_a_trace(self) -> Iterator["_Buffers"]:
@@ -250,7 +243,7 @@ class OnePass:
                 mixed = riders.mixed(side)
                 losses = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
                 backward(losses[number])
-                reached += [mixed.value(), riders.mixed_in_graphs(number)]
+                reached.append(mixed.value())
                 for parameter in opt._parameters():
                     parameter.grad = None
                 riders.pass_.forget()
@@ -275,7 +268,7 @@ class OnePass:
             verdict = found.get(parameter)
             if structure is None or not structure.uses_of(parameter):
                 self._refuse(f"has no layer that is known to hold {opt._names()[parameter]}")
-            elif verdict and (verdict.found == OTHERWISE or verdict.reason == IN_A_GRAPH):
+            elif verdict and verdict.found == OTHERWISE:
                 self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
         return not self._refused
 
@@ -297,8 +290,7 @@ class OnePass:
                 state = opt._ascent.state_of(target)
                 jobs[parameter] = Job(state, True, False, False, keeps, workers.splits_the_batch, False, True)
         iterations = opt.lmo.power_iterations if isinstance(opt.lmo, Nuclear) else 1
-        compiles = opt._ascent.compiles
-        pass_ = LayerPass(structure.uses, jobs, iterations, compiles, structure.idle, set(), False)
+        pass_ = LayerPass(structure.uses, jobs, iterations, False, structure.idle, set(), False)
         rows = Rows(samples_in(batch), samples_in(first_samples(following, opt.ascent_share)))
         return Riders(targets, pass_, Joint(modules, rows))
 
