@@ -6,6 +6,7 @@ are not reported, and moved by factors of 2 until the best one has worse neighbo
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,12 +14,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from nusam.experiments.filling import fill
 from nusam.experiments.runs import Recipe, Run
 from nusam.experiments.store import Cell, Store
-from recording import record
+from recording import RESULTS, record
 
 SHARES = {"1": 1.0, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "one sample": 1 / 32}
 LATE = 0.8  # the share of the steps that AdamW takes alone where the perturbation starts late
@@ -199,6 +202,28 @@ def described(bench: Bench, rows: list[Row], recipe: Recipe) -> list[dict[str, A
     return lines
 
 
+def draw(path: Path) -> None:
+    """Test error over the price of a run, a panel for each task that has been recorded."""
+    found = [RESULTS / f"kept-{name}-cpu.json" for name in TASKS]
+    tables = [json.loads(file.read_text())["table"] for file in found if file.exists()]
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "kept", "font.size": 10}):
+        figure = Figure(figsize=(5.2 * len(tables), 4), layout="constrained", facecolor="white")
+        for axes, rows in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+            for kind, (colour, marker) in {"AdamW": ("black", "s"), "SAM": ("C0", "o"), "νSAM": ("C3", "D")}.items():
+                own = [row for row in rows if row["method"].split(",")[0] == kind]
+                accuracies = [tuple(map(float, row["test accuracy"].split(" ± "))) for row in own]
+                x, y = [float(row["price"]) for row in own], [100 - mean for mean, _ in accuracies]
+                axes.errorbar(x, y, [error for _, error in accuracies], fmt=marker, color=colour, label=kind, capsize=2)
+                for row, *place in zip(own, x, y, strict=True):
+                    if row["share"] != "–":
+                        late = ", late" if row["from"] != "10%" else ""
+                        axes.annotate(row["share"] + late, place, (4, 4), textcoords="offset points", fontsize=7)
+            axes.set(title=rows[0]["task"], xlabel="price of the run, AdamW = 1", ylabel="test error, %")
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("tasks", nargs="+", choices=TASKS)
@@ -206,6 +231,7 @@ def main() -> None:
     arguments.add_argument("--data-root", type=Path, default=Path("data"))
     arguments.add_argument("--jobs", type=int, default=2)
     options = arguments.parse_args()
+    assets = Path(__file__).resolve().parents[1] / "docs" / "assets"
     for name in options.tasks:
         bench = Bench(TASKS[name], Store(options.runs), options.data_root, options.jobs)
         record(
@@ -219,6 +245,7 @@ def main() -> None:
             "floating-point operations of the whole run over AdamW's. AdamW for as many seconds runs so many times as "
             "many epochs. From: where in training the perturbation starts.",
         )
+    draw(assets / "kept.svg")
 
 
 if __name__ == "__main__":

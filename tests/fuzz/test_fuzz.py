@@ -177,3 +177,9 @@ def test_a_gradient_that_is_asked_for_has_the_part_outside_of_the_layer(start, b
         run.take()
     run.take(Plan(extras=((beside, 0), (asks, 0))))
     run.take(Plan(extras=((beside, 0), (asks, 0))), how="halves")
+
+
+def test_a_matrix_that_is_left_out_is_idle(start):
+    run = start(Spec(2, LINEAR), IN_FORWARD)
+    for extras in ((("outside", 0),), (("outside", 0),), (), (("asks", 0),), (("asks", 0),)):
+        run.take(Plan(extras=extras))
