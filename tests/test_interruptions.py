@@ -1,6 +1,7 @@
 """Whatever leaves a pass early, and wherever, the weights are the unperturbed ones afterwards."""
 
 import copy
+import gc
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -42,6 +43,7 @@ def bytecodes(run, interrupt_at=None, round_=1):
                 raise Interrupted
         return trace
 
+    gc.disable()  # what earlier tests have left to be collected would be interrupted instead
     sys.settrace(trace)
     try:
         run()
@@ -49,6 +51,7 @@ def bytecodes(run, interrupt_at=None, round_=1):
         pass
     finally:
         sys.settrace(None)
+        gc.enable()
     return seen
 
 
