@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nusam.joint import CannotJoin, Joint
-from nusam.layers import Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
+from nusam.layers import Conv1D, Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
 from nusam.lmo import RankOne
 from nusam.matrix_free import Record, without_autocast
 from nusam.reads import untold
@@ -150,12 +150,18 @@ class _Apart(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, tap: Tensor | None, u: Tensor | None, v: Tensor | None,
         kind: type[Kind], extra: Any, cut: int, reports: tuple[Record | None, slice | None, Mixed | None],
     ) -> Tensor:  # fmt: skip
-        y = kind.apply(x, W, extra if bias is None else bias)
-        if y._is_view():
-            y = y.detach()
-        if u is not None and v is not None and cut:
-            X = _flat(kind, x)
-            y.view(-1, y.shape[-1])[:cut] += kind.delta(X[:cut], u.to(x.device), v.to(x.device)).to(y.dtype)
+        ctx.forms = False
+        if u is not None and v is not None and cut > 0 and _is_exact(kind, x, W, u):
+            ctx.forms = True
+            y = _by_parts(_flat(kind, x), _right(kind, W), _right(kind, torch.addr(W, u, v)), cut, bias)
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        else:
+            y = kind.apply(x, W, extra if bias is None else bias)
+            if y._is_view():
+                y = y.detach()
+            if u is not None and v is not None and cut:
+                X = _flat(kind, x)
+                y.view(-1, y.shape[-1])[:cut] += kind.delta(X[:cut], u.to(x.device), v.to(x.device)).to(y.dtype)
         ctx.save_for_backward(x, W.detach(), u, v)
         ctx.kind, ctx.extra, ctx.cut, ctx.reports = kind, extra, cut, reports
         return y
@@ -173,7 +179,10 @@ class _Apart(torch.autograd.Function):
             X, D = kind.rows(x, D, ctx.extra)
             if mixed is not None:
                 mixed.look(D, cut)
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0] and ctx.forms:
+                right, perturbed = (_right(kind, matrix).mT for matrix in (W, torch.addr(W, u, v)))
+                input_gradient = _by_parts(D, right, perturbed, cut).view(x.shape)
+            elif ctx.needs_input_grad[0]:
                 input_gradient = kind.input_gradient(D, W)
                 if u is not None and cut:
                     effect = kind.delta(D[:cut], v.to(D.device), u.to(D.device))
@@ -186,6 +195,28 @@ class _Apart(torch.autograd.Function):
             if record is not None and cut < len(D):
                 record.take(kind, X[cut:], D[cut:], n, rows)
         return input_gradient, weight_gradient, bias_gradient, *[None] * 7
+
+
+def _is_exact(kind: type[Kind], x: Tensor, W: Tensor, u: Tensor) -> bool:
+    """Whether W + uvᵀ is as precise as the layer's output, and its product is a matrix product."""
+    alike = x.dtype == W.dtype == u.dtype and x.device == W.device == u.device
+    return kind is not Embedding and alike and W.dtype.itemsize >= 4
+
+
+def _right(kind: type[Kind], W: Tensor) -> Tensor:
+    """What rows are multiplied with from the right."""
+    return W if kind is Conv1D else W.mT
+
+
+def _by_parts(X: Tensor, matrix: Tensor, perturbed: Tensor, cut: int, bias: Tensor | None = None) -> Tensor:
+    """The first rows of X times one matrix, the others times the other; every row is written once."""
+    Y = X.new_empty(len(X), matrix.shape[1])
+    for part, factor in ((slice(0, cut), perturbed), (slice(cut, None), matrix)):
+        if bias is None:
+            torch.mm(X[part], factor, out=Y[part])
+        else:
+            torch.addmm(bias, X[part], factor, out=Y[part])
+    return Y
 
 
 def _flat(kind: type[Kind], x: Tensor) -> Tensor:
