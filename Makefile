@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 .PHONY: demo test test-slow check docs bench clean
 
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --durations 40 --durations-min 4
 
 demo: .venv/installed
 	.venv/bin/nusam demo $(ARGS)
