@@ -19,6 +19,7 @@ from nusam.batch import first_samples, samples_in
 from nusam.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
 from nusam.lmo import Nuclear, RankOne
 from nusam.matrix_free import Job, LayerPass
+from nusam.sharding import compute_device
 from nusam.structure import Structure
 from nusam.verification import ONE_USE, OTHERWISE, SEVERAL_USES
 
@@ -153,7 +154,7 @@ class OnePass:
             with opt.descent(accumulate):
                 return run(batch)
         ahead = first_samples(following, opt.ascent_share)
-        kept = [p.grad for p in opt._parameters()] if accumulate else []
+        kept = [opt._workers().kept(p.grad) for p in opt._parameters()] if accumulate else []
         with opt._descent(False, riders):
             value = self._joined(riders, batch, ahead, loss, backward, check=due or not self._checked)
         _add(opt._parameters(), kept)
@@ -211,21 +212,22 @@ class OnePass:
     def _joined(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, check: bool) -> Tensor:
         """One forward and one backward of both; of this batch alone if that can't be had."""
         opt = self._opt
-        workers = opt._workers()
         buffers = _Buffers(opt.model)
-        try:
-            if check:
-                self._check(riders, batch, ahead, loss, backward)
-            mine, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
-            backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
-            opt._waiting = self._found(riders)
-            return mine.detach()
-        except CannotJoin as reason:
-            if workers.replicates or workers.shards:
-                raise RuntimeError(
-                    f"one_pass() can't go on among processes: the model {reason}; loop over opt.passes(*batch) instead."
-                ) from reason
-            self._refuse(str(reason), reason.for_good)
+        refusal = self._why_not(riders, batch, ahead, loss, backward) if check else None
+        if refusal is None:
+            try:
+                mine, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+                backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
+                opt._waiting = self._found(riders)
+                return mine.detach()
+            except CannotJoin as reason:
+                if self._are_many():
+                    raise RuntimeError(
+                        f"one_pass() can't go on among processes: the model {reason}, as it did in no step before; "
+                        "loop over opt.passes(*batch) instead."
+                    ) from reason
+                refusal = reason
+        self._refuse(str(refusal), refusal.for_good)
         buffers.restore()
         riders.go_alone()
         for parameter in opt._parameters():
@@ -233,6 +235,25 @@ class OnePass:
         value = _checked(loss(batch))
         backward(value)
         return value.detach()
+
+    def _are_many(self) -> bool:
+        workers = self._opt._workers()
+        return workers.replicates or workers.shards
+
+    def _why_not(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> CannotJoin | None:
+        """What keeps the samples from travelling together, in this process or in another; nothing if they can."""
+        found = None
+        try:
+            self._check(riders, batch, ahead, loss, backward)
+        except CannotJoin as reason:
+            found = reason
+        if self._are_many():
+            parameter = self._opt._parameters()[0]
+            refused = torch.tensor(float(found is not None), device=compute_device(parameter))
+            torch.distributed.all_reduce(refused, torch.distributed.ReduceOp.MAX)
+            if refused and found is None:
+                found = CannotJoin("computes a sample from others in another process")
+        return found
 
     def _check(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> None:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen."""

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -104,3 +105,36 @@ for engine in ("DDP", "FSDP2"):
     for m_sam in (False, True):
         case = partial(says_no_more_than_the_base, engine, m_sam)
         CHECKS[2][f"one pass says no more {engine} {m_sam=}"] = case
+
+
+def ride(opt: nusam.NuSAM, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    for _ in opt.one_pass(batches, partial(loss_of, model)):
+        opt.step()
+
+
+def mixed_samples_take_two_passes() -> None:
+    """Batch norm, under DDP and FSDP2: every process falls back, and trains as with two passes."""
+    parts, part = shares("DDP")
+    for engine in ("DDP", "FSDP2"):
+        weights = []
+        for rides in (False, True):
+            net = Net(torch.float64)
+            net.first[1] = nn.BatchNorm1d(5).double().to(next(net.parameters()).device)
+            model = ENGINES[engine][1](net)
+            base = torch.optim.SGD(model.parameters(), lr=RATE)
+            opt = BALLS["NuSAM"][0](base, RHO, model=model, ascent_share=1 / 2, ascent="matrix-free")
+            batches = [batch_of(step, parts, part) for step in range(STEPS)]
+            if rides:
+                with pytest.warns(UserWarning, match="now on every step takes two passes"):
+                    ride(opt, model, batches)
+            else:
+                for batch in batches:
+                    for share in opt.passes(batch):
+                        loss_of(model, share).backward()
+                    opt.step()
+            weights.append([full(p).detach().clone() for p in model.parameters()])
+        for p, q in zip(*weights, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
+
+
+CHECKS[2]["one pass with batch norm"] = mixed_samples_take_two_passes
