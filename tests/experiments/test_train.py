@@ -172,6 +172,17 @@ def test_float16_resumes_bit_equal_after_the_scale_has_backed_off(method, tmp_pa
     assert resumed.validation_accuracy == undisturbed.validation_accuracy
 
 
+def test_one_pass_resumes_bit_equal(tmp_path):
+    """Though a batch is augmented before the step that it belongs to."""
+    source = load("digits", tmp_path, 128)
+    run = Run("mixer", "nusam", 0.1, 0, ascent_share=1 / 4, one_pass=True)
+    recipe = Recipe(6, augment="crop")
+    undisturbed = train(run, recipe, source, CPU, lambda epoch: None)
+    resumed = interrupted_and_resumed(run, recipe, source, tmp_path, 3, lambda: Machine(CPU))
+    assert resumed.epochs == undisturbed.epochs
+    assert resumed.validation_accuracy == undisturbed.validation_accuracy
+
+
 def test_dropout_resumes_bit_equal(tmp_path):
     pytest.importorskip("transformers")
     source = load("sentences", tmp_path, 64)

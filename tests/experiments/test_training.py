@@ -1,6 +1,7 @@
 """Runs are reproducible, and methods are compared on the same footing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,3 +82,14 @@ def test_models_of_the_paper_have_its_widths_and_depths():
     }
     assert widths == {"vit-s/4": (384, 12), "vit-b/4": (768, 12), "mixer-s/4": (512, 8), "mixer-b/4": (768, 12)}
     assert shapes["vit-s/4"].patch_embed.num_patches == shapes["mixer-s/4"].stem.num_patches == 64
+
+
+def test_one_pass_learns_as_two_do(digits):
+    recipe = Recipe(epochs=12)
+    run = Run("mixer", "nusam", 0.05, seed=0, ascent_share=1 / 8)
+    outcomes = [train(replace(run, one_pass=rides), recipe, digits, CPU, lambda epoch: None) for rides in (False, True)]
+    two, one = outcomes
+    assert one.epochs[0] == two.epochs[0]  # the delay
+    assert one.epochs != two.epochs
+    assert abs(one.test_accuracy - two.test_accuracy) < 0.1
+    assert one.test_accuracy > 0.7

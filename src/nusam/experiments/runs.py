@@ -42,6 +42,7 @@ class Run:
     stretch: float = 1.0  # of the epochs
     rate: float = 1.0  # of the learning rate
     ascent_share: float = 1.0  # of each batch, that the ascent sees
+    one_pass: bool = False  # whether the next step's ascent rides in each step's descent
 
     def __post_init__(self) -> None:
         not_negative(rho=self.rho, stretch=self.stretch, rate=self.rate)

@@ -44,6 +44,8 @@ class Cell:
         described = asdict(self)
         if self.run.ascent_share == 1:  # results of before there were these keep their keys
             del described["run"]["ascent_share"]
+        if not self.run.one_pass:
+            del described["run"]["one_pass"]
         if not self.recipe.wrong_labels:
             del described["recipe"]["wrong_labels"]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

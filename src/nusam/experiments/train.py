@@ -13,7 +13,7 @@ from nusam.experiments.devices import PARALLEL, PRECISIONS, require_device
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import writing_to
 from nusam.experiments.limits import at_least
-from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, kept_as, require_one_base
+from nusam.experiments.methods import ALONE, BASES, METHOD_NAMES, METHODS, kept_as, require_one_base
 from nusam.experiments.models import TITLES, require_fit
 from nusam.experiments.runs import Recipe, Run
 
@@ -41,6 +41,8 @@ class Train:
     """Of νSAM."""
     ascent_share: float = 1.0
     """Of each batch, that the ascent sees."""
+    one_pass: bool = False
+    """Let the next step's ascent ride in each step's descent (νSAM)."""
     seed: int = 0
     """Decides the data split, the initial weights and the order."""
     data: str = "digits"
@@ -102,8 +104,9 @@ class Train:
         """What to train, and how. The base optimizer alone has no other options."""
         method, share = kept_as(self.method), self.ascent_share
         run = Run(self.model, method, self.rho, self.seed, self.delay, self.power_iterations, ascent_share=share)
+        run = replace(run, one_pass=self.one_pass)
         if run.method == ALONE:
-            run = replace(run, rho=0.0, delay=None, power_iterations=1, ascent_share=1.0)
+            run = replace(run, rho=0.0, delay=None, power_iterations=1, ascent_share=1.0, one_pass=False)
         return run, Recipe(
             self.epochs,
             self.batch_size,
@@ -138,4 +141,9 @@ class Train:
             if getattr(self, option) not in allowed:
                 raise Refused(f"--{option} must be one of {', '.join(allowed)}, got {getattr(self, option)}.")
         require_one_base("method", self.method, self.base)
+        if self.one_pass and not (METHODS[kept_as(self.method)].low_rank and self.accumulate == 1):
+            raise Refused(
+                f"--one-pass is for nusam and nusam-norm without --accumulate, got {self.method} and "
+                f"{self.accumulate} micro-batches; leave it out."
+            )
         at_least(0, train_size=self.train_size)

@@ -31,6 +31,7 @@ from nusam.experiments.splits import Images, split
 
 __all__ = ["Stopped", "accuracy", "steps_of", "train"]
 
+Batches = Iterator[tuple[Tensor, Tensor]]  # of all processes together: pixels and labels
 EVALUATION_BATCH = 128  # stays in a processor's cache
 
 
@@ -90,35 +91,46 @@ def train(
     schedule = _schedule(optimizer, recipe, steps)
     order = torch.Generator().manual_seed(run.seed)
     noise = torch.Generator().manual_seed(run.seed)
+    saved_noise = torch.Generator().manual_seed(run.seed) if run.one_pass else noise  # as before what rides along
     progress = Progress()
-    state = State(model, optimizer, schedule, machine.scaler, noise, progress)
+    state = State(model, optimizer, schedule, machine.scaler, saved_noise, progress)
     if checkpoint:
         checkpoint.load(state)
+        noise.set_state(saved_noise.get_state())
     for epoch in progress.epochs:
         report(epoch)
     for _ in range(progress.step // per_epoch):  # what finished epochs drew
         torch.randperm(len(data.train), generator=order)
 
+    def batches(first: int) -> Batches:
+        shuffled = torch.randperm(len(data.train), generator=order)
+        for step in range(first, steps):
+            if step > first and step % per_epoch == 0:
+                shuffled = torch.randperm(len(data.train), generator=order)
+            saved_noise.set_state(noise.get_state())
+            start = step % per_epoch * recipe.batch_size
+            chosen = shuffled[start : start + recipe.batch_size].to(device)
+            yield augmented(data.train.pixels[chosen], recipe.augment, noise), data.train.labels[chosen]
+
     began = time.perf_counter() - progress.seconds
-    shuffled = torch.empty(0, dtype=torch.int64)
-    for step in range(progress.step, steps):
-        if step % per_epoch == 0 or not len(shuffled):
-            shuffled = torch.randperm(len(data.train), generator=order)
-        model.train()
-        start = step % per_epoch * recipe.batch_size
-        chosen = shuffled[start : start + recipe.batch_size]
-        pixels = augmented(data.train.pixels[chosen.to(device)], recipe.augment, noise)
-        losses = _step(model, optimizer, machine, pixels, data.train.labels[chosen.to(device)], recipe.accumulate)
+    model.train()
+    gradients = _in_one_pass if run.one_pass else _step_by_step
+    pending = batches(progress.step)
+    for step, losses in enumerate(gradients(model, optimizer, machine, pending, recipe.accumulate), progress.step):
+        machine.scaler.step(optimizer)
+        machine.scaler.update()
         schedule.step()
 
         progress.step = step + 1
-        progress.loss += float(next(iter(losses.values()))) * len(chosen)
+        left = len(data.train) - step % per_epoch * recipe.batch_size
+        progress.loss += float(next(iter(losses.values()))) * min(recipe.batch_size, left)
         if scalars:
             scalars.step(step, optimizer, losses)
         if progress.step % per_epoch == 0:
             progress.epochs.append(Epoch(progress.loss / len(data.train), accuracy(model, data.test)))
             progress.loss = 0.0
             report(progress.epochs[-1])
+            model.train()
         if checkpoint and checkpoint.is_due(progress.step % per_epoch == 0):
             progress.seconds = time.perf_counter() - began
             checkpoint.save(state)
@@ -137,25 +149,48 @@ def train(
     )
 
 
-def _step(
-    model: nn.Module, optimizer: Optimizer, machine: Machine, pixels: Tensor, labels: Tensor, accumulate: int
-) -> dict[str, Tensor]:
-    """One step on the joint batch; its loss in each pass over all of it, the first at the weights before the step."""
-    optimizer.zero_grad()
-    count = len(labels)
-    losses: dict[str, Tensor] = {}
-    for x, y in zip(pixels.chunk(accumulate), labels.chunk(accumulate), strict=True):
-        x, y = machine.share(x), machine.share(y)
-        for number, (xs, ys) in enumerate(_passes(optimizer, x, y, accumulate > 1)):
-            with machine.autocast():
-                # summed here and averaged over processes, this is the mean over the joint batch whatever the shares
-                loss = cross_entropy(model(xs).float(), ys, reduction="sum") * (machine.processes / count)
-            machine.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            if len(ys) == len(y):  # the loss of a share is that of other samples
-                name = "perturbed" if number else "unperturbed"
-                losses[name] = losses.get(name, torch.zeros_like(loss)) + loss.detach()
-    machine.scaler.step(optimizer)
-    machine.scaler.update()
+def _step_by_step(
+    model: nn.Module, optimizer: Optimizer, machine: Machine, batches: Batches, accumulate: int
+) -> Iterator[dict[str, Tensor]]:
+    """The gradients of joint batches; the loss in each pass over all of one, the first at the weights as they are."""
+    for pixels, labels in batches:
+        optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        for x, y in zip(pixels.chunk(accumulate), labels.chunk(accumulate), strict=True):
+            x, y = machine.share(x), machine.share(y)
+            for number, (xs, ys) in enumerate(_passes(optimizer, x, y, accumulate > 1)):
+                loss = _loss(model, machine, xs, ys, len(labels))
+                machine.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                if len(ys) == len(y):  # the loss of a share is that of other samples
+                    name = "perturbed" if number else "unperturbed"
+                    losses[name] = losses.get(name, torch.zeros_like(loss)) + loss.detach()
+        yield _averaged(losses, machine)
+
+
+def _in_one_pass(
+    model: nn.Module, optimizer: Optimizer, machine: Machine, batches: Batches, accumulate: int
+) -> Iterator[dict[str, Tensor]]:
+    """The same with the next step's ascent in this step's descent."""
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return _loss(model, machine, machine.share(x), machine.share(y), len(y))
+
+    def backward(loss: Tensor) -> None:
+        machine.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    assert isinstance(optimizer, SharpnessAware)
+    for value in optimizer.one_pass(batches, loss, backward=backward):
+        yield _averaged({"perturbed": value}, machine)
+
+
+def _loss(model: nn.Module, machine: Machine, x: Tensor, y: Tensor, count: int) -> Tensor:
+    """Summed here and averaged over processes, this is the mean over the joint batch whatever the shares."""
+    with machine.autocast():
+        return cross_entropy(model(x).float(), y, reduction="sum") * (machine.processes / count)
+
+
+def _averaged(losses: dict[str, Tensor], machine: Machine) -> dict[str, Tensor]:
     if machine.processes > 1:
         for loss in losses.values():
             dist.all_reduce(loss.div_(machine.processes))
