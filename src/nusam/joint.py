@@ -309,8 +309,10 @@ def _joined(first: Any, second: Any, rows: Rows) -> Any:
     if isinstance(first, list | tuple):
         if len(first) != len(second):
             raise CannotJoin("gets lists of several lengths", False)
-        entries = iter([_joined(a, b, rows) for a, b in zip(first, second, strict=True)])
-        return rebuilt(first, lambda _: next(entries))
+        joined = [_joined(a, b, rows) for a, b in zip(first, second, strict=True)]
+        entries = iter(joined)
+        fresh = rebuilt(first, lambda _: next(entries))
+        return type(first)(joined) if fresh is None else fresh  # such as torch.Size
     try:
         same = first is second or bool(first == second)
     except Exception:
