@@ -177,7 +177,7 @@ class LayerPass:
         """The backwards are over: multiply what waits, and put the gradients that stand-ins have into parameters."""
         waiting = [record for record in self.records.values() if record.waiting is not None]
         if waiting:
-            with torch.no_grad(), without_autocast(waiting[0].u.device):
+            with entered(torch.no_grad(), without_autocast(waiting[0].u.device)):
                 gradients: list[Matrix] = [record.waiting for record in waiting if record.waiting is not None]
                 Gvs, vs = products(gradients, [record.u for record in waiting], waiting[0].iterations)
                 for record, pair in zip(waiting, zip(Gvs, vs, strict=True), strict=True):

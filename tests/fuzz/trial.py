@@ -213,7 +213,7 @@ class Trial:
         def one(name: str) -> Tensor:
             outcome.passes.append(name)
             loss = self._run(self.model, plan, at, name, fails[1] * (name == fails[0]))
-            if beside[0] == name:
+            if beside[0] == name and not (beside[1] == "evaluate" and self._writes):  # it would write, too
                 perturbed = name == "descent" and any(key.startswith("epsilon/") for key in self.opt.metrics())
                 pattern = tried(beside[1], self.opt, self.model, perturbed and self.guarded)
                 Tally.refusals.update([pattern] if pattern else [])
