@@ -11,7 +11,7 @@ from torch import Tensor
 from nusam.joint import CannotJoin, Joint
 from nusam.layers import Conv1D, Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
 from nusam.lmo import RankOne
-from nusam.matrix_free import Record, without_autocast
+from nusam.matrix_free import Record, as_multiplied, without_autocast
 from nusam.reads import untold
 from nusam.sharding import is_sharded
 
@@ -56,7 +56,6 @@ class Apart:
 
     def go_alone(self) -> None:
         """From now on all rows are this batch's."""
-        self._calls = 0
         unperturbed = torch.zeros(())
         u, v = (unperturbed, unperturbed) if self.epsilon is None else (self.epsilon.u, self.epsilon.v)
         self.alone = InForward(u, v)
@@ -119,8 +118,7 @@ class Apart:
             u = u[rows]
         bias = extra if isinstance(extra, Tensor) else None
         other = None if isinstance(extra, Tensor) else extra
-        if kind is not Embedding and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = as_multiplied(kind, x)
         if side == "both" and self._is_shared(kind, x):
             x = x.expand(sum(self.joint.rows), *x.shape[x.ndim > 1 :])
         tap = None if record is None else record.tap
@@ -153,15 +151,15 @@ class _Apart(torch.autograd.Function):
         ctx.forms = False
         if u is not None and v is not None and cut > 0 and _is_exact(kind, x, W, u):
             ctx.forms = True
-            y = _by_parts(_flat(kind, x), _right(kind, W), _right(kind, torch.addr(W, u, v)), cut, bias)
+            y = _by_parts(x.reshape(-1, x.shape[-1]), _right(kind, W), _right(kind, torch.addr(W, u, v)), cut, bias)
             y = y.view(*x.shape[:-1], y.shape[-1])
         else:
             y = kind.apply(x, W, extra if bias is None else bias)
             if y._is_view():
                 y = y.detach()
             if u is not None and v is not None and cut:
-                X = _flat(kind, x)
-                y.view(-1, y.shape[-1])[:cut] += kind.delta(X[:cut], u.to(x.device), v.to(x.device)).to(y.dtype)
+                X, Y = kind.rows(x, y, None)
+                Y[:cut] += kind.delta(X[:cut], u.to(x.device), v.to(x.device)).to(y.dtype)
         ctx.save_for_backward(x, W.detach(), u, v)
         ctx.kind, ctx.extra, ctx.cut, ctx.reports = kind, extra, cut, reports
         return y
@@ -200,7 +198,7 @@ class _Apart(torch.autograd.Function):
 def _is_exact(kind: type[Kind], x: Tensor, W: Tensor, u: Tensor) -> bool:
     """Whether W + uvᵀ is as precise as the layer's output, and its product is a matrix product."""
     alike = x.dtype == W.dtype == u.dtype and x.device == W.device == u.device
-    return kind is not Embedding and alike and W.dtype.itemsize >= 4
+    return kind is not Embedding and alike  # u has at least float32
 
 
 def _right(kind: type[Kind], W: Tensor) -> Tensor:
@@ -217,7 +215,3 @@ def _by_parts(X: Tensor, matrix: Tensor, perturbed: Tensor, cut: int, bias: Tens
         else:
             torch.addmm(bias, X[part], factor, out=Y[part])
     return Y
-
-
-def _flat(kind: type[Kind], x: Tensor) -> Tensor:
-    return x.reshape(-1) if kind is Embedding else x.reshape(-1, x.shape[-1])

@@ -9,7 +9,7 @@ from torch import Tensor
 from nusam.apart import Apart
 from nusam.layers import InForward
 
-__all__ = ["Ledger", "not_added"]
+__all__ = ["Ledger", "clear_gradients", "not_added"]
 
 
 class Ledger:
@@ -72,6 +72,12 @@ class Ledger:
             self._told.update((parameter, what) for parameter in new)
             known = names()
             warnings.warn(f"{', '.join(known[parameter] for parameter in new)} {what}.", stacklevel=2)
+
+
+def clear_gradients(parameters: Iterable[Tensor]) -> None:
+    """So that a pass begins without any."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def not_added(forward: Mapping[Tensor, InForward | Apart]) -> list[Tensor]:

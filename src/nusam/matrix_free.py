@@ -21,7 +21,7 @@ from nusam.lmo import State, matrix_shape
 from nusam.power_iteration import SMALL, Explicit, Matrix, TopPair, meeting, normalized, products, signs
 from nusam.sharding import block, compute_device, is_sharded, layout, local, whole
 
-__all__ = ["Job", "LayerGradient", "LayerPass", "Record", "Sum", "without_autocast"]
+__all__ = ["Job", "LayerGradient", "LayerPass", "Record", "Sum", "as_multiplied", "without_autocast"]
 
 
 class LayerGradient:
@@ -379,7 +379,7 @@ class Record:
             return kind.apply(x, W, extra)
         if rows is not None and not self.job.checks and not self.job.keeps:
             return kind.apply(x, W, extra)
-        x = _as_multiplied(kind, x)
+        x = as_multiplied(kind, x)
         given = W
         if not self.job.checks:
             given, extra = self._stand_in_for(W), self._stand_in_for_bias(extra)
@@ -394,7 +394,7 @@ class Record:
         probe = self._probe
         if self.job.keeps or self.job.forms or is_sharded(W) or kind is Own or probe is None:
             return kind.apply(x, W, extra)  # its gradient will be formed
-        x = _as_multiplied(kind, x)
+        x = as_multiplied(kind, x)
         if not self.job.checks:
             W, extra = W.detach(), extra.detach() if isinstance(extra, Tensor) else extra
         return _layer(kind, x, W, extra, probe, self.u, self.r, self.iterations, None)
@@ -508,7 +508,7 @@ def _is_wanted(parameter: Tensor) -> bool:
         return True
 
 
-def _as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
+def as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
     """Under autocast, what a plain layer would save: the input as it is multiplied."""
     device = x.device.type
     if not torch._C._is_any_autocast_enabled():

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from nusam.apart import Apart, Mixed
 from nusam.ascent import Target
 from nusam.batch import first_samples, samples_in
+from nusam.buffers import SMALL
 from nusam.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
+from nusam.ledger import clear_gradients
 from nusam.lmo import Nuclear, RankOne
 from nusam.matrix_free import Job, LayerPass
 from nusam.sharding import compute_device
@@ -104,15 +106,9 @@ class OnePass:
         """Gradients of one batch at the perturbed weights; its loss there."""
         opt = self._opt
         waiting, opt._waiting = opt._waiting, None
-
-        def run(part: Any) -> Tensor:
-            value = _checked(loss(part))
-            backward(value)
-            return value.detach()
-
         if not opt.active:
             with opt.descent(accumulate):
-                return run(batch)
+                return _run(batch, loss, backward)
         if waiting is not None and not self._refused and not self._knows_modules():  # after a resume, or a change
             self._look(batch, loss)
         if self._refused or not self._knows_modules() or not self._fits():
@@ -134,26 +130,21 @@ class OnePass:
         """With ε in the forward, and the next one's ascent behind this batch if there is a next one."""
         opt = self._opt
 
-        def run(part: Any) -> Tensor:
-            value = _checked(loss(part))
-            backward(value)
-            return value.detach()
-
         due = opt._ascent.verification.is_due()
         if waiting is None or due:
             with nullcontext() if waiting is None else opt._ascent.only_compared(), opt.ascent(accumulate):
-                run(first_samples(batch, opt.ascent_share))
+                _run(first_samples(batch, opt.ascent_share), loss, backward)
             if waiting is not None:
                 opt._guard.rewind()
         else:
             opt._ascent.verification.advance()
         if waiting is not None:
             opt._had_ascent(waiting)
-        riders = None if following is None else self._riders(batch, following)
-        if riders is None:
+        if following is None:
             with opt.descent(accumulate):
-                return run(batch)
+                return _run(batch, loss, backward)
         ahead = first_samples(following, opt.ascent_share)
+        riders = self._riders(batch, ahead)
         kept = [opt._workers().kept(p.grad) for p in opt._parameters()] if accumulate else []
         with opt._descent(False, riders):
             value = self._joined(riders, batch, ahead, loss, backward, check=due or not self._checked)
@@ -170,11 +161,10 @@ class OnePass:
             part = first_samples(batch, opt.ascent_share) if name == "ascent" else batch
             seen = passes[name] = {}
             with nullcontext() if self._refused else observed(opt.model, samples_in(part), seen):
-                value = _checked(loss(part))
-            backward(value)
+                value = _run(part, loss, backward)
         if not self._refused:
             self._learn(list(passes.values()))
-        return value.detach()
+        return value
 
     def _look(self, batch: Any, loss: Loss) -> None:
         """Learn which modules can be joined, without a trace."""
@@ -230,11 +220,8 @@ class OnePass:
         self._refuse(str(refusal), refusal.for_good)
         buffers.restore()
         riders.go_alone()
-        for parameter in opt._parameters():
-            parameter.grad = None
-        value = _checked(loss(batch))
-        backward(value)
-        return value.detach()
+        clear_gradients(opt._parameters())
+        return _run(batch, loss, backward)
 
     def _are_many(self) -> bool:
         workers = self._opt._workers()
@@ -265,8 +252,7 @@ class OnePass:
                 losses = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
                 backward(losses[number])
                 reached.append(mixed.value())
-                for parameter in opt._parameters():
-                    parameter.grad = None
+                clear_gradients(opt._parameters())
                 riders.pass_.forget()
                 if buffers.moved():
                     raise CannotJoin("has buffers that move with the samples")
@@ -282,7 +268,7 @@ class OnePass:
     def _fits(self) -> bool:
         """Whether the layers of every target are known to serve it."""
         opt = self._opt
-        structure = opt._structure_now()
+        structure = self._structure
         found = opt._ascent.verification.found
         for target in opt._targets():
             parameter = target.parameter
@@ -293,10 +279,10 @@ class OnePass:
                 self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
         return not self._refused
 
-    def _riders(self, batch: Any, following: Any) -> Riders:
+    def _riders(self, batch: Any, ahead: Any) -> Riders:
         """The next step's ascent behind this step's descent."""
         opt = self._opt
-        structure, modules = opt._structure_now(), self._modules
+        structure, modules = self._structure, self._modules
         assert structure is not None
         assert modules is not None
         workers = opt._workers()
@@ -312,7 +298,7 @@ class OnePass:
                 jobs[parameter] = Job(state, True, False, False, keeps, workers.splits_the_batch, False, True)
         iterations = opt.lmo.power_iterations if isinstance(opt.lmo, Nuclear) else 1
         pass_ = LayerPass(structure.uses, jobs, iterations, False, structure.idle, set(), False)
-        rows = Rows(samples_in(batch), samples_in(first_samples(following, opt.ascent_share)))
+        rows = Rows(samples_in(batch), samples_in(ahead))
         return Riders(targets, pass_, Joint(modules, rows))
 
     @torch.no_grad()
@@ -365,7 +351,7 @@ class _Buffers:
     @torch.no_grad()
     def __init__(self, model: nn.Module | None) -> None:
         buffers = [] if model is None else [b for b in model.buffers() if b.device.type != "meta"]
-        self._buffers = [buffer for buffer in buffers if buffer.numel() <= 2**16]
+        self._buffers = [buffer for buffer in buffers if buffer.numel() <= SMALL]
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def moved(self) -> bool:
@@ -377,6 +363,13 @@ class _Buffers:
     def restore(self) -> None:
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(before)
+
+
+def _run(part: Any, loss: Loss, backward: Backward) -> Tensor:
+    """Forward and backward of one batch; its loss."""
+    value = _checked(loss(part))
+    backward(value)
+    return value.detach()
 
 
 def _checked(value: Any) -> Tensor:

@@ -36,7 +36,7 @@ from nusam.checks import (
 from nusam.coverage import Candidate, Coverage, covered, warn_of_small_reach
 from nusam.interrupts import always
 from nusam.layers import Handler, InForward, rerouted
-from nusam.ledger import Ledger, not_added
+from nusam.ledger import Ledger, clear_gradients, not_added
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.matrix_free import LayerPass
 from nusam.model_guard import ModelGuard
@@ -311,7 +311,7 @@ class SharpnessAware(Wrapper):
         with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
             self._in_scaler = False  # a step that the scaler skipped is over
-            _clear_gradients(parameters)
+            clear_gradients(parameters)
             self._ledger.begin_pass()
             self._guard.before_ascent(check)
             self._written.before_ascent({*parameters, *(t.parameter for t in targets)}, check, self._guard.tree)
@@ -381,7 +381,7 @@ class SharpnessAware(Wrapper):
             self._pass = "descent"
             self._in_scaler = False
             if not accumulate:
-                _clear_gradients(self._parameters())
+                clear_gradients(self._parameters())
             self._ledger.begin_pass()
             self._ledger.open(self._ascended, perturbations)
             guards.enter_context(self._guard.descent(bool(perturbations)))
@@ -1095,11 +1095,6 @@ class _Progress:
 
 def _itself(opt: Any) -> SharpnessAware:
     return cast(SharpnessAware, itself(opt))
-
-
-def _clear_gradients(parameters: list[Tensor]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
 
 
 def _mix(seed: int, index: int) -> int:
