@@ -109,6 +109,8 @@ def test_an_interrupt_at_every_bytecode_of_both_passes(kind, accumulate, options
         # a backward that torch.compile must see through has a plain ``with``, and an interrupt at its end skips that
         assert nested_autocasts() == 0 or options.get("ascent") == "matrix-free"
         forget_autocasts()
+        assert torch.is_grad_enabled()
+        assert torch._C._is_torch_function_enabled()
         assert_unperturbed(model, before)
         assert not any("forward" in vars(module) for module in model.modules())
         assert all(p.requires_grad for p in model.parameters())

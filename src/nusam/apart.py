@@ -72,8 +72,8 @@ class Apart:
             raise CannotJoin("has a quantized or tensor-parallel layer, whose samples are not told apart")
         if is_altered() or not is_plain(x):
             raise CannotJoin("has a layer that computes with another function than torch's")
-        with untold():
-            return self._apart(kind, x, W, extra, rows)
+        y: Tensor = untold(self._apart, kind, x, W, extra, rows)
+        return y
 
     def inner(self, x: Tensor, W: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
         """A linear layer of an attention, whose input (L, N, E) or (L·N, E) has the samples behind the positions."""

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._device import DeviceContext
 
-from nusam.interrupts import always
+from nusam.interrupts import always, entered
 from nusam.lmo import matrix_shape
 from nusam.reads import Watched, untold
 from nusam.sharding import Block, is_on_its_way, is_sharded, output_of_blocks
@@ -229,18 +229,17 @@ class InForward:
             if not is_sharded(W) and kind is not Own and (is_altered() or type(x) is Watched or not is_plain(x)):
                 return self._dense(kind, x, W, extra, rows)
             if type(W) is Watched:
-                with untold():
-                    return self._added(kind, x, W, extra, rows)
+                perturbed: Tensor = untold(self._added, kind, x, W, extra, rows)
+                return perturbed
         return self._added(kind, x, W, extra, rows)
 
     def _dense(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
         """By the perturbed weight itself, in a precision that holds it."""
         dtype = torch.promote_types(W.dtype, torch.float32)
-        with untold():
-            perturbed = W.to(dtype) + self._outer(W.device, dtype, rows)
+        perturbed: Tensor = untold(lambda: W.to(dtype) + self._outer(W.device, dtype, rows))
         if dtype == W.dtype:
             return kind.apply(x, perturbed, extra)
-        with torch.autocast(W.device.type, enabled=False):
+        with entered(torch.autocast(W.device.type, enabled=False)):
             x = x.to(dtype) if x.is_floating_point() else x
             y = kind.apply(x, perturbed, extra.to(dtype) if isinstance(extra, Tensor) else extra)
         return y.to(W.dtype)
@@ -283,7 +282,7 @@ class InForward:
         if is_transformed() or (tracked and torch.is_grad_enabled() and W.requires_grad):
             return W + self._outer(W.device, W.dtype)
         if self._values is None:
-            with torch.inference_mode(False), torch.no_grad():
+            with entered(torch.inference_mode(False), torch.no_grad()):
                 values = W + self._outer(W.device, W.dtype)
             self._values = values, values._version
         return self._values[0]
@@ -389,8 +388,7 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
             weights = (*module._parameters.values(), module.out_proj.weight)
             if torch.compiler.is_compiling() or not any(type(W) is Watched for W in weights):
                 return _multihead_attention(module, *args, **kwargs)
-            with untold():
-                return _multihead_attention(module, *args, **kwargs)
+            return untold(_multihead_attention, module, *args, **kwargs)
 
         return attention
     kind, handler, own, parameter = use.kind, handlers[use.parameter], module.forward, use.parameter

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nusam.apart import Apart
+from nusam.interrupts import entered
 from nusam.layers import InForward
 
 __all__ = ["Ledger", "clear_gradients", "not_added"]
@@ -93,7 +94,7 @@ def not_added(forward: Mapping[Tensor, InForward | Apart]) -> list[Tensor]:
 def _count_backwards() -> int:
     """How many backwards this process has begun, this one included."""
     seen: list[int] = []
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with entered(torch.enable_grad(), torch.autocast("cpu", enabled=False)):
         root = torch.zeros((), requires_grad=True, device="cpu")
         root.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))  # type: ignore[no-untyped-call]
         root.backward()  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ by activation checkpointing, and without gradients too. It costs nothing where o
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -38,32 +38,29 @@ class Watched(nn.Parameter):
                 return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if not _reads(name, function):
-            with untold():
-                return function(*args, **kwargs)
+            return untold(function, *args, **kwargs)
         others = any(kind not in (cls, Tensor, nn.Parameter) for kind in types)  # subclasses to be told of the call
         writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
         args, kwargs = _with_values(name, function, writes, others, args, kwargs)
         if function == _DATA and type(args[0]) is not cls:
             return args[0].detach()  # the same, but for a count of writes
-        if others and not writes:
-            return function(*args, **kwargs)
-        with untold():
-            return function(*args, **kwargs)
+        return function(*args, **kwargs) if others and not writes else untold(function, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with untold():
-            memo[id(self)] = copy = nn.Parameter(self.detach().clone(), self.requires_grad)
+        memo[id(self)] = copy = untold(lambda: nn.Parameter(self.detach().clone(), self.requires_grad))
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with untold():
-            return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        plain: nn.Parameter = untold(lambda: nn.Parameter(self.detach(), self.requires_grad))
+        return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def untold() -> AbstractContextManager[None]:
-    """Inside, uses of watched parameters are nobody's business."""
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
-    return context
+def untold(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the function gives; its uses of watched parameters are nobody's business.
+
+    torch turns its telling on again by itself: after a ``with`` an interrupt could come before that.
+    """
+    return torch._C._disabled_torch_function_impl(function, (), args, kwargs)
 
 
 @contextmanager
@@ -153,10 +150,9 @@ def _with_values(
     def value(x: Any) -> Any:
         if type(x) is not Watched:
             return x
-        with untold():
-            found = vars(x)[_WATCHER].value(x, tracked)
-            # another subclass would not know what ours is
-            return found.view_as(found) if others and type(found) is Watched else found
+        found = untold(vars(x)[_WATCHER].value, x, tracked)
+        # another subclass would not know what ours is
+        return untold(found.view_as, found) if others and type(found) is Watched else found
 
     if writes and not args:
         return args, kwargs

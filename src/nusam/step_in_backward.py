@@ -63,8 +63,7 @@ class StepInBackward:
         groups = self._base_optimizer.param_groups
         self._base_optimizer.param_groups = [alone]
         try:
-            with untold():
-                self._base_optimizer.step()
+            untold(self._base_optimizer.step)
         finally:
             self._base_optimizer.param_groups = groups
         if any(name not in group or value is not group[name] for name, value in alone.items() if name != "params"):

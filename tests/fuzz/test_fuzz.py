@@ -185,3 +185,9 @@ def test_a_matrix_that_is_left_out_is_idle(start):
     for _ in range(6):  # is refused, excluded, and from then on its layer forms no gradient in an ascent
         run.take(outside)
     run.take(Plan(extras=(("asks", 0),)))
+
+
+def test_a_matrix_that_the_optimizer_does_not_hold_is_idle(start):
+    run = start(Spec(2, ("linear", True)), Options(later=True), Plan(extras=(("backward inputs", 0),)))
+    run.take(Plan())
+    run.take()

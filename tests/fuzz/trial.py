@@ -297,8 +297,9 @@ class Trial:
         self._take_over()
         self._hold("after a refusal")
         if said.pattern == sentences.ASKS_IDLE:
-            idle = {"asks idle", "asks all", *({"asks", "backward inputs"} if self.left_out else ())}
-            assert plan.names & idle, sentence  # what is left out is no target, and so as idle as a norm
+            others = self.left_out or not self.joined  # matrices that are no targets are as idle as a norm
+            idle = {"asks idle", "asks all", *({"asks", "backward inputs"} if others else ())}
+            assert plan.names & idle, sentence
         if said.pattern == sentences.UNREACHED:
             assert self.in_forward, sentence
             assert said.names <= self.odd, sentence
