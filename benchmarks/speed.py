@@ -85,7 +85,7 @@ def alternate(steps: dict[str, Callable[[], None]], rounds: int, synchronize: Ca
 def own_work(device: str, rounds: int) -> dict[str, object]:
     """The optimizer's own work by gradients at ViT-B/16's shapes, over reading G and moving W twice."""
     from nusam.lmo import Nuclear
-    from nusam.placement import in_weights
+    from nusam.placement.in_weights import in_weights
 
     model = models.CPU["ViT-B/16"](device).model
     parameters = [p for p in model.parameters() if p.ndim == 2]

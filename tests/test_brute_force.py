@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import nusam
+from nusam.optimizer import _mix
 from nusam.reference import nusam_step, svd_top1
-from nusam.sharpness_aware import _mix
 from tests.conftest import loss_of, mlp, train_step
 
 STEPS, RHO, DELAY = 20, 0.07, 3

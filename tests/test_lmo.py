@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nusam.lmo import L2, Dense, Gaussian, Linf, Nuclear, NuclearNormalized, RankOne, Spectral
-from nusam.placement import in_weights
+from nusam.placement.in_weights import in_weights
 
 SHAPES = [(1, 1), (3, 5), (12, 4), (2, 30)]
 RHO = 0.3

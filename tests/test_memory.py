@@ -6,7 +6,7 @@ from torch import nn
 
 import nusam
 from nusam.experiments.allocations import mark, moments
-from nusam.memory import footprint, perturbation_numel
+from nusam.tools.memory import footprint, perturbation_numel
 from tests.conftest import mlp
 
 MB = 2**20

@@ -24,20 +24,6 @@ def test_importing_the_package_imports_no_torch():
     )
 
 
-def test_a_function_is_not_hidden_by_the_module_of_its_name():
-    """The import system binds ``nusam.sharpness`` to the module as soon as anything imports it."""
-    program = """
-import nusam.sharpness, nusam.sharpness_aware
-import nusam.integrations
-from nusam import sharpness
-print(nusam.sharpness.__qualname__, nusam.step_in_backward.__qualname__, sharpness is nusam.sharpness)
-import importlib
-importlib.reload(nusam)
-print(nusam.sharpness.__qualname__, nusam.step_in_backward.__qualname__, sharpness is nusam.sharpness)
-"""
-    assert in_a_new_process(program).splitlines() == ["sharpness step_in_backward True"] * 2
-
-
 def test_a_star_brings_every_name():
     program = "import nusam\nfrom nusam import *\nprint(all(name in globals() for name in nusam.__all__))"
     assert in_a_new_process(program) == "True"

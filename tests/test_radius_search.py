@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import nusam
-from nusam.radius_search import RadiusSearch, Trial
+from nusam.tools.radius_search import RadiusSearch, Trial
 
 STEPS = 12
 

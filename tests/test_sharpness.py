@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nusam.sharpness import sharpness
+from nusam.tools.sharpness import sharpness
 from tests.conftest import batch, loss_of, mlp
 
 F64 = torch.float64

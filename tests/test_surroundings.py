@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nusam
-from nusam import sharding
-from nusam.sharding import DataParallel, has_replicas
-from nusam.surroundings import Holders
+from nusam.distributed import sharding
+from nusam.distributed.sharding import DataParallel, has_replicas
+from nusam.distributed.surroundings import Holders
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nusam import lmo, memory
-    from nusam.coverage import Coverage
-    from nusam.memory import perturbation_numel
+    from nusam import lmo
     from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
-    from nusam.radius_search import RadiusSearch, find_rho
-    from nusam.sharpness import Sharpness, sharpness
-    from nusam.sharpness_aware import SharpnessAware, step_in_backward
+    from nusam.optimizer import SharpnessAware, step_in_backward
+    from nusam.targets import Coverage
+    from nusam.tools import memory
+    from nusam.tools.memory import perturbation_numel
+    from nusam.tools.radius_search import RadiusSearch, find_rho
+    from nusam.tools.sharpness import Sharpness, sharpness
 
 try:
     __version__ = version("nusam")
@@ -45,13 +46,13 @@ __all__ = [
 
 _MODULE_OF = {
     **dict.fromkeys(("SAM", "SAMON", "GaussSAM", "NuSAM", "NuSAMNorm"), "methods"),
-    **dict.fromkeys(("RadiusSearch", "find_rho"), "radius_search"),
-    **dict.fromkeys(("Sharpness", "sharpness"), "sharpness"),
-    **dict.fromkeys(("SharpnessAware", "step_in_backward"), "sharpness_aware"),
-    "Coverage": "coverage",
-    "perturbation_numel": "memory",
+    **dict.fromkeys(("RadiusSearch", "find_rho"), "tools.radius_search"),
+    **dict.fromkeys(("Sharpness", "sharpness"), "tools.sharpness"),
+    **dict.fromkeys(("SharpnessAware", "step_in_backward"), "optimizer"),
+    "Coverage": "targets",
+    "perturbation_numel": "tools.memory",
 }
-_MODULES = {"lmo", *_MODULE_OF.values()}
+_MODULES = {"lmo": "lmo", "memory": "tools.memory"}
 
 
 class _Package(ModuleType):
@@ -64,16 +65,11 @@ class _Package(ModuleType):
         if name in _MODULE_OF:
             value = getattr(import_module(f"nusam.{_MODULE_OF[name]}"), name)
         elif name in _MODULES:
-            value = import_module(f"nusam.{name}")
+            value = import_module(f"nusam.{_MODULES[name]}")
         else:
             raise AttributeError(f"module 'nusam' has no attribute {name!r}")
         setattr(self, name, value)
         return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Every module is bound to its package as it is imported; where a function has its name, the function is meant.
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})

@@ -1,4 +1,4 @@
-"""The methods by name: thin names for :class:`~nusam.sharpness_aware.SharpnessAware` with a norm ball."""
+"""The methods by name: thin names for :class:`~nusam.optimizer.SharpnessAware` with a norm ball."""
 
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nusam.guards.model_guard import normalization_parameters
 from nusam.lmo import L2, Gaussian, Nuclear, NuclearNormalized
-from nusam.model_guard import normalization_parameters
-from nusam.sharpness_aware import Options, SharpnessAware
+from nusam.optimizer import Options, SharpnessAware
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

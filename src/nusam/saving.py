@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nusam.checks import check_radius
+from nusam.guards.checks import check_radius
 from nusam.lmo import State
 
 __all__ = ["Saved", "load_base", "merge", "own_containers", "split"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from nusam.checks import check_call, check_radius
+from nusam.guards.checks import check_call, check_radius
 
 __all__ = ["Defaults", "Wrapper", "itself"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from nusam.experiments.command import main
 from nusam.experiments.rho_search import draw
-from nusam.radius_search import RadiusSearch, Trial
+from nusam.tools.radius_search import RadiusSearch, Trial
 
 SETUP = """
 import torch

@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from nusam.experiments import find_rho, memory, memory_table, published_models
-from nusam.radius_search import RHOS
+from nusam.tools.radius_search import RHOS
 
 COMMANDS = ("demo", "train", "sweep", "reproduce", "memory", "report", "find-rho")
 SLOW = (

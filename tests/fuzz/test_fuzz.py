@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from nusam.ledger import Ledger
+from nusam.placement.ledger import Ledger
 from tests.fuzz.doings import Run
 from tests.fuzz.running import fuzz
 from tests.fuzz.setting import Options
@@ -45,14 +45,14 @@ def test_ten_thousand_steps():
 
 
 FAULTS = {
-    "buffers-move-twice": ("nusam.buffers._Step.finish", lambda self: None),
-    "other-masks": ("nusam.model_guard.RandomState.replay", lambda self: None),
-    "surprises-are-missed": ("nusam.ascent.Ascent.surprises", lambda self, pass_: {}),
-    "attacks-count": ("nusam.matrix_free.Record.accumulates", lambda self: True),
-    "weights-stay-perturbed": ("nusam.placement._RankOneInWeights.remove", lambda self: None),
-    "hooks-are-overlooked": ("nusam.structure.has_hooks", lambda parameter: False),
+    "buffers-move-twice": ("nusam.guards.buffers._Step.finish", lambda self: None),
+    "other-masks": ("nusam.guards.model_guard.RandomState.replay", lambda self: None),
+    "surprises-are-missed": ("nusam.ascent.ascent.Ascent.surprises", lambda self, pass_: {}),
+    "attacks-count": ("nusam.ascent.matrix_free.Record.accumulates", lambda self: True),
+    "weights-stay-perturbed": ("nusam.placement.in_weights._RankOneInWeights.remove", lambda self: None),
+    "hooks-are-overlooked": ("nusam.layers.structure.has_hooks", lambda parameter: False),
     "steps-are-not-saved": ("nusam.saving._STEPS", "elsewhere"),
-    "modes-are-not-watched": ("nusam.verification.Verification.watch", lambda self, modes: None),
+    "modes-are-not-watched": ("nusam.ascent.verification.Verification.watch", lambda self, modes: None),
 }
 
 

@@ -49,9 +49,9 @@ class Trial:
             self._set_up(replace(options, method="NuSAM", placement="weights", later=False))
         self.patches = ExitStack()
         if options.serves_small:
-            self.patches.enter_context(mock.patch("nusam.sharpness_aware.WORTH_SERVING", 0))
+            self.patches.enter_context(mock.patch("nusam.optimizer.WORTH_SERVING", 0))
         if options.frees:
-            self.patches.enter_context(mock.patch("nusam.ascent.LARGE", 1))
+            self.patches.enter_context(mock.patch("nusam.ascent.ascent.LARGE", 1))
         self.pair = Pair(self.model, self.oracle.model)
         self.opt = self._optimizer()
         Tally.trials += 1

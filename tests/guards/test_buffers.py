@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nusam
-from nusam.model_guard import ModelGuard
+from nusam.guards.model_guard import ModelGuard
 from tests.guards.stateful import KINDS, LARGE, AssignedStatistics, Fading, Queue, model_with
 
 METHODS = {

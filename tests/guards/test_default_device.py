@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import nusam
-from nusam.sharpness import sharpness
+from nusam.tools.sharpness import sharpness
 
 METHODS = {
     "SAM": (nusam.SAM, {}),

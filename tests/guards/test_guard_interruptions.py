@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nusam.model_guard import ModelGuard
+from nusam.guards.model_guard import ModelGuard
 from tests.guards.stateful import AbsentAtFirst, AssignedStatistics, Fading, GrowingMemory, Momentum, Queue
 from tests.guards.test_buffers import LARGE, loss_of, state_of
 from tests.test_interruptions import bytecodes

@@ -45,7 +45,7 @@ def run(case: type[Loop], mode: str, dtype: torch.dtype) -> Outcome:
     """A loop's outcome, where small matrices are worth serving too unless the loop says otherwise."""
     if case.worth_serving is None:
         return outcome(case, mode, dtype)
-    with patch("nusam.sharpness_aware.WORTH_SERVING", case.worth_serving):
+    with patch("nusam.optimizer.WORTH_SERVING", case.worth_serving):
         return outcome(case, mode, dtype)
 
 

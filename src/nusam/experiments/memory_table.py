@@ -24,8 +24,8 @@ from nusam.experiments.allocations import mark, moments
 from nusam.experiments.errors import Refused
 from nusam.experiments.published_models import DEFAULTS_OF, unknown
 from nusam.experiments.result import Result
-from nusam.memory import Footprint, footprint, perturbation_numel
-from nusam.sharpness_aware import SharpnessAware
+from nusam.optimizer import SharpnessAware
+from nusam.tools.memory import Footprint, footprint, perturbation_numel
 
 __all__ = ["BASES", "Base", "Cost", "Network", "costs", "measured", "network", "show", "table1"]
 

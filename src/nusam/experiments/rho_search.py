@@ -27,7 +27,7 @@ from nusam.experiments.looks import LOOKS
 from nusam.experiments.methods import BASES
 from nusam.experiments.methods import METHODS as KNOWN
 from nusam.experiments.splits import split
-from nusam.radius_search import RadiusSearch, Trial, find_rho
+from nusam.tools.radius_search import RadiusSearch, Trial, find_rho
 
 __all__ = ["RhoSearch", "built_in", "draw"]
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from nusam.sharpness_aware import SharpnessAware
+from nusam.optimizer import SharpnessAware
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nusam.integrations.replay import Replay
-from nusam.sharpness_aware import SharpnessAware
+from nusam.optimizer import SharpnessAware
 
 try:
     from pytorch_lightning import Callback, LightningModule, Trainer

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from nusam.batch import first_samples
+from nusam.guards.model_guard import RandomState
 from nusam.integrations.batches import Kept
 from nusam.integrations.state import State
-from nusam.model_guard import RandomState
 
 __all__ = ["Replay"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nusam.methods import SAM, SAMON, NuSAM, NuSAMNorm
-from nusam.sharpness_aware import Options, SharpnessAware
+from nusam.optimizer import Options, SharpnessAware
 
 try:
     from timm.optim._optim_factory import default_registry

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from nusam.integrations.replay import Replay
 from nusam.methods import NuSAM
-from nusam.sharpness_aware import SharpnessAware
+from nusam.optimizer import SharpnessAware
 
 try:
     from transformers import Trainer

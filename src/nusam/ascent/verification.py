@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.matrix_free import Record
-from nusam.parts import by_gradient, by_layers, norm_of
+from nusam.ascent.matrix_free import Record
+from nusam.ascent.parts import by_gradient, by_layers, norm_of
+from nusam.distributed.sharding import DataParallel, Ranks, averaged, is_sharded
 from nusam.power_iteration import Explicit
-from nusam.sharding import DataParallel, Ranks, averaged, is_sharded
 
 __all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
 

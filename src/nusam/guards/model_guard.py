@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nusam.buffers import Buffers
+from nusam.distributed.sharding import compute_device
+from nusam.guards.buffers import Buffers
 from nusam.interrupts import always
-from nusam.module_tree import ModuleTree
-from nusam.sharding import compute_device
+from nusam.layers.module_tree import ModuleTree
 
 __all__ = ["ModelGuard", "RandomState", "normalization_parameters"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nusam.joint import CannotJoin, Joint
-from nusam.layers import Conv1D, Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
+from nusam.ascent.matrix_free import Record, as_multiplied, without_autocast
+from nusam.distributed.sharding import is_sharded
+from nusam.layers.layers import Conv1D, Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
+from nusam.layers.reads import untold
 from nusam.lmo import RankOne
-from nusam.matrix_free import Record, as_multiplied, without_autocast
-from nusam.reads import untold
-from nusam.sharding import is_sharded
+from nusam.one_pass.joint import CannotJoin, Joint
 
 __all__ = ["Apart", "Mixed"]
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nusam.apart import Apart
-from nusam.ascent import Ascent, Target
+from nusam.ascent.ascent import Ascent, Target
+from nusam.ascent.matrix_free import LayerPass
+from nusam.ascent.verification import OTHERWISE
 from nusam.base_optimizer import needs_closure, step_knowing, turns_round
 from nusam.batch import first_samples
-from nusam.checks import (
+from nusam.distributed.sharding import DataParallel, is_sharded, unwrapped
+from nusam.distributed.surroundings import Holders
+from nusam.guards.checks import (
     check_alone,
     check_base_optimizer,
     check_batch,
@@ -33,23 +36,20 @@ from nusam.checks import (
     check_share,
     check_surroundings,
 )
-from nusam.coverage import Candidate, Coverage, covered, warn_of_small_reach
+from nusam.guards.model_guard import ModelGuard
 from nusam.interrupts import always
-from nusam.layers import Handler, InForward, rerouted
-from nusam.ledger import Ledger, clear_gradients, not_added
+from nusam.layers.layers import Handler, InForward, rerouted
+from nusam.layers.reads import Backwards, watched
+from nusam.layers.structure import Structure
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
-from nusam.matrix_free import LayerPass
-from nusam.model_guard import ModelGuard
-from nusam.one_pass import OnePass, Riders, looked_ahead
-from nusam.reads import Backwards, watched
+from nusam.one_pass.apart import Apart
+from nusam.one_pass.one_pass import OnePass, Riders, looked_ahead
+from nusam.placement.ledger import Ledger, clear_gradients, not_added
+from nusam.placement.step_in_backward import StepInBackward
+from nusam.placement.written_weights import WrittenWeights
 from nusam.saving import load_base, merge, own_containers, split
-from nusam.sharding import DataParallel, is_sharded, unwrapped
-from nusam.step_in_backward import StepInBackward
-from nusam.structure import Structure
-from nusam.surroundings import Holders
-from nusam.verification import OTHERWISE
+from nusam.targets import Candidate, Coverage, covered, warn_of_small_reach
 from nusam.wrapper import Wrapper, itself
-from nusam.written_weights import WrittenWeights
 
 __all__ = ["Options", "SharpnessAware", "step_in_backward"]
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nusam.ascent.matrix_free import Record, Sum
+from nusam.distributed.sharding import BlockOf, DataParallel, Route, averaged, block, is_sharded, local, whole
 from nusam.lmo import matrix_shape
-from nusam.matrix_free import Record, Sum
 from nusam.power_iteration import Explicit, Matrix, working_dtype
-from nusam.sharding import BlockOf, DataParallel, Route, averaged, block, is_sharded, local, whole
 
 __all__ = ["by_gradient", "by_layers", "part_of", "shared_part"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nusam.apart import Apart
 from nusam.interrupts import entered
-from nusam.layers import InForward
+from nusam.layers.layers import InForward
+from nusam.one_pass.apart import Apart
 
 __all__ = ["Ledger", "clear_gradients", "not_added"]
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from nusam.checks import check_count, check_radius
+from nusam.distributed.sharding import is_sharded
+from nusam.guards.checks import check_count, check_radius
+from nusam.guards.model_guard import RandomState
 from nusam.interrupts import always
 from nusam.lmo import L2, LMO, Dense, Nuclear, Perturbation
-from nusam.model_guard import RandomState
 from nusam.power_iteration import working_dtype
-from nusam.sharding import is_sharded
 
 __all__ = ["Sharpness", "sharpness"]
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from nusam.lmo import Nuclear
 from nusam.methods import NuSAM
-from nusam.sharpness_aware import SharpnessAware
+from nusam.optimizer import SharpnessAware
 
 __all__ = ["Footprint", "footprint", "perturbation_numel"]
 

@@ -1,4 +1,4 @@
-"""ε in the weights between the ascent and the end of the descent pass; in the forward, see :mod:`nusam.layers`."""
+"""ε in the weights, between the ascent and the end of the descent."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
+from nusam.distributed.sharding import block, is_sharded, local
 from nusam.lmo import Dense, Perturbation, RankOne
-from nusam.sharding import block, is_sharded, local
 
 __all__ = ["InWeights", "in_weights"]
 

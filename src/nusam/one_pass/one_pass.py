@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nusam.apart import Apart, Mixed
-from nusam.ascent import Target
+from nusam.ascent.ascent import Target
+from nusam.ascent.matrix_free import Job, LayerPass
+from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES
 from nusam.batch import first_samples, samples_in
-from nusam.buffers import SMALL
-from nusam.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
-from nusam.ledger import clear_gradients
+from nusam.distributed.sharding import compute_device
+from nusam.guards.buffers import SMALL
+from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear, RankOne
-from nusam.matrix_free import Job, LayerPass
-from nusam.sharding import compute_device
-from nusam.structure import Structure
-from nusam.verification import ONE_USE, OTHERWISE, SEVERAL_USES
+from nusam.one_pass.apart import Apart, Mixed
+from nusam.one_pass.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
+from nusam.placement.ledger import clear_gradients
 
 if TYPE_CHECKING:
-    from nusam.sharpness_aware import SharpnessAware
+    from nusam.optimizer import SharpnessAware
 
 __all__ = ["OnePass", "Riders", "looked_ahead"]
 

@@ -10,10 +10,10 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor, nn
 
+from nusam.guards.watch import Watch, is_here
+from nusam.layers.module_tree import ModuleTree, same
 from nusam.lmo import Dense, Perturbation
-from nusam.module_tree import ModuleTree, same
-from nusam.placement import InWeights, in_weights
-from nusam.watch import Watch, is_here
+from nusam.placement.in_weights import InWeights, in_weights
 
 __all__ = ["WrittenWeights"]
 

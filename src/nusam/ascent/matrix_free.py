@@ -1,9 +1,9 @@
 """Ascent without weight gradients: Algorithm 2's products from each layer's input and output gradient.
 
 A whole sequential iteration, v from u and then u from the new v, fits inside the layer's backward (see
-:mod:`nusam.layers` for the products), and the gradient is never formed. A use of a matrix is either *served*: the
-matrix is no input of the layer's function then, so that nobody's hook sees a gradient that is not there; or *checked*:
-the gradient is formed as ever, and the products beside it.
+:mod:`nusam.layers.kinds` for the products), and the gradient is never formed. A use of a matrix is either *served*:
+the matrix is no input of the layer's function then, so that nobody's hook sees a gradient that is not there; or
+*checked*: the gradient is formed as ever, and the products beside it.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -14,12 +14,24 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from nusam.idle import IdleLayers
+from nusam.distributed.sharding import block, compute_device, is_sharded, layout, local, whole
 from nusam.interrupts import always, entered, remove_hook
-from nusam.layers import UNSAFE_VIEW, Embedding, Handler, Kind, Linear, Own, Use, is_altered, is_plain, rerouted, tapped
+from nusam.layers.idle import IdleLayers
+from nusam.layers.layers import (
+    UNSAFE_VIEW,
+    Embedding,
+    Handler,
+    Kind,
+    Linear,
+    Own,
+    Use,
+    is_altered,
+    is_plain,
+    rerouted,
+    tapped,
+)
 from nusam.lmo import State, matrix_shape
 from nusam.power_iteration import SMALL, Explicit, Matrix, TopPair, meeting, normalized, products, signs
-from nusam.sharding import block, compute_device, is_sharded, layout, local, whole
 
 __all__ = ["Job", "LayerGradient", "LayerPass", "Record", "Sum", "as_multiplied", "without_autocast"]
 

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from nusam.base_optimizer import chain, is_second_order, moves_first, unknown_argument
+from nusam.distributed.sharding import DataParallel, is_running, is_sharded, is_stateless
+from nusam.distributed.surroundings import Holders
 from nusam.lmo import LMO, Nuclear
-from nusam.sharding import DataParallel, is_running, is_sharded, is_stateless
-from nusam.surroundings import Holders
 
 __all__ = [
     "check_alone",

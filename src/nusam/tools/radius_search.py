@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from nusam.checks import check_base_optimizer, check_count, check_radius, check_share
+from nusam.guards.checks import check_base_optimizer, check_count, check_radius, check_share
 from nusam.methods import SAM, NuSAM
-from nusam.sharpness_aware import SharpnessAware
+from nusam.optimizer import SharpnessAware
 
 __all__ = ["RadiusSearch", "Trial", "find_rho"]
 

@@ -7,14 +7,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from nusam.ascent.matrix_free import Job, LayerPass, Record
+from nusam.ascent.parts import part_of, shared_part
+from nusam.ascent.verification import IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
+from nusam.distributed.sharding import DataParallel, Ranks, complete, compute_device, is_sharded, local, route
 from nusam.interrupts import entered
+from nusam.layers.structure import HOOKED, Structure
 from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
-from nusam.matrix_free import Job, LayerPass, Record
-from nusam.parts import part_of, shared_part
 from nusam.power_iteration import Matrix, TopPair, power_iteration
-from nusam.sharding import DataParallel, Ranks, complete, compute_device, is_sharded, local, route
-from nusam.structure import HOOKED, Structure
-from nusam.verification import IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
 
 __all__ = ["Ascent", "Target"]
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nusam.distributed.surroundings import has_replicas
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
 from nusam.power_iteration import Matrix
-from nusam.surroundings import has_replicas
 
 __all__ = [
     "Block",

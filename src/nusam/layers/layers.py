@@ -17,10 +17,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._device import DeviceContext
 
+from nusam.distributed.sharding import Block, is_on_its_way, is_sharded, output_of_blocks
 from nusam.interrupts import always, entered
+from nusam.layers.reads import Watched, untold
 from nusam.lmo import matrix_shape
-from nusam.reads import Watched, untold
-from nusam.sharding import Block, is_on_its_way, is_sharded, output_of_blocks
 
 __all__ = [
     "UNSAFE_VIEW",

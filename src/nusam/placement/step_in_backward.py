@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nusam.interrupts import always
-from nusam.reads import untold
+from nusam.layers.reads import untold
 
 __all__ = ["StepInBackward"]
 

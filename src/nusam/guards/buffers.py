@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nusam.guards.watch import Watch, here, is_here
 from nusam.interrupts import always
-from nusam.module_tree import ModuleTree, same
-from nusam.watch import Watch, here, is_here
+from nusam.layers.module_tree import ModuleTree, same
 
 __all__ = ["Buffers"]
 

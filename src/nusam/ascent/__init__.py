@@ -1,0 +1,1 @@
+"""How ε is found: by gradients or by what layers pass on, and what is trusted of the latter."""

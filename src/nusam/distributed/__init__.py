@@ -1,0 +1,1 @@
+"""Matrices in blocks and sums over processes; who shares a batch."""

@@ -1,0 +1,1 @@
+"""What two passes would do to a model, and what is refused."""

@@ -1,0 +1,1 @@
+"""The next step's ascent rides in this step's descent."""

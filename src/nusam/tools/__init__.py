@@ -1,0 +1,1 @@
+"""Memory, sharpness, and the search for ρ."""
