@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import nusam
-from nusam.layers.layers import Conv1D, Embedding, InForward, Linear
+from nusam.layers.kinds import Conv1D, Embedding, Linear
+from nusam.placement.in_forward import InForward
 from nusam.reference import svd_top1
 from tests.conftest import loss_of, mlp, train_step, weights
 from tests.test_matrix_free import KINDS, cross_entropy, square_loss

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import nusam
-from nusam.layers.layers import find_uses
 from nusam.layers.reads import Watched
+from nusam.layers.uses import find_uses
 
 
 def small():

@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nusam
-from nusam.distributed import sharding
-from nusam.distributed.sharding import DataParallel, has_replicas
-from nusam.distributed.surroundings import Holders
+from nusam.distributed import data_parallel
+from nusam.distributed.data_parallel import DataParallel
+from nusam.distributed.surroundings import Holders, has_replicas
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_one_device_makes_no_replicas():
 
 
 def test_a_single_process_walks_no_modules(monkeypatch):
-    monkeypatch.setattr(sharding, "_wrappers", lambda model: pytest.fail("the modules were walked"))
+    monkeypatch.setattr(data_parallel, "_wrappers", lambda model: pytest.fail("the modules were walked"))
     workers = DataParallel(nn.Linear(3, 4))
     assert not any([workers.replicates, workers.shards, workers.splits_the_batch, workers.must_reduce])
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nusam.ascent.ascent import Ascent, Target
-from nusam.ascent.matrix_free import LayerPass
+from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import OTHERWISE
 from nusam.base_optimizer import needs_closure, step_knowing, turns_round
 from nusam.batch import first_samples
-from nusam.distributed.sharding import DataParallel, is_sharded, unwrapped
+from nusam.distributed.blocks import is_sharded
+from nusam.distributed.data_parallel import DataParallel, unwrapped
 from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import (
     check_alone,
@@ -38,12 +39,14 @@ from nusam.guards.checks import (
 )
 from nusam.guards.model_guard import ModelGuard
 from nusam.interrupts import always
-from nusam.layers.layers import Handler, InForward, rerouted
+from nusam.layers.kinds import Handler
 from nusam.layers.reads import Backwards, watched
 from nusam.layers.structure import Structure
+from nusam.layers.uses import rerouted
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.one_pass.apart import Apart
 from nusam.one_pass.one_pass import OnePass, Riders, looked_ahead
+from nusam.placement.in_forward import InForward
 from nusam.placement.ledger import Ledger, clear_gradients, not_added
 from nusam.placement.step_in_backward import StepInBackward
 from nusam.placement.written_weights import WrittenWeights

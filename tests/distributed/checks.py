@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import nusam
 from collectives import Collectives
-from nusam.ascent.matrix_free import LayerGradient
+from nusam.ascent.products import LayerGradient
 from tests.distributed.engines import (
     DEVICE,
     ENGINES,

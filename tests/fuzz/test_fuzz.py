@@ -48,7 +48,7 @@ FAULTS = {
     "buffers-move-twice": ("nusam.guards.buffers._Step.finish", lambda self: None),
     "other-masks": ("nusam.guards.model_guard.RandomState.replay", lambda self: None),
     "surprises-are-missed": ("nusam.ascent.ascent.Ascent.surprises", lambda self, pass_: {}),
-    "attacks-count": ("nusam.ascent.matrix_free.Record.accumulates", lambda self: True),
+    "attacks-count": ("nusam.ascent.record.Record.accumulates", lambda self: True),
     "weights-stay-perturbed": ("nusam.placement.in_weights._RankOneInWeights.remove", lambda self: None),
     "hooks-are-overlooked": ("nusam.layers.structure.has_hooks", lambda parameter: False),
     "steps-are-not-saved": ("nusam.saving._STEPS", "elsewhere"),

@@ -7,10 +7,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from nusam.ascent.matrix_free import Job, LayerPass, Record
+from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.parts import part_of, shared_part
+from nusam.ascent.record import Job, Record
 from nusam.ascent.verification import IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
-from nusam.distributed.sharding import DataParallel, Ranks, complete, compute_device, is_sharded, local, route
+from nusam.distributed.blocks import complete, compute_device, is_sharded, local, route
+from nusam.distributed.data_parallel import DataParallel
+from nusam.distributed.sums import Ranks
 from nusam.interrupts import entered
 from nusam.layers.structure import HOOKED, Structure
 from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State, matrix_shape

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nusam.ascent.matrix_free import Record, Sum
-from nusam.distributed.sharding import BlockOf, DataParallel, Route, averaged, block, is_sharded, local, whole
+from nusam.ascent.products import Sum
+from nusam.ascent.record import Record
+from nusam.distributed.blocks import BlockOf, averaged, block, is_sharded, local, whole
+from nusam.distributed.data_parallel import DataParallel
+from nusam.distributed.sums import Route
 from nusam.lmo import matrix_shape
 from nusam.power_iteration import Explicit, Matrix, working_dtype
 

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.ascent.matrix_free import Record
 from nusam.ascent.parts import by_gradient, by_layers, norm_of
-from nusam.distributed.sharding import DataParallel, Ranks, averaged, is_sharded
+from nusam.ascent.record import Record
+from nusam.distributed.blocks import averaged, is_sharded
+from nusam.distributed.data_parallel import DataParallel
+from nusam.distributed.sums import Ranks
 from nusam.power_iteration import Explicit
 
 __all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from nusam.base_optimizer import chain, is_second_order, moves_first, unknown_argument
-from nusam.distributed.sharding import DataParallel, is_running, is_sharded, is_stateless
+from nusam.distributed.blocks import is_sharded
+from nusam.distributed.data_parallel import DataParallel, is_running, is_stateless
 from nusam.distributed.surroundings import Holders
 from nusam.lmo import LMO, Nuclear
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nusam.distributed.sharding import compute_device
+from nusam.distributed.blocks import compute_device
 from nusam.guards.buffers import Buffers
 from nusam.interrupts import always
 from nusam.layers.module_tree import ModuleTree

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nusam.distributed.sharding import is_sharded
+from nusam.distributed.blocks import is_sharded
 
 __all__ = ["Watch", "here", "is_here"]
 

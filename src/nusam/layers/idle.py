@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nusam.interrupts import always, remove_hook
-from nusam.layers.layers import is_transformed, tapped
+from nusam.layers.kinds import is_transformed, tapped
 
 __all__ = ["IdleLayers"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nusam.distributed.sharding import has_replicas
+from nusam.distributed.surroundings import has_replicas
 from nusam.layers.idle import IdleLayers
-from nusam.layers.layers import Use, find_uses
+from nusam.layers.uses import Use, find_uses
 
 __all__ = ["HOOKED", "Structure"]
 

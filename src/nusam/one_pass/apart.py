@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nusam.ascent.matrix_free import Record, as_multiplied, without_autocast
-from nusam.distributed.sharding import is_sharded
-from nusam.layers.layers import Conv1D, Embedding, InForward, Kind, Linear, Own, is_altered, is_plain
+from nusam.ascent.function import as_multiplied, without_autocast
+from nusam.ascent.record import Record
+from nusam.distributed.blocks import is_sharded
+from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_plain
 from nusam.layers.reads import untold
 from nusam.lmo import RankOne
 from nusam.one_pass.joint import CannotJoin, Joint
+from nusam.placement.in_forward import InForward
 
 __all__ = ["Apart", "Mixed"]
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from nusam.ascent.ascent import Target
-from nusam.ascent.matrix_free import Job, LayerPass
+from nusam.ascent.layer_pass import LayerPass
+from nusam.ascent.record import Job
 from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES
 from nusam.batch import first_samples, samples_in
-from nusam.distributed.sharding import compute_device
+from nusam.distributed.blocks import compute_device
 from nusam.guards.buffers import SMALL
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear, RankOne

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from nusam.distributed.sharding import block, is_sharded, local
+from nusam.distributed.blocks import block, is_sharded, local
 from nusam.lmo import Dense, Perturbation, RankOne
 
 __all__ = ["InWeights", "in_weights"]

@@ -2,13 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nusam.interrupts import entered
-from nusam.layers.layers import InForward
-from nusam.one_pass.apart import Apart
 
 __all__ = ["Ledger", "clear_gradients", "not_added"]
 
@@ -81,7 +80,16 @@ def clear_gradients(parameters: Iterable[Tensor]) -> None:
         parameter.grad = None
 
 
-def not_added(forward: Mapping[Tensor, InForward | Apart]) -> list[Tensor]:
+class Counted(Protocol):
+    """A handler that adds ε in the forward."""
+
+    @property
+    def calls(self) -> int:
+        """That added it, outside of compiled graphs."""
+        ...
+
+
+def not_added(forward: Mapping[Tensor, Counted]) -> list[Tensor]:
     """Those whose ε no layer has added in a descent, though their gradients say that they were used.
 
     A compiled graph adds without counting, so that nothing is known where nothing was counted.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from nusam.distributed.sharding import is_sharded
+from nusam.distributed.blocks import is_sharded
 from nusam.guards.checks import check_count, check_radius
 from nusam.guards.model_guard import RandomState
 from nusam.interrupts import always

@@ -1,101 +1,19 @@
-"""Ascent without weight gradients: Algorithm 2's products from each layer's input and output gradient.
+"""What an ascent learns about one matrix as its layers' backwards run."""
 
-A whole sequential iteration, v from u and then u from the new v, fits inside the layer's backward (see
-:mod:`nusam.layers.kinds` for the products), and the gradient is never formed. A use of a matrix is either *served*:
-the matrix is no input of the layer's function then, so that nobody's hook sees a gradient that is not there; or
-*checked*: the gradient is formed as ever, and the products beside it.
-"""
-
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from nusam.distributed.sharding import block, compute_device, is_sharded, layout, local, whole
-from nusam.interrupts import always, entered, remove_hook
-from nusam.layers.idle import IdleLayers
-from nusam.layers.layers import (
-    UNSAFE_VIEW,
-    Embedding,
-    Handler,
-    Kind,
-    Linear,
-    Own,
-    Use,
-    is_altered,
-    is_plain,
-    rerouted,
-    tapped,
-)
+from nusam.ascent.function import as_multiplied, layer_with_products
+from nusam.ascent.products import LayerGradient, Rows, Sum
+from nusam.distributed.blocks import block, compute_device, is_sharded, layout, local, whole
+from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, tapped
 from nusam.lmo import State, matrix_shape
-from nusam.power_iteration import SMALL, Explicit, Matrix, TopPair, meeting, normalized, products, signs
+from nusam.power_iteration import Explicit, Matrix, TopPair, normalized, products, signs
 
-__all__ = ["Job", "LayerGradient", "LayerPass", "Record", "Sum", "as_multiplied", "without_autocast"]
-
-
-class LayerGradient:
-    """The gradient of a layer's matrix, multiplied without being formed."""
-
-    def __init__(self, layer: type[Kind], X: Tensor, D: Tensor, n: int) -> None:
-        self.layer, self.X, self.D, self.n = layer, X, D, n
-
-    def is_small(self) -> bool:
-        return self.layer is not Embedding and self.X.numel() + self.D.numel() <= SMALL
-
-    def kind(self) -> Hashable:
-        """What small ones that can be stacked have in common."""
-        if not self.is_small():
-            return None
-        return self.layer, self.X.shape, self.D.shape, self.X.dtype, self.D.dtype, self.X.device
-
-    @staticmethod
-    def stacked(gradients: "Sequence[LayerGradient]") -> "LayerGradient":
-        """Several as one, for u (k, n, 1) and v (k, m, 1)."""
-        Xs, Ds = torch.stack([G.X for G in gradients]), torch.stack([G.D for G in gradients])
-        return LayerGradient(gradients[0].layer, Xs, Ds, gradients[0].n)
-
-    def matvec(self, v: Tensor) -> Tensor:
-        X, D = self._in(v)
-        return self.layer.matvec(X, D, v.to(D.device), self.n).to(v.device)
-
-    def rmatvec(self, u: Tensor) -> Tensor:
-        X, D = self._in(u)
-        return self.layer.rmatvec(X, D, u.to(D.device)).to(u.device)
-
-    def _in(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        X = self.X.to(like.dtype) if self.X.is_floating_point() else self.X
-        return X, self.D.to(like.dtype)
-
-
-class Rows:
-    """Rows of a matrix (n×m) whose other rows are zero: a piece of a packed projection."""
-
-    def __init__(self, matrix: Matrix, rows: slice, n: int) -> None:
-        self.matrix, self.rows, self.n = matrix, rows, n
-
-    def matvec(self, v: Tensor) -> Tensor:
-        u = v.new_zeros(self.n)
-        u[self.rows] = self.matrix.matvec(v)
-        return u
-
-    def rmatvec(self, u: Tensor) -> Tensor:
-        return self.matrix.rmatvec(u[self.rows])
-
-
-class Sum:
-    """A sum of matrices of one shape, such as the gradient of a matrix that was used several times."""
-
-    def __init__(self, parts: list[Matrix]) -> None:
-        self.parts = parts
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return reduce(torch.add, [part.matvec(v) for part in self.parts])
-
-    def rmatvec(self, u: Tensor) -> Tensor:
-        return reduce(torch.add, [part.rmatvec(u) for part in self.parts])
+__all__ = ["Job", "Record"]
 
 
 class Job(NamedTuple):
@@ -109,116 +27,6 @@ class Job(NamedTuple):
     shares: bool  # with other processes
     frees: bool  # compare and free the gradient as soon as it is complete
     in_forward: bool  # ε is to live in the layers' forward
-
-
-class LayerPass:
-    """One ascent pass in which the given uses of matrices hand out top pairs, instead of gradients or beside them.
-
-    Args:
-        uses: where the model uses the matrices.
-        jobs: what to do for every matrix.
-        iterations: T of Algorithm 2.
-        compiles: whether the model may be compiled; if it is though this is False, its gradients are formed.
-        idle: layers whose gradients nobody needs.
-        needed: parameters whose gradients somebody does.
-        watches: whether those of idle layers are formed, to see who asks for them.
-    """
-
-    def __init__(
-        self,
-        uses: list[Use],
-        jobs: dict[Tensor, Job],
-        iterations: int,
-        compiles: bool,
-        idle: IdleLayers,
-        needed: set[Tensor],
-        watches: bool,
-    ) -> None:
-        self._uses = uses
-        self._idle = idle
-        self._needed = needed
-        self._watches = watches
-        self._stand_ins: dict[Tensor, Tensor] = {}
-        self._tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
-        self._tap_node = torch.autograd.graph.get_gradient_edge(self._tap).node
-        us = meeting([job.state["u"] for job in jobs.values()])
-        self.records = {
-            parameter: Record(parameter, job, u, iterations, self._stand_ins, self._tap, self._tap_node)
-            for (parameter, job), u in zip(jobs.items(), us, strict=True)
-        }
-        if compiles:
-            for record in self.records.values():
-                record.make_probe()
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether compiled graphs have left anything."""
-        return any(record.probed is not None for record in self.records.values())
-
-    @property
-    def keeps(self) -> bool:
-        """Whether products are multiplied after the pass, as processes that share it must."""
-        return any(record.job.keeps for record in self.records.values())
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Run the pass inside; the model is as found afterwards."""
-        handlers: dict[Tensor, Handler] = {p: record.use for p, record in self.records.items()}
-        checked = [record for record in self.records.values() if record.job.checks]
-        # served layers compute with detached weights: a frozen one gets a gradient where it is used elsewhere
-        thawed = [(p, p.grad) for p, record in self.records.items() if record.thaws]
-
-        def undo() -> None:
-            for parameter, gradient in thawed:
-                parameter.requires_grad_(False)
-                parameter.grad = gradient
-            for record in checked:
-                remove_hook(record.parameter, record.complete)
-
-        around = self._idle.watched() if self._watches else self._idle.detached(self._needed)
-        with always(undo), rerouted(self._uses, handlers), around, _standing_in(self._stand_ins, self._idle):
-            for parameter, _ in thawed:
-                parameter.grad = None
-                parameter.requires_grad_(True)
-            for record in checked:
-                if record.parameter.is_leaf:
-                    record.parameter.register_post_accumulate_grad_hook(record.complete)  # type: ignore[no-untyped-call]
-            yield
-
-    def settle(self) -> None:
-        """The backwards are over: multiply what waits, and put the gradients that stand-ins have into parameters."""
-        waiting = [record for record in self.records.values() if record.waiting is not None]
-        if waiting:
-            with entered(torch.no_grad(), without_autocast(waiting[0].u.device)):
-                gradients: list[Matrix] = [record.waiting for record in waiting if record.waiting is not None]
-                Gvs, vs = products(gradients, [record.u for record in waiting], waiting[0].iterations)
-                for record, pair in zip(waiting, zip(Gvs, vs, strict=True), strict=True):
-                    record.pair, record.waiting = pair, None
-        for record in self.records.values():
-            record.settle()
-
-    def saw_gradients(self) -> bool:
-        """Whether any backward has passed through one of the layers."""
-        return any(record.reached for record in self.records.values())
-
-    def top_pairs(self, parameters: Iterable[Tensor]) -> dict[Tensor, TopPair]:
-        """The pairs that the layers found for these, each used once."""
-        records = {p: self.records[p] for p in parameters}
-        if not records:
-            return {}
-        us, vs = zip(*(record.vectors() for record in records.values()), strict=True)
-        warm_starts = [record.job.state["u"] for record in records.values()]
-        return dict(zip(records, normalized(list(us), list(vs), warm_starts), strict=True))
-
-    def forget(self) -> None:
-        """Begin anew: what the layers have left so far does not count."""
-        for record in self.records.values():
-            record.forget()
-
-    def release(self) -> None:
-        """Let go of what was kept, which a loss that lives on would keep alive."""
-        for record in self.records.values():
-            record.kept, record.formed, record.waiting = [], None, None
 
 
 class Record:
@@ -395,7 +203,7 @@ class Record:
         given = W
         if not self.job.checks:
             given, extra = self._stand_in_for(W), self._stand_in_for_bias(extra)
-        return _layer(kind, x, given, extra, self._tap, None, None, self.iterations, (self, rows, W))
+        return layer_with_products(kind, x, given, extra, self._tap, None, None, self.iterations, (self, rows, W))
 
     def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         if self.job.shares and self.frozen:
@@ -409,7 +217,7 @@ class Record:
         x = as_multiplied(kind, x)
         if not self.job.checks:
             W, extra = W.detach(), extra.detach() if isinstance(extra, Tensor) else extra
-        return _layer(kind, x, W, extra, probe, self.u, self.r, self.iterations, None)
+        return layer_with_products(kind, x, W, extra, probe, self.u, self.r, self.iterations, None)
 
     def _stand_in_for(self, W: Tensor) -> Tensor:
         """What a served use computes with: no hook of the weight's sees a gradient that is not there."""
@@ -518,147 +326,3 @@ def _is_wanted(parameter: Tensor) -> bool:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
     except RuntimeError:  # torch's answer for a leaf whose gradient is returned
         return True
-
-
-def as_multiplied(kind: type[Kind], x: Tensor) -> Tensor:
-    """Under autocast, what a plain layer would save: the input as it is multiplied."""
-    device = x.device.type
-    if not torch._C._is_any_autocast_enabled():
-        return x
-    if kind is Embedding or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    multiplied: Tensor = x.to(torch.get_autocast_dtype(device))
-    return multiplied
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute with the dtypes that are there; a compiled graph needs the context itself."""
-    if torch.compiler.is_compiling():
-        return torch.autocast(device.type, enabled=False)
-    return entered(torch.autocast(device.type, enabled=False)) if torch._C._is_any_autocast_enabled() else nullcontext()
-
-
-def _layer(
-    kind: type[Kind],
-    x: Tensor,
-    W: Tensor,
-    extra: Any,
-    probe: Tensor,
-    u: Tensor | None,
-    r: Tensor | None,
-    iterations: int,
-    reports: Any,
-) -> Tensor:
-    """A layer whose backward hands out products."""
-    bias = extra if isinstance(extra, Tensor) else None
-    extra = None if isinstance(extra, Tensor) else extra
-    output: Tensor = _Products.apply(x, W, bias, probe, u, r, kind, extra, iterations, reports)
-    return output
-
-
-@contextmanager
-def _standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[None]:
-    """Inside, the loss may ask for the gradient of a served weight: its stand-in answers.
-
-    This is where torch.autograd.grad and Tensor.backward(inputs=...) hand over to the engine.
-    """
-    module: Any = torch.autograd
-    run = module._engine_run_backward
-
-    def run_with_stand_ins(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        grad_outputs, retain_graph, create_graph, inputs, *rest = args
-        idle.refuse_hidden(inputs)
-        served = [x for x in inputs if isinstance(x, Tensor) and x in stand_ins]
-        if not served:
-            return run(outputs, *args, **kwargs)
-        # what does not go through their layers reaches the parameters themselves
-        asked = (*(stand_ins.get(x, x) if isinstance(x, Tensor) else x for x in inputs), *served)
-        found = run(outputs, grad_outputs, retain_graph, create_graph, asked, *_unused_allowed(rest), **kwargs)
-        if not isinstance(found, tuple):
-            return found  # they are in the tensors themselves
-        own = dict(zip(served, found[len(inputs) :], strict=True))
-        gradients = tuple(
-            _added(_as_hooks_make_it(g, x), own[x]) if isinstance(x, Tensor) and x in own else g
-            for g, x in zip(found, inputs, strict=False)
-        )
-        if rest and not rest[0] and any(g is None for g in gradients):
-            raise RuntimeError(
-                "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True "
-                "if this is the desired behavior."
-            )
-        return gradients
-
-    def undo() -> None:
-        module._engine_run_backward = run
-
-    with always(undo):
-        module._engine_run_backward = run_with_stand_ins
-        yield
-
-
-def _unused_allowed(rest: list[Any]) -> list[Any]:
-    """What follows the inputs of a backward, with leave for some of them to be unused."""
-    return [True, *rest[1:]] if rest else []
-
-
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _as_hooks_make_it(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """What the parameter's own hooks, which its stand-in does not have, make of its gradient."""
-    if gradient is not None:
-        for hook in (parameter._backward_hooks or {}).values():
-            changed = hook(gradient)
-            gradient = gradient if changed is None else changed
-    return gradient
-
-
-class _Products(torch.autograd.Function):
-    """A layer whose backward gives the input's gradient, those of weight and bias if asked, and a power iteration.
-
-    It can be differentiated again: a gradient inside the loss passes through the weight itself then.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, probe: Tensor, u: Tensor | None, r: Tensor | None,
-        kind: type[Kind], extra: Any, iterations: int, reports: Any,
-    ) -> Tensor:  # fmt: skip
-        y = kind.apply(x, W, extra if bias is None else bias)
-        if torch.compiler.is_compiling():
-            y = UNSAFE_VIEW(y, y.shape)
-        elif y._is_view():
-            y = y.detach()  # an activation could not overwrite a view
-        ctx.save_for_backward(x, W, u, r)
-        ctx.kind, ctx.iterations, ctx.reports, ctx.extra = kind, iterations, reports, extra
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, D: Tensor) -> Any:
-        x, W, u, r = ctx.saved_tensors
-        kind: type[Kind] = ctx.kind
-        n = W.shape[0]
-        input_gradient = weight_gradient = bias_gradient = probe_gradient = None
-        if torch.is_grad_enabled() and ctx.reports is not None:
-            W = ctx.reports[2]  # the weight itself: a gradient inside the loss depends on it
-        with without_autocast(D.device):
-            X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
-            if ctx.needs_input_grad[0]:
-                input_gradient = kind.input_gradient(D, W).view(x.shape)
-            forms = ctx.reports is None or ctx.reports[0].forms_now()
-            if ctx.needs_input_grad[1] and forms:
-                weight_gradient = kind.gradient(X, D, n)
-            if ctx.needs_input_grad[2] and forms:
-                bias_gradient = D.sum(0)
-            with torch.no_grad():
-                if ctx.reports is not None:
-                    record, rows, _ = ctx.reports
-                    record.take(kind, X.detach(), D.detach(), n, rows)
-                else:
-                    X = X.to(u.dtype) if X.is_floating_point() else X
-                    G = LayerGradient(kind, X, D.to(u.dtype), n)
-                    (Gv,), (v,) = products([G], [u], ctx.iterations)
-                    checked = v.new_zeros(v.shape) if r is None else G.rmatvec(r)
-                    probe_gradient = torch.cat([Gv, v, v.new_ones(1), checked])
-        return input_gradient, weight_gradient, bias_gradient, probe_gradient, *[None] * 6

@@ -1,0 +1,134 @@
+"""Ascent without weight gradients: Algorithm 2's products from each layer's input and output gradient.
+
+A whole sequential iteration, v from u and then u from the new v, fits inside the layer's backward (see
+:mod:`nusam.layers.kinds` for the products), and the gradient is never formed. A use of a matrix is either *served*:
+the matrix is no input of the layer's function then, so that nobody's hook sees a gradient that is not there; or
+*checked*: the gradient is formed as ever, and the products beside it.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nusam.ascent.asked import standing_in
+from nusam.ascent.function import without_autocast
+from nusam.ascent.record import Job, Record
+from nusam.interrupts import always, entered, remove_hook
+from nusam.layers.idle import IdleLayers
+from nusam.layers.kinds import Handler
+from nusam.layers.uses import Use, rerouted
+from nusam.power_iteration import Matrix, TopPair, meeting, normalized, products
+
+__all__ = ["LayerPass"]
+
+
+class LayerPass:
+    """One ascent pass in which the given uses of matrices hand out top pairs, instead of gradients or beside them.
+
+    Args:
+        uses: where the model uses the matrices.
+        jobs: what to do for every matrix.
+        iterations: T of Algorithm 2.
+        compiles: whether the model may be compiled; if it is though this is False, its gradients are formed.
+        idle: layers whose gradients nobody needs.
+        needed: parameters whose gradients somebody does.
+        watches: whether those of idle layers are formed, to see who asks for them.
+    """
+
+    def __init__(
+        self,
+        uses: list[Use],
+        jobs: dict[Tensor, Job],
+        iterations: int,
+        compiles: bool,
+        idle: IdleLayers,
+        needed: set[Tensor],
+        watches: bool,
+    ) -> None:
+        self._uses = uses
+        self._idle = idle
+        self._needed = needed
+        self._watches = watches
+        self._stand_ins: dict[Tensor, Tensor] = {}
+        self._tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
+        self._tap_node = torch.autograd.graph.get_gradient_edge(self._tap).node
+        us = meeting([job.state["u"] for job in jobs.values()])
+        self.records = {
+            parameter: Record(parameter, job, u, iterations, self._stand_ins, self._tap, self._tap_node)
+            for (parameter, job), u in zip(jobs.items(), us, strict=True)
+        }
+        if compiles:
+            for record in self.records.values():
+                record.make_probe()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled graphs have left anything."""
+        return any(record.probed is not None for record in self.records.values())
+
+    @property
+    def keeps(self) -> bool:
+        """Whether products are multiplied after the pass, as processes that share it must."""
+        return any(record.job.keeps for record in self.records.values())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the pass inside; the model is as found afterwards."""
+        handlers: dict[Tensor, Handler] = {p: record.use for p, record in self.records.items()}
+        checked = [record for record in self.records.values() if record.job.checks]
+        # served layers compute with detached weights: a frozen one gets a gradient where it is used elsewhere
+        thawed = [(p, p.grad) for p, record in self.records.items() if record.thaws]
+
+        def undo() -> None:
+            for parameter, gradient in thawed:
+                parameter.requires_grad_(False)
+                parameter.grad = gradient
+            for record in checked:
+                remove_hook(record.parameter, record.complete)
+
+        around = self._idle.watched() if self._watches else self._idle.detached(self._needed)
+        with always(undo), rerouted(self._uses, handlers), around, standing_in(self._stand_ins, self._idle):
+            for parameter, _ in thawed:
+                parameter.grad = None
+                parameter.requires_grad_(True)
+            for record in checked:
+                if record.parameter.is_leaf:
+                    record.parameter.register_post_accumulate_grad_hook(record.complete)  # type: ignore[no-untyped-call]
+            yield
+
+    def settle(self) -> None:
+        """The backwards are over: multiply what waits, and put the gradients that stand-ins have into parameters."""
+        waiting = [record for record in self.records.values() if record.waiting is not None]
+        if waiting:
+            with entered(torch.no_grad(), without_autocast(waiting[0].u.device)):
+                gradients: list[Matrix] = [record.waiting for record in waiting if record.waiting is not None]
+                Gvs, vs = products(gradients, [record.u for record in waiting], waiting[0].iterations)
+                for record, pair in zip(waiting, zip(Gvs, vs, strict=True), strict=True):
+                    record.pair, record.waiting = pair, None
+        for record in self.records.values():
+            record.settle()
+
+    def saw_gradients(self) -> bool:
+        """Whether any backward has passed through one of the layers."""
+        return any(record.reached for record in self.records.values())
+
+    def top_pairs(self, parameters: Iterable[Tensor]) -> dict[Tensor, TopPair]:
+        """The pairs that the layers found for these, each used once."""
+        records = {p: self.records[p] for p in parameters}
+        if not records:
+            return {}
+        us, vs = zip(*(record.vectors() for record in records.values()), strict=True)
+        warm_starts = [record.job.state["u"] for record in records.values()]
+        return dict(zip(records, normalized(list(us), list(vs), warm_starts), strict=True))
+
+    def forget(self) -> None:
+        """Begin anew: what the layers have left so far does not count."""
+        for record in self.records.values():
+            record.forget()
+
+    def release(self) -> None:
+        """Let go of what was kept, which a loss that lives on would keep alive."""
+        for record in self.records.values():
+            record.kept, record.formed, record.waiting = [], None, None

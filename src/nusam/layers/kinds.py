@@ -1,0 +1,199 @@
+"""How each kind of layer uses its matrix W (n×m): output, products with its gradient, effect of a rank-one ε.
+
+With the layer's input rows X and the gradient D of its output rows, both at hand in the backward, the gradient G
+of W need not be formed to be multiplied: for a linear layer G = DᵀX, so Gv = Dᵀ(Xv) and Gᵀu = Xᵀ(Du).
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils._device import DeviceContext
+
+from nusam.distributed.blocks import is_on_its_way, is_sharded
+from nusam.layers.reads import Watched
+
+__all__ = [
+    "Conv1D",
+    "Embedding",
+    "Kind",
+    "Linear",
+    "Own",
+    "UNSAFE_VIEW",
+    "is_altered",
+    "is_plain",
+    "is_transformed",
+    "tapped",
+]
+
+
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
+
+class Kind:
+    """A linear layer: y = xWᵀ + b, with x (..., m) and y (..., n), so G = DᵀX."""
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        return F.linear(x, W, extra)
+
+    @staticmethod
+    def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
+        """X (T×m) and D (T×n)."""
+        return x.reshape(-1, x.shape[-1]), D.reshape(-1, D.shape[-1])
+
+    @staticmethod
+    def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
+        """Gv, of length n."""
+        return D.mT @ (X @ v)
+
+    @staticmethod
+    def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
+        """Gᵀu, of length m."""
+        return X.mT @ (D @ u)
+
+    @staticmethod
+    def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
+        """G itself, where it must be formed."""
+        return D.mT @ X
+
+    @staticmethod
+    def input_gradient(D: Tensor, W: Tensor) -> Tensor:
+        return D @ dense(W, D.dtype)
+
+    @staticmethod
+    def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """What ε = uvᵀ adds to the output."""
+        return (x.to(v.dtype) @ v).unsqueeze(-1) * u
+
+
+Linear = Kind
+
+
+class Own(Kind):
+    """A linear layer of a quantizing library, whose forward and backward are its own business.
+
+    ``extra`` is that forward.
+    """
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        y: Tensor = extra(x)
+        return y
+
+
+class Conv1D(Kind):
+    """Hugging Face's Conv1D: y = xW + b, a linear layer with its matrix transposed, so G = XᵀD."""
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        return F.linear(x, W.mT, extra)
+
+    @staticmethod
+    def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
+        return X.mT @ (D @ v)
+
+    @staticmethod
+    def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
+        return D.mT @ (X @ u)
+
+    @staticmethod
+    def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
+        return X.mT @ D
+
+    @staticmethod
+    def input_gradient(D: Tensor, W: Tensor) -> Tensor:
+        return D @ dense(W, D.dtype).mT
+
+    @staticmethod
+    def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return (x.to(u.dtype) @ u).unsqueeze(-1) * v
+
+
+class Embedding(Kind):
+    """A table whose rows are looked up: X is the index (T), one-hot rows of length n in effect.
+
+    ``extra`` is the padding index, whose row gets no gradient.
+    """
+
+    @staticmethod
+    def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        return F.embedding(x, W, extra)
+
+    @staticmethod
+    def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
+        index, rows = x.reshape(-1), D.reshape(-1, D.shape[-1])
+        if extra is not None:
+            rows = rows.masked_fill((index == extra)[:, None], 0)
+        return index, rows
+
+    @staticmethod
+    def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
+        return v.new_zeros(n).index_add(0, X, D @ v)
+
+    @staticmethod
+    def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
+        return D.mT @ u[X]
+
+    @staticmethod
+    def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
+        return D.new_zeros(n, D.shape[1]).index_add(0, X, D)
+
+    @staticmethod
+    def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return u[x].unsqueeze(-1) * v
+
+
+class Handler(Protocol):
+    """What a layer calls in the place of its own function; ``rows`` if W is a piece of the matrix."""
+
+    def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor: ...
+
+
+def dense(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """The entries of a weight, which a tensor subclass such as torchao's keeps in another form."""
+    entries = W if type(W) in (Tensor, nn.Parameter, Watched) or is_sharded(W) else W.dequantize()
+    return entries if entries.dtype is dtype else entries.to(dtype)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the input is rows of numbers: not nested, not sparse, and not inside vmap, jvp or the like."""
+    ordinary = type(x) is Tensor or isinstance(x, nn.Parameter) or is_sharded(x) or is_on_its_way(x)
+    return ordinary and x.layout == torch.strided and not x.is_nested and not is_transformed()
+
+
+def is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_altered() -> bool:
+    """Whether a layer's function may be another than torch's: by a TorchFunctionMode, or by a patch."""
+    if F.linear is not torch._C._nn.linear or F.embedding is not _EMBEDDING:
+        return True
+    count = torch._C._len_torch_function_stack()
+    return count > 0 and any(not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(count))
+
+
+_EMBEDDING = F.embedding
+
+
+def tapped(y: Tensor, tap: Tensor) -> Tensor:
+    """The same output, which is reached in a backward because it depends on ``tap``; that gets no gradient."""
+    output: Tensor = _Tapped.apply(y, tap)
+    return output
+
+
+class _Tapped(torch.autograd.Function):
+    """The identity, with a second input that gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tap: Tensor) -> Tensor:
+        # no view where it can be had, so that an activation may overwrite it
+        output: Tensor = y.view_as(y) if is_sharded(y) else UNSAFE_VIEW(y, y.shape)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, D: Tensor) -> Any:
+        return D, None

@@ -1,0 +1,138 @@
+"""Where modules use their matrices, and how a pass gets between a module and its function."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nusam.distributed.blocks import is_sharded
+from nusam.interrupts import always
+from nusam.layers.attention import HANDLER, attend, places_of, sharded_attention
+from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own
+from nusam.layers.reads import Watched, untold
+from nusam.lmo import matrix_shape
+
+__all__ = ["Use", "find_uses", "rerouted"]
+
+
+class Use(NamedTuple):
+    """One parameter as one module uses it."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    kind: type[Kind]
+    forward: Any  # the function that its class computes with
+
+    def is_current(self) -> bool:
+        """Whether the module still uses the parameter so."""
+        module = self.module
+        return (
+            module._parameters.get(self.name) is self.parameter
+            and type(module).forward is self.forward
+            and "forward" not in vars(module)
+        )
+
+
+def find_uses(model: nn.Module) -> Iterator[Use]:
+    """Every matrix of the model that reaches its input through a layer whose forward is known."""
+    linear, embedding, attention = map(_as_published, (nn.Linear, nn.Embedding, nn.MultiheadAttention))
+    for module in model.modules():
+        forward = getattr(type(module), "forward", None)
+        if "forward" in vars(module):
+            continue  # somebody replaced it already
+        if forward is linear:
+            yield from _uses(module, ("weight",), Linear)
+        elif forward is embedding and not module.sparse and not module.scale_grad_by_freq:
+            if module.max_norm is None:
+                yield from _uses(module, ("weight",), Embedding)
+        elif forward is attention:
+            yield from _uses(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), Linear)
+        elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
+            yield from (use for use in _uses(module, ("weight",), Own) if not use.parameter.requires_grad)
+        elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+            yield from _uses(module, ("weight",), Conv1D)
+
+
+def _as_published(kind: type[nn.Module]) -> Any:
+    """The class's forward, unless somebody has patched it."""
+    code = getattr(kind.forward, "__code__", None)
+    return kind.forward if code and code.co_filename == sys.modules[kind.__module__].__file__ else None
+
+
+def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterator[Use]:
+    for name in names:
+        parameter = module._parameters.get(name)
+        if isinstance(parameter, nn.Parameter) and len(matrix_shape(parameter)) == 2:
+            yield Use(module, name, parameter, kind, type(module).forward)
+
+
+@contextmanager
+def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]:
+    """Inside, each use of a parameter with a handler goes through it; the modules are as found afterwards.
+
+    The forward is replaced on the instance: a thread-local mode would be missed by activation checkpointing,
+    a class swap would fight those of other libraries, and torch.compile guards on the replacement.
+    """
+    forwards = {use.module: _forward(use, handlers) for use in uses if any(p in handlers for p in _multiplied(use))}
+
+    def undo() -> None:
+        for module, forward in forwards.items():
+            if vars(module).get("forward") is forward:  # else somebody has replaced it in the pass
+                vars(module).pop("forward", None)
+        for parameter in handlers:
+            vars(parameter).pop(HANDLER, None)
+
+    with always(undo):
+        for parameter, handler in handlers.items():
+            setattr(parameter, HANDLER, handler)
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+
+
+def _multiplied(use: Use) -> tuple[Tensor, ...]:
+    """Whose use the module's forward decides; an attention multiplies with the weight of its output layer itself."""
+    module = use.module
+    return (use.parameter, module.out_proj.weight) if isinstance(module, nn.MultiheadAttention) else (use.parameter,)
+
+
+def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
+    module: Any = use.module
+    if isinstance(module, nn.MultiheadAttention):
+        # It hands its projections' weights to F.linear itself, out_proj's included: so its functions run with an
+        # F.linear of ours, which finds the handler on the weight.
+        if is_sharded(use.parameter):
+            return partial(sharded_attention, module, places_of(module, handlers))
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            if type(module).forward is not use.forward:
+                return type(module).forward(module, *args, **kwargs)
+            weights = (*module._parameters.values(), module.out_proj.weight)
+            if torch.compiler.is_compiling() or not any(type(W) is Watched for W in weights):
+                return attend(module, *args, **kwargs)
+            return untold(attend, module, *args, **kwargs)
+
+        return attention
+    kind, handler, own, parameter = use.kind, handlers[use.parameter], module.forward, use.parameter
+    sharded = is_sharded(parameter)  # then FSDP2 puts what it gathered in its place
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if type(module).forward is not use.forward:  # patched while the pass runs
+            return type(module).forward(module, *args, **kwargs)
+        W = module.weight
+        if len(args) + len(kwargs) != 1 or not (W is parameter or (sharded and isinstance(W, nn.Parameter))):
+            return own(*args, **kwargs)  # torch.func.functional_call has put something else in the weight's place
+        # whoever keeps this function beyond the pass finds what is there by then
+        current = handler if torch.compiler.is_compiling() else vars(parameter).get(HANDLER)
+        if current is None:
+            return type(module).forward(module, *args, **kwargs)
+        (x,) = (*args, *kwargs.values())
+        extra = module.padding_idx if kind is Embedding else own if kind is Own else module.bias
+        return current(kind, x, W, extra)
+
+    return forward
