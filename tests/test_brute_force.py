@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import nusam
-from nusam.optimizer import _mix
 from nusam.reference import nusam_step, svd_top1
+from nusam.targets import mixed
 from tests.conftest import loss_of, mlp, train_step
 
 STEPS, RHO, DELAY = 20, 0.07, 3
@@ -74,7 +74,7 @@ def brute_force(model, make_base, method, options, warm_starts):
                 if method is nusam.SAMON:
                     perturbed = list(model[1].parameters())
                 if method is nusam.GaussSAM:
-                    seed = _mix(0, step)
+                    seed = mixed(0, step)
                     by_parameter = {
                         p: torch.empty_like(p).normal_(generator=torch.Generator().manual_seed(seed + i))
                         for i, p in enumerate(parameters)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nusam import lmo
+    from nusam.coverage import Coverage
     from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
     from nusam.optimizer import SharpnessAware, step_in_backward
-    from nusam.targets import Coverage
     from nusam.tools import memory
     from nusam.tools.memory import perturbation_numel
     from nusam.tools.radius_search import RadiusSearch, find_rho
@@ -49,7 +49,7 @@ _MODULE_OF = {
     **dict.fromkeys(("RadiusSearch", "find_rho"), "tools.radius_search"),
     **dict.fromkeys(("Sharpness", "sharpness"), "tools.sharpness"),
     **dict.fromkeys(("SharpnessAware", "step_in_backward"), "optimizer"),
-    "Coverage": "targets",
+    "Coverage": "coverage",
     "perturbation_numel": "tools.memory",
 }
 _MODULES = {"lmo": "lmo", "memory": "tools.memory"}

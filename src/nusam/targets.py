@@ -1,86 +1,202 @@
-"""How much of a model a method reaches, and by name what it does not."""
+"""Which parameters are perturbed, by what names, and how far."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from operator import is_
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from nusam.lmo import matrix_shape
+from nusam.base_optimizer import turns_round
+from nusam.coverage import Candidate, Coverage, covered
+from nusam.distributed.data_parallel import DataParallel, unwrapped
+from nusam.guards.checks import check_radius
+from nusam.lmo import LMO
+from nusam.wrapper import Wrapper
 
-__all__ = ["Candidate", "Coverage", "covered", "warn_of_small_reach"]
-
-SMALL = 0.1  # the share of entries below which a method is likely not what was meant
+__all__ = ["Progress", "Target", "Targeted", "Targets", "mixed"]
 
 
-class Candidate(NamedTuple):
-    """A parameter that could be perturbed."""
+Targets = str | Callable[[str, nn.Parameter], bool]
+
+
+class Target(NamedTuple):
+    """A parameter that an ascent perturbs."""
 
     parameter: Tensor
-    radius: float  # before the schedule; negative where the base optimizer maximizes
-    left_out: str | None  # why it was not meant to be perturbed
+    radius: float  # negative where the base optimizer maximizes
+    seed: int  # of its state
 
 
-class Coverage(NamedTuple):
-    """What :meth:`nusam.SharpnessAware.coverage` counts and names."""
+class Targeted(Wrapper):
+    """An optimizer that knows which parameters a step perturbs, by how much and by what names."""
 
-    perturbed: int
-    """Entries that are perturbed."""
-    trainable: int
-    """Entries that could be: the trainable ones, or with ``targets="frozen"`` the frozen ones."""
-    left_out: dict[str, str]
-    """Of every parameter that is not perturbed, by name, its shape and why."""
+    lmo: LMO
+    delay: int
+    rho_schedule: Callable[[int], float] | None
+    model: nn.Module | None
+    targets: Targets
+    seed: int
+    m_sam: Any
+    _progress: "Progress"
+    _target_list: "_TargetList | None"
 
     @property
-    def share(self) -> float:
-        """Perturbed entries per entry; 0 where there is none."""
-        return self.perturbed / self.trainable if self.trainable else 0.0
+    def active(self) -> bool:
+        """Whether the next step is perturbed: the delay is over and some group's radius is positive."""
+        return self._progress.steps >= self.delay and any(radius > 0 for radius in self._radii())
+
+    def perturbation_numel(self) -> int:
+        """Floats that ε needs: Σ(n+m) over the matrices for νSAM (Table 1), every perturbed weight for SAM."""
+        return sum(self.lmo.numel(target.parameter) for target in self._targets(factor=1.0))
+
+    def coverage(self) -> Coverage:
+        """How many trainable entries are perturbed, once the delay is over, and by name what is not.
+
+        Counts the entries of the model, or without ``model=`` of the optimizer, that are trainable; with
+        ``targets="frozen"`` those that are frozen. Names are those of :meth:`metrics`.
+        """
+        return covered(self._candidates(), self._names(), self._perturbs, self._what_it_perturbs, self.targets)
+
+    @property
+    def _target(self) -> str:
+        return self.lmo.target
+
+    @property
+    def _what_it_perturbs(self) -> str:
+        return f"{type(self).__name__} perturbs a {self._target}"
+
+    def _perturbs(self, parameter: Tensor) -> bool:
+        return self.lmo.selects(parameter)
+
+    def _radii(self) -> list[float]:
+        """ρ of every group at this step: its own times the schedule's factor."""
+        factor = self._factor()
+        for group in self.param_groups:
+            check_radius(group["rho"])
+        return [float(group["rho"]) * factor for group in self.param_groups]
+
+    def _factor(self) -> float:
+        factor = 1.0 if self.rho_schedule is None else self.rho_schedule(self._progress.steps)
+        check_radius(factor, f"rho_schedule({self._progress.steps})")
+        return float(factor)
+
+    def _outside(self) -> dict[str, Tensor]:
+        """The model's parameters that the optimizer does not hold, by name, if they may be perturbed."""
+        if self.targets == "trainable" or self.model is None:
+            return {}
+        held = set(self._parameters())
+        stored = self._workers().stored
+        named = {name: stored(parameter) for name, parameter in unwrapped(self.model).named_parameters()}
+        return {name: parameter for name, parameter in named.items() if parameter not in held}
+
+    def _targets(self, factor: float | None = None) -> list[Target]:
+        """What is perturbed in this step, by how much, and the seed of its state.
+
+        A radius is negative where the base optimizer maximizes: the worst neighbour is then the lowest.
+        """
+        factor = self._factor() if factor is None else factor
+        known = self._target_list
+        if known is None or callable(self.targets) or not known.holds(self, factor):
+            chosen = [
+                Target(parameter, radius * factor, mixed(self.seed, index))
+                for index, (parameter, radius, left_out) in enumerate(self._candidates())
+                if radius * factor != 0 and left_out is None and self._perturbs(parameter)
+            ]
+            self._target_list = known = _TargetList(self, factor, chosen)
+        return known.targets
+
+    def _candidates(self) -> list[Candidate]:
+        """Every parameter that the optimizer holds, and those beside it that may be perturbed."""
+        groups, turned = self.param_groups, turns_round(self.base_optimizer)
+        signs = [-1.0 if turned != bool(group.get("maximize", False)) else 1.0 for group in groups]
+        everything = [
+            (parameter, group.get("rho", self._rho), sign)
+            for group, sign in zip(groups, signs, strict=True)
+            for parameter in group["params"]
+        ]
+        outside_sign = -1.0 if signs and all(sign < 0 for sign in signs) else 1.0
+        everything += [(parameter, self._rho, outside_sign) for parameter in self._outside().values()]
+        names = self._names() if callable(self.targets) else {}
+        candidates = []
+        for parameter, rho, sign in everything:
+            check_radius(rho)
+            if callable(self.targets):
+                left_out = None if self.targets(names[parameter], parameter) else "left out by targets="
+            elif parameter.requires_grad == (self.targets == "trainable"):
+                left_out = None
+            else:
+                left_out = f"not {self.targets}"
+            candidates.append(Candidate(parameter, sign * float(rho), left_out))
+        return candidates
+
+    def _names(self) -> dict[Tensor, str]:
+        names: dict[Tensor, str] = {}
+        for g, group in enumerate(self.param_groups):
+            own = group.get("param_names", [f"{g}.{i}" for i in range(len(group["params"]))])
+            names.update(zip(group["params"], own, strict=True))
+        if self.model is not None:
+            stored = self._workers().stored
+            names.update((stored(parameter), name) for name, parameter in unwrapped(self.model).named_parameters())
+        return names
+
+    def _workers(self) -> DataParallel:
+        return DataParallel(self.model, self.m_sam)
 
 
-def covered(
-    candidates: Sequence[Candidate],
-    names: Mapping[Tensor, str],
-    perturbs: Callable[[Tensor], bool],
-    method: str,
-    targets: object,
-) -> Coverage:
-    """Count what ``perturbs`` selects among the candidates, and name the others.
+class _TargetList:
+    """The targets as they were chosen, and what they were chosen by."""
 
-    Args:
-        candidates: what the optimizer holds, and what else may be perturbed.
-        names: of the candidates, and of the other parameters that count.
-        perturbs: whether the method perturbs a parameter at all.
-        method: its name and what it perturbs, as in "NuSAM perturbs a 2-D parameter".
-        targets: the option of that name.
-    """
-    found = {candidate.parameter: candidate for candidate in candidates}
-    perturbed = total = 0
-    left_out: dict[str, str] = {}
-    for parameter, name in names.items():
-        _, radius, reason = found.get(parameter, Candidate(parameter, 0.0, "not held by the optimizer"))
-        if parameter.requires_grad == (targets == "frozen") and not (callable(targets) and reason is None):
-            continue
-        shape = matrix_shape(parameter)
-        total += shape.numel()
-        if reason is None and radius == 0:
-            reason = "rho is 0"
-        if reason is None and not perturbs(parameter):
-            reason = f"{method} only"
-        if reason is None:
-            perturbed += shape.numel()
-        else:
-            left_out[name] = f"{tuple(shape)}: {reason}"
-    return Coverage(perturbed, total, left_out)
+    def __init__(self, opt: Targeted, factor: float, targets: list[Target]) -> None:
+        self.targets = targets
+        self._by = self._inputs(opt, factor)
+        self._parameters = self._among(opt)
+        self._trainable = [parameter.requires_grad for parameter in self._parameters]
 
-
-def warn_of_small_reach(candidates: Sequence[Candidate], perturbs: Callable[[Tensor], bool], method: str) -> None:
-    """Warn if the method perturbs little of what it was meant to, such as νSAM on a network of convolutions."""
-    meant = [c.parameter for c in candidates if c.radius != 0 and c.left_out is None]
-    total = sum(matrix_shape(parameter).numel() for parameter in meant)
-    perturbed = sum(matrix_shape(parameter).numel() for parameter in meant if perturbs(parameter))
-    if perturbed < SMALL * total:
-        warnings.warn(
-            f"{method} only, which is {perturbed:,} of the {total:,} entries handed to it, less than a tenth; "
-            "opt.coverage() names the others, which nusam.SAM would perturb.",
-            stacklevel=4,  # over step() and the profiler that torch puts around it
+    def holds(self, opt: Targeted, factor: float) -> bool:
+        """Whether they would be chosen again."""
+        parameters = self._among(opt)
+        return (
+            self._by == self._inputs(opt, factor)
+            and len(parameters) == len(self._parameters)
+            and all(map(is_, parameters, self._parameters))
+            and self._trainable == [parameter.requires_grad for parameter in parameters]
         )
+
+    @staticmethod
+    def _inputs(opt: Targeted, factor: float) -> tuple[Any, ...]:
+        groups = [
+            (group.get("rho", opt._rho), bool(group.get("maximize", False)), len(group["params"]))
+            for group in opt.param_groups
+        ]
+        return factor, opt._rho, turns_round(opt.base_optimizer), groups
+
+    @staticmethod
+    def _among(opt: Targeted) -> list[Tensor]:
+        return [*opt._parameters(), *opt._outside().values()]
+
+
+class Progress:
+    """What a finished or saved run is judged by; holds no reference to the optimizer."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.ascents = 0
+        self.wanted = False  # whether any radius, before the schedule, has been above 0
+        self.told_reach = False
+        self._warned = False
+
+    def warn_if_never_perturbed(self) -> None:
+        if self.wanted and self.ascents == 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The perturbation has not been active in any of {self.steps} steps: the base optimizer trained alone. "
+                "If that is not meant, check delay, rho and rho_schedule, and that the loop runs over opt.passes() "
+                "or calls opt.step(closure).",
+                stacklevel=2,
+            )
+
+
+def mixed(seed: int, index: int) -> int:
+    """A seed for the index-th use of ``seed``, within the 63 bits that a generator takes."""
+    return (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) % 2**63

@@ -1,16 +1,20 @@
 """What every optimizer around another has of it: its hyperparameters and its own methods."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from inspect import ismethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from nusam.guards.checks import check_call, check_radius
+from nusam.guards.calls import check_call
+from nusam.guards.checks import check_radius
 
 __all__ = ["Defaults", "Wrapper", "itself"]
+
+T = TypeVar("T")
 
 
 class Wrapper(Optimizer):
@@ -18,7 +22,7 @@ class Wrapper(Optimizer):
 
     base_optimizer: Optimizer
     _rho: float  # of groups that name none
-    _refuse_inside_pass: Callable[[str], None]
+    _pass: str | None = None  # the pass that is running
     _has_closure = False  # while a closure's passes run
     _given_losses: Sequence[Any] = ()  # those of passes that a framework ran in a closure, before it calls step()
     _took_a_closure = False  # whether the base has been seen to read the loss at the weights where it was found
@@ -53,6 +57,39 @@ class Wrapper(Optimizer):
             yield
         finally:
             self._has_closure = False
+
+    def _refuse_inside_pass(self, what: str) -> None:
+        running = itself(self)._pass
+        if running is not None:
+            raise RuntimeError(
+                f"{what} was called inside the {running} pass, where gradients and weights are not the step's own; "
+                "leave the pass first."
+            )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups, each with a key ``"rho"``."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state, exactly as it would be alone."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the base optimizer does it."""
+        self.base_optimizer.zero_grad(set_to_none)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -140,11 +177,11 @@ class Defaults(_Dict):
         return dict, (dict(self),)
 
 
-def itself(opt: Any) -> Any:
+def itself(opt: T) -> T:
     """The optimizer behind a wrapper that imitates its class, as Lightning's and Fabric's do.
 
     Our methods run on the wrapper then: it lets attributes be read through, but what is written stays on it.
     """
     while "base_optimizer" not in opt.__dict__:
-        opt = opt._optimizer
+        opt = cast(Any, opt)._optimizer
     return opt

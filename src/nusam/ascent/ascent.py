@@ -18,18 +18,11 @@ from nusam.interrupts import entered
 from nusam.layers.structure import HOOKED, Structure
 from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne, State, matrix_shape
 from nusam.power_iteration import Matrix, TopPair, power_iteration
+from nusam.targets import Target
 
-__all__ = ["Ascent", "Target"]
+__all__ = ["Ascent"]
 
 LARGE = 2**26  # entries of all matrices from which a gradient that was formed to be compared does not stay
-
-
-class Target(NamedTuple):
-    """A parameter to be perturbed in this step."""
-
-    parameter: Tensor
-    radius: float
-    seed: int
 
 
 class _Count(NamedTuple):

@@ -1,14 +1,13 @@
 """What is refused, each in one sentence: what was given, what is allowed, what to do."""
 
 import math
-from collections.abc import Mapping, Sequence
-from inspect import signature
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
@@ -21,13 +20,13 @@ from nusam.lmo import LMO, Nuclear
 __all__ = [
     "check_alone",
     "check_base_optimizer",
-    "check_call",
     "check_choice",
     "check_closure",
     "check_count",
     "check_frozen",
     "check_join",
     "check_m_sam",
+    "check_options",
     "check_parameter",
     "check_radius",
     "check_rank_one",
@@ -35,54 +34,6 @@ __all__ = [
     "check_sharded",
     "check_surroundings",
 ]
-
-
-def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-    """Whether an optimizer was handed over where one belongs, before Python compares the call with a signature."""
-    inits: list[Any] = [vars(one)["__init__"] for one in kind.__mro__ if "__init__" in vars(one)]
-    signatures = [list(signature(init).parameters)[1:] for init in inits[:-1]]
-    if "base_optimizer" not in signatures[0][:1] or not (args or "base_optimizer" in options):
-        return  # a copy is being made, or a subclass constructs the base optimizer itself
-    first = args[0] if args else options["base_optimizer"]
-    arguments = [name for names in signatures if "base_optimizer" in names for name in names]
-    hidden = {"base_optimizer", "options"} | ({"lmo"} - set(signatures[0]))
-    own = [name for name in dict.fromkeys(arguments) if name not in hidden]
-    theirs = {name: value for name, value in options.items() if name not in own}
-    theirs.pop("base_optimizer", None)
-    theirs.pop("adaptive", None)  # of davda54/sam, for another method
-    ours = {name: value for name, value in options.items() if name in own}
-    if getattr(kind, "_needs_model", False):
-        ours.setdefault("model", None)
-    others = [*args[1:], options.get("base_optimizer")]
-    if isinstance(first, Optimizer):
-        if theirs and inits[0].__module__.partition(".")[0] == "nusam":
-            raise TypeError(
-                f"{kind.__name__} got {', '.join(map(repr, theirs))}, and takes {', '.join(own)}; what is the base "
-                f"optimizer's own goes to it, {_call(type(first).__name__, 'model.parameters()', theirs)}."
-            )
-        return
-    classes = [x for x in (first, *others) if isinstance(x, type) and issubclass(x, Optimizer)]
-    constructed = [x for x in others if isinstance(x, Optimizer)]
-    parameters = "model.parameters()" if theirs else "model.parameters(), ..."
-    base = _call(classes[0].__name__ if classes else "torch.optim.AdamW", parameters, theirs)
-    if constructed:
-        raise TypeError(
-            f"{kind.__name__} takes the base optimizer alone, got {type(first).__name__} before it; "
-            f"write {_call('nusam.' + kind.__name__, '<the optimizer>', ours)}."
-        )
-    what = f"an optimizer, got the class {classes[0].__name__}" if classes else None
-    raise TypeError(
-        f"base_optimizer must be {what or f'a torch.optim.Optimizer, got {type(first).__name__}'}; construct it first, "
-        f"{base}, as in {_call('nusam.' + kind.__name__, base, ours)}."
-    )
-
-
-def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
-    """The call as it should have been, with the caller's numbers."""
-    shown = {key: repr(value) if isinstance(value, Real | str) else "..." for key, value in options.items()}
-    if "model" in shown:
-        shown["model"] = "model"
-    return f"{name}({', '.join([first, *(f'{key}={value}' for key, value in shown.items())])})"
 
 
 def check_closure(base: Optimizer, missing: bool) -> None:
@@ -101,6 +52,44 @@ def check_alone(base: Optimizer) -> None:
             f"step_in_backward() steps one parameter at a time, which base_optimizer {type(base).__name__} could not "
             "hand on to the optimizer that it wraps; wrap that one instead."
         )
+
+
+def check_options(
+    lmo: Any,
+    delay: Any,
+    rho_schedule: Any,
+    model: Any,
+    targets: Any,
+    ascent: Any,
+    placement: Any,
+    m_sam: Any,
+    ascent_share: Any,
+    seed: Any,
+) -> None:
+    """Whether a method's arguments are ones that it takes, and can be had together."""
+    if not isinstance(lmo, LMO):
+        raise TypeError(f"lmo must be a norm ball from nusam.lmo, such as nusam.lmo.Nuclear(), got {lmo!r}.")
+    check_count("delay", delay)
+    check_count("seed", seed)
+    check_share(ascent_share)
+    if rho_schedule is not None and not callable(rho_schedule):
+        raise TypeError(f"rho_schedule must map a step to a factor on rho, or be None, got {rho_schedule!r}.")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the torch.nn.Module being trained, or None, got {type(model).__name__}.")
+    if not callable(targets):
+        check_choice("targets", targets, ("trainable", "frozen"))
+    check_choice("ascent", ascent, ("auto", "gradient", "matrix-free"))
+    check_choice("placement", placement, ("auto", "weights", "forward"))
+    check_m_sam(m_sam, lmo, DataParallel(model, m_sam))
+    if targets == "frozen":
+        check_served("targets='frozen'", lmo, model)
+        check_frozen(ascent, DataParallel(model))
+    elif targets != "trainable" and model is None:
+        raise ValueError("A predicate for targets needs model= for the names; pass the module being trained.")
+    if ascent == "matrix-free":
+        check_served("ascent='matrix-free'", lmo, model)
+    if placement == "forward":
+        check_served("placement='forward'", lmo, model)
 
 
 def check_base_optimizer(base: Any) -> None:

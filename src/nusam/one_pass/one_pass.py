@@ -6,14 +6,13 @@ update old when it is used, on samples that it was found on.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nusam.ascent.ascent import Target
 from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.record import Job
 from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES
@@ -22,14 +21,12 @@ from nusam.distributed.blocks import compute_device
 from nusam.guards.buffers import SMALL
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear, RankOne
-from nusam.one_pass.apart import Apart, Mixed
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
+from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
+from nusam.two_passes import TwoPasses
 
-if TYPE_CHECKING:
-    from nusam.optimizer import SharpnessAware
-
-__all__ = ["OnePass", "Riders", "looked_ahead"]
+__all__ = ["OnePass", "looked_ahead"]
 
 # The loss of the samples behind counts so little that what it leaves in a gradient which is not told apart by rows (of
 # a norm, a position, a layer that is no target) is below any rounding. The products have no scale.
@@ -52,50 +49,10 @@ def looked_ahead(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     yield batch, None
 
 
-class Riders:
-    """The handlers of one step's layers, and what samples behind it leave.
-
-    Args:
-        targets: what the next step perturbs, with radii of 1 or −1.
-        pass_: takes the products.
-        joint: runs both losses.
-    """
-
-    def __init__(self, targets: list[Target], pass_: LayerPass, joint: Joint) -> None:
-        self.targets, self.pass_, self.joint = targets, pass_, joint
-        self.handlers: dict[Tensor, Apart] = {}
-
-    def of(self, forward: Mapping[Tensor, RankOne]) -> dict[Tensor, Apart]:
-        """A handler for every matrix that has an ε in this step, or will have one in the next."""
-        records = self.pass_.records
-        for parameter in {**forward, **records}:
-            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), records.get(parameter))
-        return self.handlers
-
-    def go_alone(self) -> None:
-        """From now on this batch's samples travel alone."""
-        for handler in self.handlers.values():
-            handler.go_alone()
-
-    def mixed(self, of: str) -> Mixed:
-        """Let the layers look for gradients that reach the other side's samples."""
-        mixed = Mixed(of)
-        for handler in self.handlers.values():
-            handler.mixed = mixed
-        self.joint.looks = mixed.look
-        return mixed
-
-    def look_no_more(self) -> None:
-        """The step itself follows."""
-        for handler in self.handlers.values():
-            handler.mixed = None
-        self.joint.looks = None
-
-
 class OnePass:
     """What is remembered from step to step."""
 
-    def __init__(self, opt: "SharpnessAware") -> None:
+    def __init__(self, opt: TwoPasses) -> None:
         self._opt = opt
         self._modules: list[nn.Module] | None = None  # whose calls are joined
         self._structure: Structure | None = None  # of the model when they were found
@@ -140,14 +97,14 @@ class OnePass:
         else:
             opt._ascent.verification.advance()
         if waiting is not None:
-            opt._had_ascent(waiting)
+            self._perturb_by(waiting)
         if following is None:
             with opt.descent(accumulate):
                 return _run(batch, loss, backward)
         ahead = first_samples(following, opt.ascent_share)
         riders = self._riders(batch, ahead)
         kept = [opt._workers().kept(p.grad) for p in opt._parameters()] if accumulate else []
-        with opt._descent(False, riders):
+        with opt._descent(False, riders.of):
             value = self._joined(riders, batch, ahead, loss, backward, check=due or not self._checked)
         _add(opt._parameters(), kept)
         return value
@@ -330,6 +287,25 @@ class OnePass:
         if pairs:
             torch._foreach_div_([epsilon.sigma for epsilon in pairs.values()], BEHIND)
         return pairs
+
+    def _perturb_by(self, waiting: dict[Tensor, RankOne]) -> None:
+        """The next descent perturbs by what an earlier pass has found, for radii of 1."""
+        opt = self._opt
+        targets = opt._targets()
+        found = [(t.parameter, abs(t.radius), waiting[t.parameter]) for t in targets if t.parameter in waiting]
+        radii = [radius for _, radius, _ in found]
+        vs, norms = [epsilon.v for _, _, epsilon in found], [epsilon.norm for _, _, epsilon in found]
+        if found:
+            vs, norms = list(torch._foreach_mul(vs, radii)), list(torch._foreach_mul(norms, radii))
+        opt._pending = {
+            parameter: RankOne(epsilon.u, v, epsilon.sigma, norm)
+            for (parameter, _, epsilon), v, norm in zip(found, vs, norms, strict=True)
+        }
+        opt._ascended = [target.parameter for target in targets]
+        opt._ascent.measure(opt._pending)
+        opt._guard.forget_ascent()
+        opt._written.forget_ascent()
+        opt._progress.ascents += 1
 
     # ------------------------------------------------------------ where it can't be had
 

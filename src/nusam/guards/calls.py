@@ -1,0 +1,58 @@
+"""An optimizer's constructor called as another library's is, and the call as it should have been."""
+
+from collections.abc import Mapping
+from inspect import signature
+from numbers import Real
+from typing import Any
+
+from torch.optim import Optimizer
+
+__all__ = ["check_call"]
+
+
+def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Whether an optimizer was handed over where one belongs, before Python compares the call with a signature."""
+    inits: list[Any] = [vars(one)["__init__"] for one in kind.__mro__ if "__init__" in vars(one)]
+    signatures = [list(signature(init).parameters)[1:] for init in inits[:-1]]
+    if "base_optimizer" not in signatures[0][:1] or not (args or "base_optimizer" in options):
+        return  # a copy is being made, or a subclass constructs the base optimizer itself
+    first = args[0] if args else options["base_optimizer"]
+    arguments = [name for names in signatures if "base_optimizer" in names for name in names]
+    hidden = {"base_optimizer", "options"} | ({"lmo"} - set(signatures[0]))
+    own = [name for name in dict.fromkeys(arguments) if name not in hidden]
+    theirs = {name: value for name, value in options.items() if name not in own}
+    theirs.pop("base_optimizer", None)
+    theirs.pop("adaptive", None)  # of davda54/sam, for another method
+    ours = {name: value for name, value in options.items() if name in own}
+    if getattr(kind, "_needs_model", False):
+        ours.setdefault("model", None)
+    others = [*args[1:], options.get("base_optimizer")]
+    if isinstance(first, Optimizer):
+        if theirs and inits[0].__module__.partition(".")[0] == "nusam":
+            raise TypeError(
+                f"{kind.__name__} got {', '.join(map(repr, theirs))}, and takes {', '.join(own)}; what is the base "
+                f"optimizer's own goes to it, {_call(type(first).__name__, 'model.parameters()', theirs)}."
+            )
+        return
+    classes = [x for x in (first, *others) if isinstance(x, type) and issubclass(x, Optimizer)]
+    constructed = [x for x in others if isinstance(x, Optimizer)]
+    parameters = "model.parameters()" if theirs else "model.parameters(), ..."
+    base = _call(classes[0].__name__ if classes else "torch.optim.AdamW", parameters, theirs)
+    if constructed:
+        raise TypeError(
+            f"{kind.__name__} takes the base optimizer alone, got {type(first).__name__} before it; "
+            f"write {_call('nusam.' + kind.__name__, '<the optimizer>', ours)}."
+        )
+    what = f"an optimizer, got the class {classes[0].__name__}" if classes else None
+    raise TypeError(
+        f"base_optimizer must be {what or f'a torch.optim.Optimizer, got {type(first).__name__}'}; construct it first, "
+        f"{base}, as in {_call('nusam.' + kind.__name__, base, ours)}."
+    )
+
+
+def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
+    """The call as it should have been, with the caller's numbers."""
+    shown = {key: repr(value) if isinstance(value, Real | str) else "..." for key, value in options.items()}
+    if "model" in shown:
+        shown["model"] = "model"
+    return f"{name}({', '.join([first, *(f'{key}={value}' for key, value in shown.items())])})"

@@ -1,0 +1,126 @@
+"""What is refused before a pass, and what is held against what after it."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from nusam.ascent.verification import OTHERWISE
+from nusam.distributed.blocks import is_sharded
+from nusam.distributed.data_parallel import DataParallel
+from nusam.distributed.surroundings import Holders
+from nusam.guards.checks import check_join, check_parameter, check_sharded, check_surroundings
+from nusam.layers.structure import Structure
+from nusam.lmo import Nuclear
+from nusam.placement.ledger import Counted, Ledger, not_added
+from nusam.placement.written_weights import WrittenWeights
+from nusam.resuming import Resumable
+
+__all__ = ["OTHERWISE_USED", "WRITTEN", "Checked"]
+
+
+OTHERWISE_USED = (
+    "was used otherwise than in the steps in which it was compared with its gradient, and was not perturbed in this "
+    "step; its gradient is formed from now on"
+)
+WRITTEN = "written in the passes themselves"
+
+
+class Checked(Resumable):
+    """An optimizer that refuses what it can't serve, and holds what had a gradient against what had an ε."""
+
+    placement: str
+    _ledger: Ledger
+    _written: WrittenWeights
+    _holders: Holders
+    _structure: Structure | None
+    _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
+
+    def _check_targets(self) -> None:
+        """Refuse what can't be perturbed, before anything is."""
+        targets = self._targets(factor=1.0)
+        workers = self._workers()
+        self._holders.forget()
+        check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+        self._holders.forget()  # wrappers may come later
+        structure = self._structure_now()
+        uses = {workers.stored(use.parameter) for use in structure.uses} if structure else set()
+        for parameter in (target.parameter for target in targets):
+            check_parameter(parameter, self.lmo, self.placement, reachable=parameter in uses)
+            if is_sharded(parameter):
+                own = self._in_forward(parameter) and self._ascent.serve_from is not None
+                check_sharded(parameter, self.model, self.m_sam, workers, own)
+
+    def _check_anything_to_perturb(self) -> None:
+        """Refuse an optimizer that would never perturb anything, unless its radii say so; later it may come to that."""
+        radii = [group.get("rho", self._rho) for group in self.param_groups]
+        radii += [] if self.targets == "trainable" else [self._rho]
+        if self._targets(factor=1.0) or not any(rho > 0 for rho in radii):
+            return
+        raise ValueError(
+            f"{type(self).__name__} has nothing to perturb: "
+            f"{'the model' if self.targets != 'trainable' else 'the optimizer'} holds no "
+            f"{self.targets if isinstance(self.targets, str) else 'targeted'} {self._target}; "
+            "hand it such parameters, or choose another method."
+        )
+
+    def _check_processes(self, workers: DataParallel) -> None:
+        """Refuse what can't be run among the processes as they are now, before a pass begins."""
+        check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+        workers.refuse_unreduced()
+        if workers.joins:
+            check_join(self._progress.steps < self.delay, self.rho_schedule)
+            if self._join != workers.join and workers.splits_the_batch:
+                self._ascent.states.clear()  # some processes took fewer steps, and remember less
+            self._join = workers.join
+
+    def _structure_now(self) -> Structure | None:
+        """Where the model uses its matrices, found anew if it has changed."""
+        if self.model is None:
+            return None
+        known = self._structure
+        if known is None or known.model is not self.model or not known.is_current():
+            self._structure = known = Structure(self.model)
+            self._ascent.verification.ask()
+            self._check_targets()
+        return known
+
+    def _in_forward(self, parameter: Tensor) -> bool:
+        if self.placement == "auto":
+            own_of_a_shard = self.m_sam is not False and is_sharded(parameter)
+            needed = parameter.dtype.itemsize < 4 or not parameter.requires_grad or own_of_a_shard
+            return needed and self.model is not None and isinstance(self.lmo, Nuclear)
+        return self.placement == "forward"
+
+    def _everyone(self, workers: DataParallel) -> DataParallel:
+        return workers if self.m_sam is False else DataParallel(self.model)
+
+    def _refuse_unreachable(self, parameters: list[Tensor], reasons: dict[Tensor, str]) -> None:
+        """Refuse an ε in the forward where it would not be all of ε."""
+        for parameter in parameters:
+            verdict = self._ascent.verification.found.get(parameter)
+            reason = reasons.get(parameter)
+            if verdict and verdict.found == OTHERWISE:
+                reason = verdict.reason
+            if self._written.writes(parameter):
+                reason = WRITTEN
+            if reason:
+                raise self._unreachable(parameter, reason)
+
+    def _unreachable(self, parameter: Tensor, reason: str) -> RuntimeError:
+        return RuntimeError(
+            f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
+            "with targets= or use placement='weights'."
+        )
+
+    def _close_ledger(self, forward: Mapping[Tensor, Counted]) -> None:
+        """Hold what got a gradient in the descent against what had an ε there."""
+        stepped = self._in_backward.stepped if self._in_backward else set()
+        self._ledger.close(stepped, self._names)
+        workers = self._workers()
+        missed = [] if workers.replicates or workers.shards else not_added(forward)  # gradients come from elsewhere too
+        for parameter in missed:
+            self._ascent.measured.pop(parameter, None)
+        used = [p for p in missed if p.grad is not None or p in stepped]
+        self._ascent.verification.refuse(dict.fromkeys(used, "not reached by its ε in the forward"))
+        self._ledger.tell(used, self._names, "got a gradient in the descent, where no layer added its perturbation; "
+                          "exclude it with targets= or use placement='weights'")  # fmt: skip

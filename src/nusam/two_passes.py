@@ -1,0 +1,271 @@
+"""How a step goes: the ascent finds ε, the descent takes the gradient at x + ε."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nusam.ascent.layer_pass import LayerPass
+from nusam.base_optimizer import needs_closure
+from nusam.batch import first_samples
+from nusam.distributed.blocks import is_sharded
+from nusam.distributed.data_parallel import DataParallel
+from nusam.guards.checks import check_batch, check_closure, check_parameter
+from nusam.guards.model_guard import ModelGuard
+from nusam.interrupts import always
+from nusam.layers.reads import Backwards, watched
+from nusam.layers.uses import rerouted
+from nusam.lmo import Nuclear, Perturbation, RankOne
+from nusam.placement.in_forward import InForward
+from nusam.placement.ledger import clear_gradients
+from nusam.refusals import OTHERWISE_USED, WRITTEN, Checked
+from nusam.targets import Target, mixed
+from nusam.wrapper import itself
+
+__all__ = ["TwoPasses"]
+
+
+Handlers = Callable[[dict[Tensor, RankOne]], dict[Tensor, Any]]  # that add ε in the forward
+
+
+class TwoPasses(Checked):
+    """A step: the ascent finds ε, the descent takes the gradient at x + ε, and the base optimizer steps with it."""
+
+    ascent_share: float
+    _guard: ModelGuard
+    _backwards: Backwards
+    _ascended: list[Tensor]  # the targets of the ascent that the next descent belongs to
+    _had_pass = False  # whether a descent pass ran since the last step
+    _may_repeat = False  # whether a step's loop would come back for another ascent
+    _repeats = False  # and whether it must
+    _in_scaler = False  # whether a GradScaler has asked, as it does before it calls step()
+
+    def passes(self, *batch: Any, accumulate: bool = False) -> Iterator[Any]:
+        """Iterate over the passes of one step: the ascent, then the descent; only the latter while inactive.
+
+        The loop body computes the loss and calls ``backward``. Each pass starts with cleared gradients; with
+        ``accumulate=True`` the descent gradient adds to what is there, and the ascent leaves no trace in it:
+        every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
+        ones afterwards; a loop left in the ascent leaves no gradient of it behind.
+
+        The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
+        layer was compared with its gradient: the second time its gradient is formed.
+
+        Args:
+            batch: what comes back once a pass: several arguments as a tuple, one (a tensor, dictionary, dataclass,
+                list, ...) as itself. In the ascent it is cut to ``ascent_share`` of its samples, see
+                :func:`nusam.batch.first_samples`. Without any, ``"ascent"`` and ``"descent"`` come.
+            accumulate: whether gradients of micro-batches add up.
+
+        Raises:
+            RuntimeError: inside another pass, or if a pass computed no gradient at all.
+            ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0, or if
+                there is no batch that could be cut though ``ascent_share`` is below 1.
+        """
+        self = itself(self)
+        check_batch(batch, self.ascent_share)
+        whole: Any = batch[0] if len(batch) == 1 else batch or "descent"
+        part: Any = whole if batch else "ascent"
+        if self.ascent_share < 1 and self.active:
+            part = first_samples(whole, self.ascent_share)
+        with closing(self._passes(accumulate)) as names:
+            for name in names:
+                yield part if name == "ascent" else whole
+
+    def _passes(self, accumulate: bool) -> Generator[str, None, None]:
+        """The passes by name, for loops that cut the batch themselves."""
+        check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
+        if self.active:
+            self._may_repeat = True
+            try:
+                with self.ascent(accumulate):
+                    yield "ascent"
+                if self._repeats:
+                    self._guard.rewind()
+                    with self.ascent(accumulate):
+                        yield "ascent"
+            finally:
+                self._may_repeat = self._repeats = False
+        with self.descent(accumulate):
+            yield "descent"
+
+    @contextmanager
+    def ascent(self, accumulate: bool = False) -> Iterator[None]:
+        """The first half of :meth:`passes`, for loops whose passes live in different functions.
+
+        On leaving, ε is computed from the gradients, and these are put away. While :attr:`active` is False
+        there is nothing to gain from running it.
+        """
+        self = itself(self)
+        self._refuse_inside_pass("ascent()")
+        targets = self._targets() if self.active else []
+        workers = self._workers()
+        self._check_processes(workers)
+        workers.reshard()
+        parameters = self._parameters()
+        serves = self.model is not None and isinstance(self.lmo, Nuclear)
+        in_forward = {target.parameter for target in targets if self._in_forward(target.parameter)} if serves else set()
+        frees = self._in_backward is not None
+        self._ledger.tell(self._ascent.learn_late(), self._names, OTHERWISE_USED)
+        pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees)
+        reduces = workers.reduces_gradients(pass_ is not None)
+        kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
+        if self._first_ascent is None:
+            self._first_ascent = self._progress.steps
+        age = self._progress.steps - self._first_ascent
+        check = age != 1 and age & (age - 1) == 0  # the first, and 2, 4, 8, … steps after it
+
+        def undo() -> None:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = gradient
+            if pass_:
+                pass_.release()
+            self._pass = None
+
+        self._pending = self._waiting = None
+        self._repeats = False
+        with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
+            self._pass = "ascent"
+            self._in_scaler = False  # a step that the scaler skipped is over
+            clear_gradients(parameters)
+            self._ledger.begin_pass()
+            self._guard.before_ascent(check)
+            self._written.before_ascent({*parameters, *(t.parameter for t in targets)}, check, self._guard.tree)
+            with self._backwards.of_ascent() if in_forward else nullcontext():
+                yield
+            self._guard.after_ascent()
+            self._written.after_ascent()
+            if pass_:
+                pass_.settle()
+            reached = bool(pass_ and pass_.saw_gradients())
+            self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters), self._has_closure)
+            self._ascended = [target.parameter for target in targets]
+            self._pending = self._perturb(targets, pass_, workers, in_forward)
+
+    @contextmanager
+    def descent(self, accumulate: bool = False) -> Iterator[None]:
+        """The second half of :meth:`passes`: inside, the weights are x + ε; afterwards x again."""
+        with itself(self)._descent(accumulate):
+            yield
+
+    @contextmanager
+    def _descent(self, accumulate: bool = False, handlers: Handlers | None = None) -> Iterator[None]:
+        """With ε in the forward by what ``handlers`` makes of it, if that is given."""
+        self._refuse_inside_pass("descent()")
+        if self._in_backward and accumulate:
+            raise RuntimeError("accumulate=True needs gradients that step_in_backward() frees; use one or the other.")
+        if self._pending is None and self.active:
+            raise RuntimeError(
+                "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
+                "or loop over opt.passes()."
+            )
+        if self._pending is None:  # none came before, or it was refused
+            self._ascended = []
+            self._guard.forget_ascent()
+            self._written.forget_ascent()
+        perturbations = self._pending or {}
+        pairs = {p: e for p, e in perturbations.items() if isinstance(e, RankOne) and self._in_forward(p)}
+        forward = self._handlers(pairs) if handlers is None else handlers(pairs)
+        in_place = [p for p in perturbations if p not in pairs]
+        # processes with perturbations of their own would drift apart by the rounding of a subtraction
+        bit_exact = self.m_sam is not False
+        others = [] if self._in_backward else self._parameters()  # those are written by the base optimizer
+        epsilons = [perturbations[parameter] for parameter in in_place]
+        workers = self._workers()
+        self._check_processes(workers)
+        workers.reshard()  # layers are known by what they hold then
+        structure = self._structure_now()
+        unknown: set[Tensor] = set()
+        if structure is not None and self._written.checks:
+            unknown = {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
+        perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others)
+        del epsilons
+
+        def undo() -> None:
+            perturbed.remove()
+            if in_place:
+                workers.reshard()
+            self._pass = None
+            self._ascended = []
+
+        # ε goes first: what the guard leaves then may be a weight whose copy was restored
+        with always(undo), ExitStack() as guards, always(perturbed.remove):
+            self._pass = "descent"
+            self._in_scaler = False
+            if not accumulate:
+                clear_gradients(self._parameters())
+            self._ledger.begin_pass()
+            self._ledger.open(self._ascended, perturbations)
+            guards.enter_context(self._guard.descent(bool(perturbations)))
+            if forward and structure is not None:
+                guards.enter_context(rerouted(structure.uses, forward))
+            if self._in_backward:
+                guards.enter_context(self._in_backward.running())
+            self._pending = None
+            self._had_pass = True
+            del perturbations
+            perturbed.add()
+            if in_place:
+                workers.reshard()
+            # what a compiled graph does with a weight looks as if somebody read it
+            watch = watched(forward) if self._ascent.sees_calls else nullcontext()
+            with self._backwards.of_descent() if forward else nullcontext(), watch:
+                yield
+            for parameter, handler in forward.items():
+                if handler.is_written():
+                    raise self._unreachable(parameter, WRITTEN)
+            self._written.after_descent(self._names)
+            if not accumulate and not self._in_backward:
+                found = any(p.grad is not None for p in self._parameters())
+                self._ledger.end_pass("descent", found, self._has_closure)
+            self._close_ledger({parameter: forward[parameter] for parameter in pairs})
+
+    def _handlers(self, pairs: dict[Tensor, RankOne]) -> dict[Tensor, Any]:
+        return {p: InForward(epsilon.u, epsilon.v, self._backwards.is_over) for p, epsilon in pairs.items()}
+
+    @contextmanager
+    def _all_in_forward(self) -> Iterator[None]:
+        """Inside, every ε lives in the forward."""
+        before, self.placement = self.placement, "forward"
+
+        def undo() -> None:
+            self.placement = before
+
+        with always(undo):
+            yield
+
+    def _perturb(
+        self, targets: list[Target], pass_: LayerPass | None, workers: DataParallel, in_forward: set[Tensor]
+    ) -> dict[Tensor, Perturbation]:
+        """ε for every target that the ascent reached."""
+        for target in targets:
+            gradient = target.parameter.grad
+            if gradient is not None:
+                if gradient.layout != torch.strided:
+                    check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
+                if gradient.requires_grad:
+                    target.parameter.grad = gradient.detach()  # create_graph=True leaves a graph on it
+        if pass_ is not None:
+            self._ascent.compare(pass_, workers, self._everyone(workers))
+            surprises = self._ascent.surprises(pass_)
+            self._ascent.mistrust(pass_, surprises)
+            if surprises and self._may_repeat and not (workers.replicates or workers.shards):
+                self._repeats, self._may_repeat = True, False
+                return {}
+            targets = [target for target in targets if target.parameter not in surprises]
+            self._ascended = [target.parameter for target in targets]
+            self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
+        there = [target.parameter for target in targets if target.parameter in in_forward]
+        self._refuse_unreachable(there, self._ascent.unreachable)
+        found = self._ascent.perturbations(targets, pass_, mixed(self.seed, self._progress.steps), workers)
+        # what this process alone knows is said once all have had their sums
+        records = pass_.records.values() if pass_ is not None and pass_.keeps else []
+        served = [r.parameter for r in records if r.job.in_forward and not r.job.checks and not r.is_altered]
+        beside = [parameter for parameter in served if parameter.grad is not None]
+        self._refuse_unreachable(there, dict.fromkeys(beside, "also used outside its layer"))
+        self._ascent.verification.advance()
+        if found:
+            self._progress.ascents += 1
+        return found
