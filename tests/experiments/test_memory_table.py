@@ -10,8 +10,9 @@ from torch import nn
 import nusam
 from nusam.experiments.errors import Refused
 from nusam.experiments.memory import Memory
-from nusam.experiments.memory_table import BASES, METHODS, Network, costs, measured, network, table1
+from nusam.experiments.memory_table import BASES, METHODS, Network, costs, measured, network
 from nusam.experiments.result import read_all
+from nusam.experiments.table1 import table1
 
 KIB = 2**10
 

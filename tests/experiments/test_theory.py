@@ -10,13 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nusam import lmo
+from nusam.experiments.figure1 import fig1
 from nusam.experiments.theory import (
     BALLS,
     METHODS,
     Setting,
     descent_bound,
     expected_gauss_sam,
-    fig1,
     rate_bound,
     repaired_descent_bound,
     simulate,

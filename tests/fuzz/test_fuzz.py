@@ -47,7 +47,7 @@ def test_ten_thousand_steps():
 FAULTS = {
     "buffers-move-twice": ("nusam.guards.buffers._Step.finish", lambda self: None),
     "other-masks": ("nusam.guards.model_guard.RandomState.replay", lambda self: None),
-    "surprises-are-missed": ("nusam.ascent.ascent.Ascent.surprises", lambda self, pass_: {}),
+    "surprises-are-missed": ("nusam.ascent.serving.Serving.surprises", lambda self, pass_: {}),
     "attacks-count": ("nusam.ascent.record.Record.accumulates", lambda self: True),
     "weights-stay-perturbed": ("nusam.placement.in_weights._RankOneInWeights.remove", lambda self: None),
     "hooks-are-overlooked": ("nusam.layers.structure.has_hooks", lambda parameter: False),

@@ -51,7 +51,7 @@ class Trial:
         if options.serves_small:
             self.patches.enter_context(mock.patch("nusam.optimizer.WORTH_SERVING", 0))
         if options.frees:
-            self.patches.enter_context(mock.patch("nusam.ascent.ascent.LARGE", 1))
+            self.patches.enter_context(mock.patch("nusam.ascent.serving.LARGE", 1))
         self.pair = Pair(self.model, self.oracle.model)
         self.opt = self._optimizer()
         Tally.trials += 1

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from nusam.ascent.asked import standing_in
+from nusam.ascent.findings import Job
 from nusam.ascent.function import without_autocast
-from nusam.ascent.record import Job, Record
+from nusam.ascent.record import Record
 from nusam.interrupts import always, entered, remove_hook
 from nusam.layers.idle import IdleLayers
 from nusam.layers.kinds import Handler

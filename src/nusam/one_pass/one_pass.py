@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
-from nusam.ascent.record import Job
 from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES
 from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device

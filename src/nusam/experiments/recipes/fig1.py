@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from nusam.experiments.experiment import Bench, Experiment
+from nusam.experiments.figure1 import fig1
 from nusam.experiments.result import Result
-from nusam.experiments.theory import fig1
 
 
 class Figure1(Experiment):

@@ -18,7 +18,7 @@ class Table1(Experiment):
 
     def run(self, bench: Bench) -> Result:
         """Count."""
-        from nusam.experiments.memory_table import table1
+        from nusam.experiments.table1 import table1
 
         return table1(bench.scale_name)
 

@@ -1,0 +1,208 @@
+"""Which matrices an ascent takes from their layers, and what its passes teach about them."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nusam.ascent.findings import Job
+from nusam.ascent.layer_pass import LayerPass
+from nusam.ascent.verification import IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
+from nusam.distributed.blocks import compute_device
+from nusam.distributed.data_parallel import DataParallel
+from nusam.interrupts import entered
+from nusam.layers.structure import HOOKED, Structure
+from nusam.lmo import LMO, Nuclear, State, matrix_shape
+from nusam.targets import Target
+
+__all__ = ["Serving", "full_precision"]
+
+LARGE = 2**26  # entries of all matrices from which a gradient that was formed to be compared does not stay
+
+
+class _Count(NamedTuple):
+    """What a device was asked about matrices, and when it has answered."""
+
+    parameters: list[Tensor]
+    differ: Tensor
+    event: torch.Event
+
+
+class Serving:
+    """Decides what is served by its layer, and remembers what was found.
+
+    Args:
+        lmo: the norm ball.
+        serve_from: entries from which a matrix is served by its layer; None if none is.
+    """
+
+    def __init__(self, lmo: LMO, serve_from: int | None) -> None:
+        self.lmo = lmo
+        self.serve_from = serve_from
+        self.states: dict[Tensor, State] = {}
+        self.verification = Verification()
+        self._fell_back: dict[Tensor, str] = {}  # in the last pass
+        self.unreachable: dict[Tensor, str] = {}  # by an ε in the forward in this step, and why
+        self._whole: set[Tensor] = set()  # whose gradient comes in several backwards, and is not freed between them
+        self._counts: list[_Count] = []
+        self.compiles = False  # whether compiled graphs were seen
+        self.sees_calls = True  # whether all that was compared was called where Python sees it, in no compiled graph
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_counts": []}
+
+    def state_of(self, target: Target) -> State:
+        """What is remembered of the target, its warm start above all."""
+        if target.parameter not in self.states:
+            self.states[target.parameter] = self.lmo.init_state(target.parameter, target.seed)
+        return self.states[target.parameter]
+
+    @property
+    def fallbacks(self) -> dict[Tensor, str]:
+        """Matrices that their layer could not serve, and why."""
+        return dict(self._fell_back) if self.serve_from is not None else {}
+
+    # ------------------------------------------------------------ before the pass
+
+    def prepare(
+        self,
+        structure: Structure | None,
+        targets: Sequence[Target],
+        in_forward: set[Tensor],
+        workers: DataParallel,
+        frees: bool,
+    ) -> LayerPass | None:
+        """The pass that takes the layers' products, if there is any to take.
+
+        Args:
+            structure: where the model uses the matrices.
+            targets: what is perturbed in this step.
+            in_forward: those whose ε is to live in the forward.
+            workers: the processes that share the pass.
+            frees: whether a gradient that is formed to be compared goes as soon as it has been.
+        """
+        self.unreachable = {}
+        if structure is None or not isinstance(self.lmo, Nuclear) or not targets:
+            return None
+        if self.serve_from is None and not in_forward:
+            return None
+        self.verification.watch(structure.modes())
+        worth = [t for t in targets if self._is_worth(t.parameter)] if self.serve_from is not None else []
+        concerned = worth + [t for t in targets if t.parameter in in_forward and not self._is_worth(t.parameter)]
+        reasons = structure.why_not_served([target.parameter for target in concerned])
+        if workers.must_reduce:
+            workers.refuse_frozen([target.parameter for target in targets])
+            reasons = {target.parameter: workers.why_it_must_reduce for target in concerned}
+        self._fell_back = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
+        found_otherwise = self.verification.reasons
+        self._fell_back |= {t.parameter: r for t in worth if (r := found_otherwise.get(t.parameter))}
+        if workers.must_reduce:
+            return None
+        frees |= sum(t.parameter.numel() for t in concerned) >= LARGE
+        keeps = workers.splits_the_batch or any(workers.is_tensor_parallel(t.parameter) for t in targets)
+        self.unreachable = {p: HOOKED for p in in_forward if reasons.get(p) == HOOKED}
+        serves = {target.parameter for target in worth if target.parameter not in reasons}
+        jobs = {}
+        watched = in_forward - self.unreachable.keys()
+        for target in concerned:
+            if target.parameter in serves or (target.parameter in watched and structure.uses_of(target.parameter)):
+                is_in_forward = target.parameter in in_forward
+                job = self._job(target, target.parameter in serves, is_in_forward, keeps, frees)
+                if job is not None:
+                    jobs[target.parameter] = job
+        # What a process learned by itself must not decide whether it takes part in what all do together.
+        if not (jobs or (serves and workers.splits_the_batch)):
+            return None
+        due = self.verification.is_due()
+        checks = any(job.checks for job in jobs.values())
+        needed = {target.parameter for target in targets}
+        compiles = self.compiles or checks
+        return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed, due)
+
+    def _is_worth(self, parameter: Tensor) -> bool:
+        least = self.serve_from
+        return least is not None and (matrix_shape(parameter).numel() >= least or not parameter.requires_grad)
+
+    def _job(self, target: Target, serves: bool, in_forward: bool, keeps: bool, frees: bool) -> Job | None:
+        """What a pass is to do for a matrix; nothing if its gradient is formed as if nobody watched."""
+        parameter = target.parameter
+        found = self.verification.of(parameter)
+        known = found in (ONE_USE, SEVERAL_USES)
+        frozen = not parameter.requires_grad
+        comparable = not frozen or (not keeps and type(parameter) is nn.Parameter and parameter.is_floating_point())
+        checks = comparable and (found is None or (known and self.verification.is_due()))
+        several = frozen and found == SEVERAL_USES
+        served = serves and (found == ONE_USE or several or not comparable or (keeps and found == SEVERAL_USES))
+        if not checks and not served and not (in_forward and known and not keeps):
+            return None
+        forms = not served and not checks
+        frees = (frees or frozen) and not keeps and not several and parameter not in self._whole
+        return Job(self.state_of(target), known, checks, forms, keeps or several, keeps, frees, in_forward)
+
+    # ------------------------------------------------------------ after the pass
+
+    @torch.no_grad()
+    def compare(self, pass_: LayerPass, workers: DataParallel, everyone: DataParallel) -> None:
+        """Learn from what a pass has checked; waits for the device if anything was."""
+        self.compiles |= pass_.is_compiled
+        checked = [record for record in pass_.records.values() if record.job.checks]
+        self.sees_calls &= not self.compiles and all(record.calls or not record.completed for record in checked)
+        if checked:
+            with full_precision(record.parameter for record in checked):
+                self.verification.learn(compared(checked, workers, everyone))
+            reasons = self.verification.reasons
+            served = [r.parameter for r in pass_.records.values() if self._is_worth(r.parameter)]
+            self._fell_back |= {p: r for p in served if (r := reasons.get(p))}
+
+    def surprises(self, pass_: LayerPass) -> dict[Tensor, str]:
+        """Matrices that were served though this step used them otherwise than the steps that were compared."""
+        reasons = {}
+        for parameter, record in pass_.records.items():
+            in_a_graph = record.job.forms and self.compiles  # where its own uses form it in the parameter too
+            if record.count_differs():
+                reasons[parameter] = IN_A_GRAPH
+            elif record.is_lost():
+                reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
+            elif record.has_more and (record.pair is not None or (record.job.in_forward and not in_a_graph)):
+                reasons[parameter] = "also used outside its layer"
+        return reasons
+
+    def learn_late(self) -> list[Tensor]:
+        """Matrices of which a device has counted other uses in an earlier step than it was to; never waits for it."""
+        late = []
+        while self._counts and self._counts[0].event.query():
+            parameters, differ, _ = self._counts.pop(0)
+            late += [p for p, differs in zip(parameters, differ.tolist(), strict=True) if differs]
+        for parameter in late:
+            self.verification.forget(parameter)
+        return late
+
+    def _count_late(self, pass_: LayerPass) -> None:
+        """Let the device tell in a later step how often compiled graphs have used what they served."""
+        counted = [r for r in pass_.records.values() if r.is_served_in_a_graph and r.u.device.type != "cpu"]
+        for device in {record.u.device for record in counted}:
+            here = [record for record in counted if record.u.device == device]
+            differ = torch.stack([record.count().reshape(()) for record in here]) != 1
+            event = torch.Event(device)
+            self._counts.append(_Count([r.parameter for r in here], differ.to("cpu", non_blocking=True), event))
+            event.record()
+
+    def mistrust(self, pass_: LayerPass, reasons: dict[Tensor, str]) -> None:
+        """Compare these anew before they are served again; those that have no gradient by the sum over their uses."""
+        for parameter, reason in reasons.items():
+            self._whole.add(parameter)
+            if pass_.records[parameter].frozen:
+                self.verification.serve_by_sum(parameter, reason)
+            else:
+                self.verification.forget(parameter)
+        self._fell_back |= reasons
+
+
+def full_precision(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Whatever autocast surrounds the passes."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    kinds = {d.type for p in parameters for d in (p.device, compute_device(p))}
+    return entered(*(torch.autocast(kind, enabled=False) for kind in kinds - {"meta"}))
