@@ -13,7 +13,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nusam import lmo
     from nusam.coverage import Coverage
-    from nusam.methods import SAM, SAMON, GaussSAM, NuSAM, NuSAMNorm
+    from nusam.methods import (
+        ASAM,
+        GSAM,
+        RWP,
+        SAM,
+        SAMON,
+        SSAM,
+        USAM,
+        WSAM,
+        FriendlySAM,
+        GaussSAM,
+        LookSAM,
+        NuSAM,
+        NuSAMNorm,
+        VaSSO,
+    )
     from nusam.optimizer import SharpnessAware, step_in_backward
     from nusam.tools import memory
     from nusam.tools.memory import perturbation_numel
@@ -26,6 +41,15 @@ except PackageNotFoundError:  # a source tree on the path that nobody installed
     __version__ = "0.0"
 
 __all__ = [
+    "WSAM",
+    "VaSSO",
+    "USAM",
+    "SSAM",
+    "RWP",
+    "LookSAM",
+    "GSAM",
+    "FriendlySAM",
+    "ASAM",
     "SAM",
     "SAMON",
     "Coverage",
@@ -44,8 +68,12 @@ __all__ = [
     "step_in_backward",
 ]
 
+_METHODS = (
+    "ASAM", "FriendlySAM", "GSAM", "GaussSAM", "LookSAM", "NuSAM", "NuSAMNorm", "RWP", "SAM", "SAMON", "SSAM", "USAM",
+    "VaSSO", "WSAM",
+)  # fmt: skip
 _MODULE_OF = {
-    **dict.fromkeys(("SAM", "SAMON", "GaussSAM", "NuSAM", "NuSAMNorm"), "methods"),
+    **dict.fromkeys(_METHODS, "methods"),
     **dict.fromkeys(("RadiusSearch", "find_rho"), "tools.radius_search"),
     **dict.fromkeys(("Sharpness", "sharpness"), "tools.sharpness"),
     **dict.fromkeys(("SharpnessAware", "step_in_backward"), "optimizer"),

@@ -1,14 +1,18 @@
-"""How the base optimizer steps, with a closure or without one."""
+"""What a training loop calls: the passes over a batch, and the base optimizer's step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from nusam.base_optimizer import needs_closure, step_knowing
+from nusam.batch import first_samples
 from nusam.coverage import warn_of_small_reach
-from nusam.guards.checks import check_closure
+from nusam.guards.checks import check_batch, check_closure
+from nusam.lmo import Unnormalized
 from nusam.two_passes import TwoPasses
+from nusam.wrapper import itself
 
 __all__ = ["Stepping"]
 
@@ -17,6 +21,55 @@ class Stepping(TwoPasses):
     """An optimizer whose step is the base optimizer's, with the gradient that the descent left."""
 
     _few_by_design = False  # whether the method is meant to reach few of the entries
+
+    def passes(self, *batch: Any, accumulate: bool = False) -> Iterator[Any]:
+        """Iterate over the passes of one step: the ascent, then the descent; only the latter while inactive.
+
+        The loop body computes the loss and calls ``backward``. Each pass starts with cleared gradients; with
+        ``accumulate=True`` the descent gradient adds to what is there, and the ascent leaves no trace in it:
+        every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
+        ones afterwards; a loop left in the ascent leaves no gradient of it behind.
+
+        The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
+        layer was compared with its gradient: the second time its gradient is formed.
+
+        Args:
+            batch: what comes back once a pass: several arguments as a tuple, one (a tensor, dictionary, dataclass,
+                list, ...) as itself. In the ascent it is cut to ``ascent_share`` of its samples, see
+                :func:`nusam.batch.first_samples`. Without any, ``"ascent"`` and ``"descent"`` come.
+            accumulate: whether gradients of micro-batches add up.
+
+        Raises:
+            RuntimeError: inside another pass, or if a pass computed no gradient at all.
+            ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0, or if
+                there is no batch that could be cut though ``ascent_share`` is below 1.
+        """
+        self = itself(self)
+        check_batch(batch, self.ascent_share)
+        whole: Any = batch[0] if len(batch) == 1 else batch or "descent"
+        part: Any = whole if batch else "ascent"
+        if self.ascent_share < 1 and self.active:
+            part = first_samples(whole, self.ascent_share)
+        with closing(self._passes(accumulate)) as names:
+            for name in names:
+                yield part if name == "ascent" else whole
+
+    def _passes(self, accumulate: bool) -> Generator[str, None, None]:
+        """The passes by name, for loops that cut the batch themselves."""
+        check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
+        if self.active and self._needs_ascent:
+            self._may_repeat = True
+            try:
+                with self.ascent(accumulate):
+                    yield "ascent"
+                if self._repeats:
+                    self._guard.rewind()
+                    with self.ascent(accumulate):
+                        yield "ascent"
+            finally:
+                self._may_repeat = self._repeats = False
+        with self.descent(accumulate):
+            yield "descent"
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step with the gradients that are there.
@@ -90,6 +143,11 @@ class Stepping(TwoPasses):
             raise RuntimeError(
                 "A GradScaler can't unscale gradients that step_in_backward() has spent already; use bfloat16 without "
                 "a scaler, or leave step_in_backward() out."
+            )
+        if self.direction.sees_scale or (isinstance(self.lmo, Unnormalized) and self.direction.needs_gradient):
+            raise RuntimeError(
+                f"{type(self).__name__} takes gradients as they are, which a GradScaler has scaled; use bfloat16 "
+                "without a scaler, or another method."
             )
         self._in_scaler = True
         return False

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nusam.norms import are_alike, largest_entry, multiply_each, unit
 from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration, working_dtype
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "Perturbation",
     "RankOne",
     "Spectral",
+    "Unnormalized",
     "matrix_shape",
 ]
+
 
 State = dict[str, Tensor]
 
@@ -141,10 +144,10 @@ class Nuclear(LMO):
         vs = [pair.v for pair in pairs]
         shares = self._shares([pair.sigma for pair in pairs])
         sizes = [abs(radius) for radius in radii]
-        if _are_alike(vs):
+        if are_alike(vs):
             norms = list(torch.stack([pair.alive for pair in pairs]).to(vs[0].dtype).unbind())
-            _multiply(vs, radii)
-            _multiply(norms, sizes)
+            multiply_each(vs, radii)
+            multiply_each(norms, sizes)
         else:
             norms = [pair.alive.to(pair.sigma.dtype) for pair in pairs]
             torch._foreach_mul_(vs, list(radii))
@@ -169,7 +172,7 @@ class NuclearNormalized(Nuclear):
 
     def _shares(self, sigmas: list[Tensor]) -> list[Tensor] | None:
         together = torch.stack([sigma.to(sigmas[0]) for sigma in sigmas])
-        shares, _ = _unit([together])
+        shares, _ = unit([together])
         return [share.to(sigma) for share, sigma in zip(shares[0], sigmas, strict=True)]
 
 
@@ -186,7 +189,7 @@ class L2(LMO):
         seed: int,
         together: Together = ALONE,
     ) -> list[Perturbation]:
-        directions, norms = _unit(gradients, together, radii)
+        directions, norms = unit(gradients, together, radii)
         return [Dense(*pair) for pair in zip(directions, norms, strict=True)]
 
 
@@ -202,6 +205,31 @@ class Gaussian(LMO):
         for index, gradient in enumerate(gradients):
             gradient.normal_(generator=torch.Generator(gradient.device).manual_seed(seed + index))
         return L2()(gradients, [abs(radius) for radius in radii], states, seed)
+
+
+class Unnormalized(LMO):
+    """USAM (Andriushchenko & Flammarion 2022): ε = ρ·∇f.
+
+    Not an LMO in the strict sense: ε grows with the gradient, and so with the scale of a loss scaler.
+    """
+
+    sees_shards = True
+
+    def __call__(
+        self,
+        gradients: Sequence[Tensor],
+        radii: Sequence[float],
+        states: Sequence[State],
+        seed: int,
+        together: Together = ALONE,
+    ) -> list[Perturbation]:
+        maxima = [largest_entry(G).float() for G in gradients]
+        together.max_(maxima)
+        dead = ~torch.stack([x.to(maxima[0].device) for x in maxima]).isfinite().all()
+        epsilons = [(G * radius).masked_fill_(dead.to(G.device), 0) for G, radius in zip(gradients, radii, strict=True)]
+        squares = [torch.linalg.vector_norm(epsilon, dtype=working_dtype(epsilon)).square() for epsilon in epsilons]
+        together.sum_(squares)
+        return [Dense(epsilon, square.sqrt()) for epsilon, square in zip(epsilons, squares, strict=True)]
 
 
 class Linf(LMO):
@@ -248,77 +276,6 @@ def matrix_shape(parameter: Tensor) -> torch.Size:
     """(n, m) of the matrix that a parameter holds, which bitsandbytes packs two entries to a byte."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.shape if packed is None else torch.Size(packed.shape)
-
-
-def _unit(
-    tensors: Sequence[Tensor], together: Together = ALONE, radii: Sequence[float] | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors divided in place by their joint ℓ2 norm, times a radius each, and the norm of each result.
-
-    All zero where that norm is zero or not finite. Scaled by the largest entry first, so that the squares
-    neither under- nor overflow.
-    """
-    tensors, radii = list(tensors), [1.0] * len(tensors) if radii is None else list(radii)
-    if not _are_alike(tensors) or not all(x.numel() for x in tensors):
-        return _unit_of_many_kinds(tensors, together, radii)
-    maxima = list(torch._foreach_norm(tensors, float("inf")))
-    together.max_(maxima)
-    torch._foreach_div_(tensors, torch.stack(maxima).amax())
-    norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=working_dtype(tensors[0]))))
-    if together is not ALONE:
-        squares = list(norms.square().unbind())
-        together.sum_(squares)
-        norms = torch.stack(squares).sqrt()
-    total = torch.linalg.vector_norm(norms)  # NaN where the largest entry is zero, infinite or NaN
-    dead = ~total.isfinite()
-    torch._foreach_div_(tensors, total.to(tensors[0].dtype))
-    _multiply(tensors, radii)
-    if dead.device.type != "cpu" or dead.item():  # elsewhere the host would have to wait
-        for x in tensors:
-            x.masked_fill_(dead, 0)
-    shares = list((norms / total).masked_fill_(dead, 0).unbind())
-    _multiply(shares, [abs(radius) for radius in radii])
-    return tensors, shares
-
-
-def _are_alike(tensors: Sequence[Tensor]) -> bool:
-    return len({(x.device, x.dtype) for x in tensors}) == 1
-
-
-def _multiply(tensors: list[Tensor], factors: Sequence[float]) -> None:
-    """Each of these, of one kind, in place with its own factor; one tensor is faster than a list of numbers."""
-    if min(factors) == max(factors):
-        torch._foreach_mul_(tensors, tensors[0].new_full((), factors[0]))
-    else:
-        torch._foreach_mul_(tensors, list(factors))
-
-
-def _unit_of_many_kinds(
-    tensors: list[Tensor], together: Together, radii: list[float]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`_unit` of tensors on several devices, of several dtypes, or some of them empty."""
-    device, dtype = tensors[0].device, working_dtype(tensors[0])
-
-    def joint(norms: Sequence[Tensor]) -> Tensor:
-        return torch.stack([norm.to(device, dtype) for norm in norms])
-
-    maxima = [_largest_entry(x) for x in tensors]
-    together.max_(maxima)
-    largest = joint(maxima).amax()
-    scaled = [x.div_(largest.to(x.device)) for x in tensors]
-    squares = [torch.linalg.vector_norm(x, dtype=working_dtype(x)).square() for x in scaled]
-    together.sum_(squares)
-    norms = joint(squares).sqrt()
-    total = torch.linalg.vector_norm(norms)
-    dead = ~(total.isfinite() & (largest > 0))
-    for x, radius in zip(scaled, radii, strict=True):
-        x.div_(total.to(x.device)).mul_(radius).masked_fill_(dead.to(x.device), 0)
-    shares = (norms / total).masked_fill_(dead, 0)
-    return scaled, [share.to(x.device) * abs(radius) for share, x, radius in zip(shares, scaled, radii, strict=True)]
-
-
-def _largest_entry(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, float("inf")) if x.numel() else x.new_zeros(())
 
 
 def _is_alive(G: Tensor) -> Tensor:

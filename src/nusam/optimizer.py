@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from nusam.ascent.ascent import Ascent
 from nusam.base_optimizer import needs_closure
 from nusam.base_step import Stepping
+from nusam.both_gradients import BothGradients
+from nusam.combinations import Combination
+from nusam.directions import Direction
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.surroundings import Holders
@@ -22,6 +25,7 @@ from nusam.guards.checks import (
     check_options,
     check_radius,
     check_served,
+    check_steps,
 )
 from nusam.guards.model_guard import ModelGuard
 from nusam.layers.reads import Backwards
@@ -101,6 +105,8 @@ class SharpnessAware(Stepping):
             1 is the paper's algorithm; less is a cheaper one, see ``docs/cheap.md``. Below 1 the batch goes through
             :meth:`passes`, and the buffers of the model are those that the descent leaves, which sees all of it.
         seed: of the warm starts and of Gaussian noise. The global generators are never drawn from.
+        direction: what ε is made of instead of the gradient, see :mod:`nusam.directions`.
+        combination: what the descent makes of both gradients, see :mod:`nusam.combinations`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: in one sentence, before anything is changed.
@@ -121,11 +127,14 @@ class SharpnessAware(Stepping):
         m_sam: Any = False,
         ascent_share: float = 1.0,
         seed: int = 0,
+        direction: Direction | None = None,
+        combination: Combination | None = None,
     ) -> None:
         check_base_optimizer(base_optimizer)
         for group in base_optimizer.param_groups:
             check_radius(group.get("rho", rho))
         check_options(lmo, delay, rho_schedule, model, targets, ascent, placement, m_sam, ascent_share, seed)
+        check_steps(lmo, direction, combination)
 
         # Optimizer.__init__ fills fresh groups and state; ours are the base optimizer's, so a stand-in takes them.
         stand_in = SimpleNamespace(add_param_group=lambda group: None, defaults={})
@@ -135,6 +144,8 @@ class SharpnessAware(Stepping):
         self.base_optimizer = base_optimizer
 
         self.lmo = lmo
+        self.direction = direction or Direction()
+        self.combination = combination
         self.delay = delay
         self.rho_schedule = rho_schedule
         self.model = model
@@ -145,7 +156,9 @@ class SharpnessAware(Stepping):
         self.ascent_share = float(ascent_share)
         serves = ascent != "gradient" and model is not None and isinstance(lmo, Nuclear)
         everything = ascent == "matrix-free" or (m_sam is not False and DataParallel(model).shards)
-        self._ascent = Ascent(lmo, (0 if everything else WORTH_SERVING) if serves else None)
+        remembers = [combination] if combination else []
+        self._ascent = Ascent(lmo, (0 if everything else WORTH_SERVING) if serves else None, direction, remembers)
+        self._both = BothGradients(combination)
         self._pending: dict[Tensor, Perturbation] | None = None
         self._in_backward: StepInBackward | None = None
         self._guard = ModelGuard(model, self.ascent_share == 1)

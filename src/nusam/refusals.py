@@ -45,7 +45,7 @@ class Checked(Resumable):
         structure = self._structure_now()
         uses = {workers.stored(use.parameter) for use in structure.uses} if structure else set()
         for parameter in (target.parameter for target in targets):
-            check_parameter(parameter, self.lmo, self.placement, reachable=parameter in uses)
+            check_parameter(parameter, self.lmo, self.placement, parameter in uses, self.direction)
             if is_sharded(parameter):
                 own = self._in_forward(parameter) and self._ascent.serve_from is not None
                 check_sharded(parameter, self.model, self.m_sam, workers, own)

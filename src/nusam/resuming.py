@@ -115,7 +115,7 @@ class Resumable(Targeted):
 
     def _checked_state(self, parameter: Tensor, state: State) -> State:
         """What the ball remembers of the parameter, on its device."""
-        fresh = self.lmo.init_state(parameter, 0)
+        fresh = self._ascent.fresh_state(parameter, 0)
         for name, like in fresh.items():
             value = state.get(name, like)
             if value.shape != like.shape:

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nusam.base_optimizer import turns_round
+from nusam.combinations import Combination
 from nusam.coverage import Candidate, Coverage, covered
+from nusam.directions import Direction
 from nusam.distributed.data_parallel import DataParallel, unwrapped
 from nusam.guards.checks import check_radius
 from nusam.lmo import LMO
@@ -41,10 +43,23 @@ class Targeted(Wrapper):
     _progress: "Progress"
     _target_list: "_TargetList | None"
 
+    direction: Direction
+    combination: Combination | None
+
+    @property
+    def _age(self) -> int:
+        """Steps since the delay."""
+        return self._progress.steps - self.delay
+
+    @property
+    def _is_on(self) -> bool:
+        """Whether the delay is over and some group's radius is positive."""
+        return self._age >= 0 and any(radius > 0 for radius in self._radii())
+
     @property
     def active(self) -> bool:
-        """Whether the next step is perturbed: the delay is over and some group's radius is positive."""
-        return self._progress.steps >= self.delay and any(radius > 0 for radius in self._radii())
+        """Whether the next step is perturbed: the delay is over, a radius positive, and it is the method's turn."""
+        return self._is_on and (self.combination is None or self.combination.needs_ascent(self._age))
 
     def perturbation_numel(self) -> int:
         """Floats that ε needs: Σ(n+m) over the matrices for νSAM (Table 1), every perturbed weight for SAM."""

@@ -1,18 +1,17 @@
 """How a step goes: the ascent finds ε, the descent takes the gradient at x + ε."""
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nusam.ascent.layer_pass import LayerPass
-from nusam.base_optimizer import needs_closure
-from nusam.batch import first_samples
+from nusam.both_gradients import BothGradients
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
-from nusam.guards.checks import check_batch, check_closure, check_parameter
+from nusam.guards.checks import check_parameter
 from nusam.guards.model_guard import ModelGuard
 from nusam.interrupts import always
 from nusam.layers.reads import Backwards, watched
@@ -36,60 +35,17 @@ class TwoPasses(Checked):
     ascent_share: float
     _guard: ModelGuard
     _backwards: Backwards
+    _both: BothGradients
     _ascended: list[Tensor]  # the targets of the ascent that the next descent belongs to
     _had_pass = False  # whether a descent pass ran since the last step
     _may_repeat = False  # whether a step's loop would come back for another ascent
     _repeats = False  # and whether it must
     _in_scaler = False  # whether a GradScaler has asked, as it does before it calls step()
 
-    def passes(self, *batch: Any, accumulate: bool = False) -> Iterator[Any]:
-        """Iterate over the passes of one step: the ascent, then the descent; only the latter while inactive.
-
-        The loop body computes the loss and calls ``backward``. Each pass starts with cleared gradients; with
-        ``accumulate=True`` the descent gradient adds to what is there, and the ascent leaves no trace in it:
-        every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
-        ones afterwards; a loop left in the ascent leaves no gradient of it behind.
-
-        The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
-        layer was compared with its gradient: the second time its gradient is formed.
-
-        Args:
-            batch: what comes back once a pass: several arguments as a tuple, one (a tensor, dictionary, dataclass,
-                list, ...) as itself. In the ascent it is cut to ``ascent_share`` of its samples, see
-                :func:`nusam.batch.first_samples`. Without any, ``"ascent"`` and ``"descent"`` come.
-            accumulate: whether gradients of micro-batches add up.
-
-        Raises:
-            RuntimeError: inside another pass, or if a pass computed no gradient at all.
-            ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0, or if
-                there is no batch that could be cut though ``ascent_share`` is below 1.
-        """
-        self = itself(self)
-        check_batch(batch, self.ascent_share)
-        whole: Any = batch[0] if len(batch) == 1 else batch or "descent"
-        part: Any = whole if batch else "ascent"
-        if self.ascent_share < 1 and self.active:
-            part = first_samples(whole, self.ascent_share)
-        with closing(self._passes(accumulate)) as names:
-            for name in names:
-                yield part if name == "ascent" else whole
-
-    def _passes(self, accumulate: bool) -> Generator[str, None, None]:
-        """The passes by name, for loops that cut the batch themselves."""
-        check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
-        if self.active:
-            self._may_repeat = True
-            try:
-                with self.ascent(accumulate):
-                    yield "ascent"
-                if self._repeats:
-                    self._guard.rewind()
-                    with self.ascent(accumulate):
-                        yield "ascent"
-            finally:
-                self._may_repeat = self._repeats = False
-        with self.descent(accumulate):
-            yield "descent"
+    @property
+    def _needs_ascent(self) -> bool:
+        """Whether a perturbed step has two passes."""
+        return self.direction.needs_gradient or self.combination is not None
 
     @contextmanager
     def ascent(self, accumulate: bool = False) -> Iterator[None]:
@@ -156,7 +112,7 @@ class TwoPasses(Checked):
         self._refuse_inside_pass("descent()")
         if self._in_backward and accumulate:
             raise RuntimeError("accumulate=True needs gradients that step_in_backward() frees; use one or the other.")
-        if self._pending is None and self.active:
+        if self._pending is None and self.active and self._needs_ascent:
             raise RuntimeError(
                 "descent() was entered without a perturbation; run 'with opt.ascent():' on the same sample first, "
                 "or loop over opt.passes()."
@@ -165,6 +121,8 @@ class TwoPasses(Checked):
             self._ascended = []
             self._guard.forget_ascent()
             self._written.forget_ascent()
+            if self.active:
+                self._draw()
         perturbations = self._pending or {}
         pairs = {p: e for p, e in perturbations.items() if isinstance(e, RankOne) and self._in_forward(p)}
         forward = self._handlers(pairs) if handlers is None else handlers(pairs)
@@ -206,6 +164,8 @@ class TwoPasses(Checked):
             self._pending = None
             self._had_pass = True
             del perturbations
+            if self.combination is not None and self._is_on:
+                guards.enter_context(self._combined(workers, accumulate))
             perturbed.add()
             if in_place:
                 workers.reshard()
@@ -221,6 +181,24 @@ class TwoPasses(Checked):
                 found = any(p.grad is not None for p in self._parameters())
                 self._ledger.end_pass("descent", found, self._has_closure)
             self._close_ledger({parameter: forward[parameter] for parameter in pairs})
+
+    def _combined(self, workers: DataParallel, accumulate: bool) -> AbstractContextManager[None]:
+        is_perturbed = self._both.has_clean
+        seeds = {p: mixed(self.seed, i) for i, p in enumerate(self._parameters())}
+        return self._both.combined(
+            self._parameters(),
+            workers,
+            accumulate,
+            is_perturbed,
+            lambda p: self._ascent.state_of(Target(p, 0.0, seeds[p])),
+        )
+
+    def _draw(self) -> None:
+        """ε for a descent without an ascent."""
+        targets = self._targets()
+        self._pending = self._ascent.drawn(targets, mixed(self.seed, self._progress.steps), self._age)
+        self._ascended = [target.parameter for target in targets]
+        self._progress.ascents += 1
 
     def _handlers(self, pairs: dict[Tensor, RankOne]) -> dict[Tensor, Any]:
         return {p: InForward(epsilon.u, epsilon.v, self._backwards.is_over) for p, epsilon in pairs.items()}
@@ -259,7 +237,10 @@ class TwoPasses(Checked):
             self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
         there = [target.parameter for target in targets if target.parameter in in_forward]
         self._refuse_unreachable(there, self._ascent.unreachable)
-        found = self._ascent.perturbations(targets, pass_, mixed(self.seed, self._progress.steps), workers)
+        seed = mixed(self.seed, self._progress.steps)
+        found = self._ascent.perturbations(
+            targets, pass_, seed, workers, self._age, lambda: self._both.keep(self._parameters())
+        )
         # what this process alone knows is said once all have had their sums
         records = pass_.records.values() if pass_ is not None and pass_.keeps else []
         served = [r.parameter for r in records if r.job.in_forward and not r.job.checks and not r.is_altered]

@@ -1,6 +1,6 @@
 """The ascent: from one pass over a sample to ε of every target, and what is remembered from step to step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,28 +10,45 @@ from torch import Tensor
 from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.parts import part_of, shared_part
 from nusam.ascent.record import Record
-from nusam.ascent.serving import Serving, full_precision
+from nusam.ascent.serving import Remembers, Serving, full_precision
 from nusam.ascent.verification import ONE_USE, SEVERAL_USES
-from nusam.distributed.blocks import complete, is_sharded, local, route
+from nusam.directions import Direction
+from nusam.distributed.blocks import complete, is_sharded, local, local_state, route
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
-from nusam.lmo import L2, LMO, Nuclear, Perturbation, RankOne
-from nusam.power_iteration import Matrix, TopPair, power_iteration
+from nusam.lmo import LMO, Nuclear, Perturbation, RankOne
+from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration
 from nusam.targets import Target
 
 __all__ = ["Ascent"]
 
 
 class Ascent(Serving):
-    """Finds ε by the weights' gradients, or from their layers."""
+    """Finds ε by the weights' gradients, or from their layers.
 
-    def __init__(self, lmo: LMO, serve_from: int | None) -> None:
-        super().__init__(lmo, serve_from)
+    Args:
+        lmo: the norm ball.
+        serve_from: entries from which a matrix is served by its layer; None if none is.
+        direction: what the ball maximizes against.
+        remembers: what else has a state for every parameter.
+    """
+
+    def __init__(
+        self, lmo: LMO, serve_from: int | None, direction: Direction | None = None, remembers: Sequence[Remembers] = ()
+    ) -> None:
+        self.direction = direction or Direction()
+        super().__init__(lmo, serve_from, [self.direction, *remembers])
         self.measured: dict[Tensor, dict[str, Tensor]] = {}  # what the metrics say of the last ε
 
     @torch.no_grad()
     def perturbations(
-        self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, workers: DataParallel
+        self,
+        targets: Sequence[Target],
+        pass_: LayerPass | None,
+        seed: int,
+        workers: DataParallel,
+        age: int = 0,
+        keep: Callable[[], None] = lambda: None,
     ) -> dict[Tensor, Perturbation]:
         """ε of every target that the pass reached.
 
@@ -40,6 +57,8 @@ class Ascent(Serving):
             pass_: the pass that served some of them without a gradient; the others have theirs in ``grad``.
             seed: for balls that draw.
             workers: the processes that share the pass.
+            age: steps since the delay.
+            keep: called once the gradients are those of all processes, before a ball overwrites them.
         """
         if pass_ is not None and pass_.is_compiled:
             self._count_late(pass_)
@@ -50,12 +69,34 @@ class Ascent(Serving):
             if in_summands and not isinstance(self.lmo, Nuclear):
                 workers.average([target.parameter for target in targets])
                 in_summands = False
+            keep()
             if in_summands or (sharded and not whole_pairs):
-                found = self._from_parts(targets, pass_, workers, in_summands)
+                found = self._from_parts(targets, pass_, workers, in_summands, age)
             else:
-                found = self._from_here(targets, pass_, seed, sharded)
+                found = self._from_here(targets, pass_, seed, sharded, age)
         self.measure(found)
         return found
+
+    @torch.no_grad()
+    def drawn(self, targets: Sequence[Target], seed: int, age: int) -> dict[Tensor, Perturbation]:
+        """ε of a direction that needs no gradient."""
+        with full_precision(target.parameter for target in targets):
+            found = self._in_the_ball([], targets, seed, age, ALONE)
+        self.measure(found)
+        return found
+
+    def _in_the_ball(
+        self, gradients: Sequence[Tensor], targets: Sequence[Target], seed: int, age: int, together: Together
+    ) -> dict[Tensor, Perturbation]:
+        """direction → ball → shape, of what is here of each target."""
+        parameters = [local(target.parameter).detach() for target in targets]
+        states, radii = [self.state_of(target) for target in targets], [target.radius for target in targets]
+        here = [local_state(state) for state in states]
+        directed = self.direction.of(gradients, parameters, here, age, seed)
+        more = (together,) if self.lmo.sees_shards else ()
+        epsilons = self.lmo(directed, radii, states, seed, *more)
+        epsilons = self.direction.shaped(epsilons, parameters, here, together)
+        return {target.parameter: epsilon for target, epsilon in zip(targets, epsilons, strict=True)}
 
     def measure(self, found: Mapping[Tensor, Perturbation]) -> None:
         """What the metrics say of a step's ε."""
@@ -82,17 +123,14 @@ class Ascent(Serving):
         return record.job.known and self.verification.of(record.parameter) in (found or (ONE_USE, SEVERAL_USES))
 
     def _from_here(
-        self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, sharded: bool
+        self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, sharded: bool, age: int
     ) -> dict[Tensor, Perturbation]:
         """All that is needed is in this process."""
-        lmo = self.lmo
         if pass_ is None:
             reached = [target for target in targets if target.parameter.grad is not None]
             dense = [cast(Tensor, target.parameter.grad) for target in reached]
-            states, radii = [self.state_of(target) for target in reached], [target.radius for target in reached]
-            perturbations = lmo(dense, radii, states, seed) if reached else []
-            return {target.parameter: epsilon for target, epsilon in zip(reached, perturbations, strict=True)}
-        lmo = cast(Nuclear, lmo)
+            return self._in_the_ball(dense, reached, seed, age, ALONE) if reached else {}
+        lmo = cast(Nuclear, self.lmo)
         records = pass_.records
         found: dict[Tensor, TopPair] = {}
         trusted = [p for p, r in records.items() if r.once and not r.job.keeps and self._trusts(r, ONE_USE)]
@@ -125,25 +163,21 @@ class Ascent(Serving):
         return {target.parameter: epsilon for target, epsilon in zip(reached, perturbations, strict=True)}
 
     def _from_parts(
-        self, targets: Sequence[Target], pass_: LayerPass | None, workers: DataParallel, in_summands: bool
+        self, targets: Sequence[Target], pass_: LayerPass | None, workers: DataParallel, in_summands: bool, age: int
     ) -> dict[Tensor, Perturbation]:
         """Processes hold blocks or summands, and all of them go through the same list of targets.
 
         A gradient that is missing here may be there elsewhere, so it counts as zeros.
         """
+        if not isinstance(self.lmo, Nuclear):
+            shards = [complete(target.parameter.grad, target.parameter) for target in targets]
+            return self._in_the_ball(list(map(local, shards)), targets, 0, age, Ranks(list(map(route, shards))))
         states = [self.state_of(target) for target in targets]
         radii = [target.radius for target in targets]
-        gradients: list[Tensor | Matrix]
-        if isinstance(self.lmo, Nuclear):
-            records = pass_.records if pass_ else {}
-            parts = []
-            for parameter in (target.parameter for target in targets):
-                record = records.get(parameter)
-                parts.append(shared_part(parameter, record, self._trusts(record), workers, in_summands))
-            gradients, routes = [matrix for matrix, _ in parts], [route_ for _, route_ in parts]
-        else:
-            shards = [complete(target.parameter.grad, target.parameter) for target in targets]
-            gradients, routes = [local(gradient) for gradient in shards], [route(gradient) for gradient in shards]
-        lmo = cast(L2 | Nuclear, self.lmo)  # those that see shards
-        perturbations = lmo(gradients, radii, states, 0, Ranks(routes))  # type: ignore[arg-type]
+        records = pass_.records if pass_ else {}
+        found = []
+        for parameter in (target.parameter for target in targets):
+            record = records.get(parameter)
+            found.append(shared_part(parameter, record, self._trusts(record), workers, in_summands))
+        perturbations = self.lmo([matrix for matrix, _ in found], radii, states, 0, Ranks([way for _, way in found]))
         return {target.parameter: epsilon for target, epsilon in zip(targets, perturbations, strict=True)}

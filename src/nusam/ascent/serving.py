@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ __all__ = ["Serving", "full_precision"]
 LARGE = 2**26  # entries of all matrices from which a gradient that was formed to be compared does not stay
 
 
+class Remembers(Protocol):
+    """Has a state for every parameter."""
+
+    def init_state(self, parameter: Tensor) -> State:
+        """Before the first step."""
+        ...
+
+
 class _Count(NamedTuple):
     """What a device was asked about matrices, and when it has answered."""
 
@@ -36,10 +44,12 @@ class Serving:
     Args:
         lmo: the norm ball.
         serve_from: entries from which a matrix is served by its layer; None if none is.
+        remembers: what else has a state for every parameter.
     """
 
-    def __init__(self, lmo: LMO, serve_from: int | None) -> None:
+    def __init__(self, lmo: LMO, serve_from: int | None, remembers: Sequence[Remembers] = ()) -> None:
         self.lmo = lmo
+        self._remembers = remembers
         self.serve_from = serve_from
         self.states: dict[Tensor, State] = {}
         self.verification = Verification()
@@ -56,8 +66,15 @@ class Serving:
     def state_of(self, target: Target) -> State:
         """What is remembered of the target, its warm start above all."""
         if target.parameter not in self.states:
-            self.states[target.parameter] = self.lmo.init_state(target.parameter, target.seed)
+            self.states[target.parameter] = self.fresh_state(target.parameter, target.seed)
         return self.states[target.parameter]
+
+    def fresh_state(self, parameter: Tensor, seed: int) -> State:
+        """What is remembered of a parameter before its first ascent."""
+        state = self.lmo.init_state(parameter, seed)
+        for other in self._remembers:
+            state |= other.init_state(parameter)
+        return state
 
     @property
     def fallbacks(self) -> dict[Tensor, str]:

@@ -24,6 +24,7 @@ __all__ = [
     "is_sharded",
     "layout",
     "local",
+    "local_state",
     "output_of_blocks",
     "route",
     "whole",
@@ -73,6 +74,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return part
+
+
+def local_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this process holds of a state, sharing memory."""
+    return {name: local(value) for name, value in state.items()}
 
 
 def compute_device(parameter: Any) -> torch.device:

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from nusam.base_optimizer import chain, is_second_order, moves_first, unknown_argument
+from nusam.combinations import Combination
+from nusam.directions import Direction
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running, is_stateless
 from nusam.distributed.surroundings import Holders
@@ -20,6 +22,7 @@ from nusam.lmo import LMO, Nuclear
 __all__ = [
     "check_alone",
     "check_base_optimizer",
+    "check_between",
     "check_choice",
     "check_closure",
     "check_count",
@@ -32,6 +35,7 @@ __all__ = [
     "check_rank_one",
     "check_served",
     "check_sharded",
+    "check_steps",
     "check_surroundings",
 ]
 
@@ -92,6 +96,20 @@ def check_options(
         check_served("placement='forward'", lmo, model)
 
 
+def check_steps(lmo: LMO, direction: Any, combination: Any) -> None:
+    """Whether a direction and a combination go with the ball."""
+    if not isinstance(direction, Direction | None):
+        raise TypeError(f"direction must be one from nusam.directions, or None, got {direction!r}.")
+    if not isinstance(combination, Combination | None):
+        raise TypeError(f"combination must be one from nusam.combinations, or None, got {combination!r}.")
+    given = "direction=" if direction is not None else "combination=" if combination is not None else ""
+    if given and isinstance(lmo, Nuclear):
+        raise ValueError(
+            f"{given} needs gradients that the ascent of {type(lmo).__name__} does not form; use a ball with a dense "
+            "ε, such as nusam.lmo.L2()."
+        )
+
+
 def check_base_optimizer(base: Any) -> None:
     if isinstance(base, type):
         raise TypeError(
@@ -147,6 +165,15 @@ def check_base_optimizer(base: Any) -> None:
 def check_radius(value: Any, what: str = "rho") -> None:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{what} must be a finite number of at least 0, got {value!r}.")
+
+
+def check_between(what: str, value: Any, least: float, most: float, *, low: bool, high: bool) -> None:
+    """``low`` and ``high``: whether the ends belong to it."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if number and least <= value <= most and (low or value != least) and (high or value != most):
+        return
+    ends = f"{'[' if low else '('}{least:g}, {most:g}{']' if high else ')'}"
+    raise ValueError(f"{what} must be a number in {ends}, got {value!r}.")
 
 
 def check_share(share: Any, what: str = "ascent_share") -> None:
@@ -213,7 +240,9 @@ def check_m_sam(m_sam: Any, lmo: LMO, workers: DataParallel) -> None:
             )
 
 
-def check_parameter(parameter: Tensor, lmo: LMO, placement: str, reachable: bool) -> None:
+def check_parameter(
+    parameter: Tensor, lmo: LMO, placement: str, reachable: bool, direction: Direction | None = None
+) -> None:
     """Whether ``lmo``'s perturbation can be computed for the parameter, and applied to it.
 
     ``reachable``: whether a layer is known through which ε could live in the forward.
@@ -222,10 +251,11 @@ def check_parameter(parameter: Tensor, lmo: LMO, placement: str, reachable: bool
     quantized = not parameter.requires_grad and reachable and isinstance(lmo, Nuclear)
     if not (parameter.is_floating_point() or quantized):
         raise TypeError(f"{what} is {parameter.dtype}, only real floating point can be perturbed; set its rho to 0.")
-    if is_sharded(parameter) and not lmo.sees_shards:
+    blind = next((x for x in (lmo, direction) if x is not None and not x.sees_shards), None)
+    if is_sharded(parameter) and blind is not None:
         raise NotImplementedError(
-            f"{what} is sharded, which {type(lmo).__name__} can't see through; use NuSAM, NuSAMNorm, SAM or SAMON, or "
-            "DistributedDataParallel."
+            f"{what} is sharded, which {type(blind).__name__} can't see through; use NuSAM, NuSAMNorm, SAM or SAMON, "
+            "or DistributedDataParallel."
         )
     if parameter.grad is not None and parameter.grad.layout != torch.strided:
         raise TypeError(f"{what} has a sparse gradient, only dense ones are supported; use sparse=False or rho=0.")

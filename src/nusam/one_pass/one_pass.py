@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES
+from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device
 from nusam.guards.buffers import SMALL
@@ -24,7 +25,6 @@ from nusam.lmo import Nuclear, RankOne
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
-from nusam.two_passes import TwoPasses
 
 __all__ = ["OnePass", "looked_ahead"]
 
@@ -52,7 +52,7 @@ def looked_ahead(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 class OnePass:
     """What is remembered from step to step."""
 
-    def __init__(self, opt: TwoPasses) -> None:
+    def __init__(self, opt: Stepping) -> None:
         self._opt = opt
         self._modules: list[nn.Module] | None = None  # whose calls are joined
         self._structure: Structure | None = None  # of the model when they were found

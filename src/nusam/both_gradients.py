@@ -1,0 +1,79 @@
+"""The gradient at the weights, kept until the descent has the one at the perturbed weights."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nusam.combinations import Combination
+from nusam.distributed.blocks import local, local_state, route
+from nusam.distributed.data_parallel import DataParallel
+from nusam.distributed.sums import Ranks
+from nusam.lmo import State
+from nusam.placement.ledger import clear_gradients
+
+__all__ = ["BothGradients"]
+
+
+class BothGradients:
+    """Lets a combination make the base optimizer's gradient of both.
+
+    Args:
+        combination: what it is made by; None leaves the descent's gradient alone.
+    """
+
+    def __init__(self, combination: Combination | None) -> None:
+        self.combination = combination
+        self._clean: dict[Tensor, Tensor] = {}
+
+    @property
+    def has_clean(self) -> bool:
+        """Whether an ascent has left g for the next descent."""
+        return bool(self._clean)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_clean": {}}
+
+    def keep(self, parameters: Sequence[Tensor]) -> None:
+        """The ascent is over: what is in ``grad`` is g."""
+        if self.combination is not None:
+            self._clean = {p: local(p.grad).detach().clone() for p in parameters if p.grad is not None}
+
+    @contextmanager
+    def combined(
+        self,
+        parameters: Sequence[Tensor],
+        workers: DataParallel,
+        accumulate: bool,
+        is_perturbed: bool,
+        state_of: Callable[[Tensor], State],
+    ) -> Iterator[None]:
+        """A descent; then ``grad`` is what the combination makes of it, added to earlier micro-batches' if told."""
+        kept = [workers.kept(p.grad) if accumulate else None for p in parameters]
+        if accumulate:
+            clear_gradients(parameters)
+        try:
+            yield
+            self._combine(parameters, is_perturbed, state_of)
+        finally:
+            self._clean = {}
+            for parameter, earlier in zip(parameters, kept, strict=True):
+                if earlier is not None:
+                    parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
+
+    @torch.no_grad()
+    def _combine(self, parameters: Sequence[Tensor], is_perturbed: bool, state_of: Callable[[Tensor], State]) -> None:
+        combination = self.combination
+        assert combination is not None
+        reached = [p for p in parameters if p.grad is not None and (p in self._clean or not is_perturbed)]
+        if not reached:
+            return
+        gradients = [local(p.grad).detach() for p in reached if p.grad is not None]
+        states = [local_state(state_of(p)) for p in reached]
+        together = Ranks([route(p) for p in reached])
+        if is_perturbed:
+            found = combination.of([self._clean[p] for p in reached], gradients, states, together)
+        else:
+            found = combination.alone(gradients, states, together)
+        torch._foreach_copy_(gradients, found)
