@@ -134,7 +134,7 @@ class SharpnessAware(Stepping):
         for group in base_optimizer.param_groups:
             check_radius(group.get("rho", rho))
         check_options(lmo, delay, rho_schedule, model, targets, ascent, placement, m_sam, ascent_share, seed)
-        check_steps(lmo, direction, combination)
+        check_steps(lmo, direction, combination, m_sam)
 
         # Optimizer.__init__ fills fresh groups and state; ours are the base optimizer's, so a stand-in takes them.
         stand_in = SimpleNamespace(add_param_group=lambda group: None, defaults={})

@@ -96,7 +96,7 @@ def check_options(
         check_served("placement='forward'", lmo, model)
 
 
-def check_steps(lmo: LMO, direction: Any, combination: Any) -> None:
+def check_steps(lmo: LMO, direction: Any, combination: Any, m_sam: Any) -> None:
     """Whether a direction and a combination go with the ball."""
     if not isinstance(direction, Direction | None):
         raise TypeError(f"direction must be one from nusam.directions, or None, got {direction!r}.")
@@ -107,6 +107,10 @@ def check_steps(lmo: LMO, direction: Any, combination: Any) -> None:
         raise ValueError(
             f"{given} needs gradients that the ascent of {type(lmo).__name__} does not form; use a ball with a dense "
             "ε, such as nusam.lmo.L2()."
+        )
+    if combination is not None and m_sam is not False:
+        raise ValueError(
+            "combination= would mix a gradient of this process with one of all, as m_sam leaves them; use m_sam=False."
         )
 
 

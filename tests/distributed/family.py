@@ -1,0 +1,87 @@
+"""The methods beside νSAM in several processes: equal to one process on the joint batch, or refused before anything."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+import nusam
+from tests.distributed.engines import ENGINES, Net, base_optimizer, full, shares, train
+from tests.distributed.running import Checks
+
+STEPS = 7
+METHODS: dict[str, Callable[..., nusam.SharpnessAware]] = {
+    "ASAM": nusam.ASAM,
+    "VaSSO": partial(nusam.VaSSO, theta=0.4),
+    "FriendlySAM": nusam.FriendlySAM,
+    "USAM": nusam.USAM,
+    "SSAM": partial(nusam.SSAM, refresh=3),
+    "RWP": nusam.RWP,
+    "m-RWP": partial(nusam.RWP, mixture=0.3),
+    "GSAM": nusam.GSAM,
+    "WSAM": nusam.WSAM,
+    "LookSAM": partial(nusam.LookSAM, every=3),
+}
+BLIND = {"SSAM", "RWP", "m-RWP"}  # need a parameter as a whole
+CHECKS: Checks = {2: {}}
+
+
+def equals_one_process(engine: str, method: str, accumulate: bool) -> None:
+    together, alone = ENGINES[engine][1](Net(torch.float64)), Net(torch.float64)
+    opt = METHODS[method](base_optimizer("SGD", together), 0.1, model=together)
+    train(together, opt, torch.float64, accumulate, *shares(engine), steps=STEPS)
+    opt = METHODS[method](base_optimizer("SGD", alone), 0.1, model=alone)
+    train(alone, opt, torch.float64, accumulate, steps=STEPS)
+    for p, q in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-10)
+
+
+def resumes_to_the_bit(engine: str, method: str) -> None:
+    """From a state dict as it is kept in memory; every process has its own part."""
+    model = ENGINES[engine][1](Net(torch.float64))
+    opt = METHODS[method](base_optimizer("SGD", model), 0.1, model=model)
+    train(model, opt, torch.float64, False, *shares(engine), steps=3)
+    other = ENGINES[engine][1](Net(torch.float64))
+    other.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    resumed = METHODS[method](base_optimizer("SGD", other), 0.1, model=other)
+    resumed.load_state_dict(_copied(opt.state_dict()))
+    for trained, its in ((model, opt), (other, resumed)):
+        train(trained, its, torch.float64, False, *shares(engine), steps=3)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(full(p), full(q))
+
+
+def _copied(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_copied(entry) for entry in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def is_refused(method: str) -> None:
+    model = ENGINES["FSDP2"][1](Net(torch.float64))
+    with pytest.raises(NotImplementedError, match="is sharded, which (Sparse|RowNoise) can't see through"):
+        METHODS[method](base_optimizer("SGD", model), 0.1, model=model)
+
+
+def takes_no_m_sam(method: str) -> None:
+    """Every process would have a g of its own beside a ĝ of all."""
+    model = ENGINES["DDP"][1](Net(torch.float64))
+    with pytest.raises(ValueError, match="combination= would mix a gradient of this process"):
+        METHODS[method](base_optimizer("SGD", model), 0.1, model=model, m_sam=True)
+
+
+for engine in ("DDP", "FSDP2"):
+    for method in METHODS:
+        if engine == "FSDP2" and method in BLIND:
+            CHECKS[2][f"{method} is refused"] = partial(is_refused, method)
+            continue
+        for accumulate in (False, True):
+            if not (accumulate and method == "SSAM"):  # whose mask is of each process's own order of micro-batches
+                name = f"{method} {engine} {accumulate=}"
+                CHECKS[2][name] = partial(equals_one_process, engine, method, accumulate)
+        CHECKS[2][f"{method} {engine} resumed"] = partial(resumes_to_the_bit, engine, method)
+for method in ("GSAM", "WSAM", "LookSAM", "m-RWP"):
+    CHECKS[2][f"{method} and m-SAM"] = partial(takes_no_m_sam, method)
