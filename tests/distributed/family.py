@@ -62,7 +62,7 @@ def _copied(value: object) -> object:
 
 def is_refused(method: str) -> None:
     model = ENGINES["FSDP2"][1](Net(torch.float64))
-    with pytest.raises(NotImplementedError, match="is sharded, which (Sparse|RowNoise) can't see through"):
+    with pytest.raises(NotImplementedError, match=r"is sharded, which (Sparse|RowNoise) can't see through"):
         METHODS[method](base_optimizer("SGD", model), 0.1, model=model)
 
 
