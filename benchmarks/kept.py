@@ -18,9 +18,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from nusam.experiments.filling import fill
-from nusam.experiments.runs import Recipe, Run
-from nusam.experiments.store import Cell, Store
+from nusam.experiments.runs.filling import fill
+from nusam.experiments.runs.store import Cell, Store
+from nusam.experiments.training.spec import Recipe, Run
 from recording import RESULTS, record
 
 SHARES = {"1": 1.0, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "one sample": 1 / 32}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig
 
 import nusam
-from nusam.experiments.allocations import mark, moments
+from nusam.experiments.recipes.allocations import mark, moments
 from recording import record
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "lora.py"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import nusam
-from nusam.experiments.allocations import mark, moments
+from nusam.experiments.recipes.allocations import mark, moments
 from recording import record
 
 WIDTH, DEPTH = 2048, 24

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from nusam.experiments.looks import LOOKS
-from nusam.experiments.methods import METHODS
-from nusam.experiments.result import Curve, Result, read_all
+from nusam.experiments.pages.looks import LOOKS
+from nusam.experiments.pages.result import Curve, Result, read_all
+from nusam.experiments.training.methods import METHODS
 
 DOCS = Path(__file__).parent
 SWEEPS = re.compile(r"fig[2345]")

@@ -97,3 +97,21 @@ def test_nothing_grows_until_nobody_reads_it(kind):
             if isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno >= CLASS
         }
     assert not long
+
+
+EXPERIMENTS = [{"errors", "files", "limits"}, {"training"}, {"runs"}, {"pages"}, {"recipes"}, {"commands"}]
+
+
+def test_no_import_of_the_experiments_runs_upward():
+    storeys = {name: i for i, names in enumerate(EXPERIMENTS) for name in names}
+    own = [(path.parts[1:], tree) for path, _, tree in modules() if path.parts[0] == "experiments" and path.parts[1:]]
+    rooms = {parts[0].removesuffix(".py") for parts, _ in own} - {"__init__"}
+    assert rooms == storeys.keys()
+    upward = [
+        ("/".join(parts), ".".join(name))
+        for parts, tree in own
+        for name in imports(tree)
+        if name[:1] == ["experiments"] and len(name) > 1 and parts[0] not in (name[1], "__init__.py")
+        if storeys[parts[0].removesuffix(".py")] < storeys[name[1]]
+    ]
+    assert not upward

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import nusam
-from nusam.experiments.allocations import mark, moments
+from nusam.experiments.recipes.allocations import mark, moments
 from nusam.tools.memory import footprint, perturbation_numel
 from tests.conftest import mlp
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nusam
-from nusam.experiments.allocations import mark, moments
+from nusam.experiments.recipes.allocations import mark, moments
 from nusam.reference import svd_top1
 
 peft = pytest.importorskip("peft")

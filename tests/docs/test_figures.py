@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nusam.experiments.result import Curve, Result, read_all
+from nusam.experiments.pages.result import Curve, Result, read_all
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = runpy.run_path(str(DOCS / "figures.py"))

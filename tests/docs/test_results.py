@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nusam.experiments.contest import mean_and_half_width
+from nusam.experiments.runs.contest import mean_and_half_width
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "results" / "README.md").read_text("utf-8")

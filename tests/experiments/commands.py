@@ -5,7 +5,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 
-from nusam.experiments.command import main
+from nusam.experiments.commands.main import main
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nusam.experiments.checkpoint import Checkpoint
-from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
-from nusam.experiments.machine import Machine, launched
-from nusam.experiments.runs import Epoch, Recipe, Run
-from nusam.experiments.training import Stopped, train
+from nusam.experiments.training.checkpoint import Checkpoint
+from nusam.experiments.training.data import load
+from nusam.experiments.training.loop import Stopped, train
+from nusam.experiments.training.machine import Machine, launched
+from nusam.experiments.training.spec import Epoch, Recipe, Run
 
 RUN, RECIPE = Run("bert-tiny", "nusam", 0.01, 0), Recipe(4)
 

@@ -5,8 +5,8 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from nusam.experiments.runs import Recipe, Run
-from nusam.experiments.store import Cell, Store
+from nusam.experiments.runs.store import Cell, Store
+from nusam.experiments.training.spec import Recipe, Run
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
 ROWS = [json.loads(line) for line in (FOLDER / "runs.jsonl").read_text("utf-8").splitlines()]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from nusam.experiments.contest import Contender, Contest, Setting, mean_and_half_width
-from nusam.experiments.runs import Epoch, Outcome, Recipe
-from nusam.experiments.store import Store
+from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and_half_width
+from nusam.experiments.runs.store import Store
+from nusam.experiments.training.spec import Epoch, Outcome, Recipe
 
 SETTING = Setting("digits", "mixer", Recipe(2), seeds=4, radii={"nusam": (0.1, 0.2, 0.3)})
 CONTENDERS = (

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import cifar, mnist
 
-from nusam.experiments import data
-from nusam.experiments.building import build
 from nusam.experiments.errors import Refused
-from nusam.experiments.splits import split
+from nusam.experiments.training import data
+from nusam.experiments.training.building import build
+from nusam.experiments.training.splits import split
 
 CPU = torch.device("cpu")
 

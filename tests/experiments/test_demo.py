@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nusam.experiments import command
+from nusam.experiments.commands import main as command
 
 NUSAM = Path(sysconfig.get_path("scripts")) / "nusam"
 
@@ -134,7 +134,7 @@ class TestStopping:
 )
 def test_refusals_are_one_sentence(options, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nusam.experiments.data.DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr("nusam.experiments.training.data.DEBIAN_FASHION_MNIST", tmp_path / "absent")
     Path("a file").touch()
     message = refusal(["demo", *options], monkeypatch, capsys)
     for word in words:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nusam.experiments.command import main
-from nusam.experiments.rho_search import draw
+from nusam.experiments.commands.main import main
+from nusam.experiments.commands.rho_search import draw
 from nusam.tools.radius_search import RadiusSearch, Trial
 
 SETUP = """

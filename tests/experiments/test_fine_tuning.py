@@ -6,12 +6,12 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 
-from nusam.experiments import training
-from nusam.experiments.building import build
 from nusam.experiments.errors import Refused
-from nusam.experiments.experiment import Bench
-from nusam.experiments.fine_tuning import fine_tuning_settings
-from nusam.experiments.store import Store
+from nusam.experiments.recipes.experiment import Bench
+from nusam.experiments.recipes.fine_tuning import fine_tuning_settings
+from nusam.experiments.runs.store import Store
+from nusam.experiments.training import loop
+from nusam.experiments.training.building import build
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_pretraining_takes_one_thread_whatever_the_machine_has(bench, monkeypatc
         keep.parent.mkdir()
         torch.save({}, keep)
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import nusam
+from nusam.experiments.commands.memory import Memory
 from nusam.experiments.errors import Refused
-from nusam.experiments.memory import Memory
-from nusam.experiments.memory_table import BASES, METHODS, Network, costs, measured, network
-from nusam.experiments.result import read_all
-from nusam.experiments.table1 import table1
+from nusam.experiments.pages.result import read_all
+from nusam.experiments.recipes.memory_table import BASES, METHODS, Network, costs, measured, network
+from nusam.experiments.recipes.perturbation_costs import table1
 
 KIB = 2**10
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from nusam.experiments import data, experiment
-from nusam.experiments.experiment import Bench
-from nusam.experiments.reproduce import experiment as recipe_of
-from nusam.experiments.runs import Epoch, Outcome
-from nusam.experiments.store import Store
+from nusam.experiments.commands.reproduce import experiment as recipe_of
+from nusam.experiments.recipes import experiment
+from nusam.experiments.recipes.experiment import Bench
+from nusam.experiments.runs.store import Store
+from nusam.experiments.training import data
+from nusam.experiments.training.spec import Epoch, Outcome
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_what_is_called_ours_is_what_was_run_and_the_paper_does_not_give(
 @pytest.fixture
 def pretrained(monkeypatch):
     """As if weights had been trained."""
-    monkeypatch.setattr("nusam.experiments.fine_tuning._pretrained", lambda *_: "")
+    monkeypatch.setattr("nusam.experiments.recipes.fine_tuning._pretrained", lambda *_: "")
 
 
 @pytest.mark.parametrize(

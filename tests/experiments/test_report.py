@@ -11,10 +11,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from nusam.experiments.commands.report import Report
 from nusam.experiments.errors import Refused
-from nusam.experiments.page import page
-from nusam.experiments.report import Report
-from nusam.experiments.result import Curve, Result
+from nusam.experiments.pages.page import page
+from nusam.experiments.pages.result import Curve, Result
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 
 import pytest
 
-from nusam.experiments import step_time
+from nusam.experiments.commands.reproduce import NAMES, experiment
 from nusam.experiments.errors import Refused
-from nusam.experiments.reproduce import NAMES, experiment
-from nusam.experiments.result import read_all
+from nusam.experiments.pages.result import read_all
+from nusam.experiments.training import step_time
 from tests.experiments.commands import nusam
 from tests.experiments.full_disks import files_of_at_most
 
@@ -45,7 +45,7 @@ def test_smoke(name, results, monkeypatch):
 def test_a_process_of_its_own_says_and_keeps_the_same(results, tmp_path):
     """The other tests run commands in this process, which has imported everything before."""
     here = reproduce("table3", "--scale", "smoke", "--results", results)
-    command = [sys.executable, "-W", "error", "-m", "nusam.experiments.command", "reproduce", "--jobs", "1"]
+    command = [sys.executable, "-W", "error", "-m", "nusam.experiments.commands.main", "reproduce", "--jobs", "1"]
     command += ["table3", "--scale", "smoke", "--results", str(tmp_path)]
     there = subprocess.run(command, capture_output=True, text=True, check=True)
     assert there.stderr == here.stderr == ""
@@ -147,7 +147,7 @@ def test_a_broken_file_is_named_by_the_list(content, tmp_path):
 
 
 def test_download_is_passed_on(tmp_path, monkeypatch):
-    from nusam.experiments import filling
+    from nusam.experiments.runs import filling
 
     asked = []
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from nusam.experiments.data import load
-from nusam.experiments.rho_selection import Contest, Plan
-from nusam.experiments.runs import Epoch, Outcome, Recipe, Run
-from nusam.experiments.training import train
+from nusam.experiments.runs.rho_selection import Contest, Plan
+from nusam.experiments.training.data import load
+from nusam.experiments.training.loop import train
+from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
 
 CPU = torch.device("cpu")
 MIXER = Contest("mixer", "nusam")

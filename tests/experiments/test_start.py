@@ -7,7 +7,8 @@ import sys
 import pytest
 import timm
 
-from nusam.experiments import find_rho, memory, memory_table, published_models
+from nusam.experiments.commands import find_rho, memory
+from nusam.experiments.recipes import memory_table, published_models
 from nusam.tools.radius_search import RHOS
 
 COMMANDS = ("demo", "train", "sweep", "reproduce", "memory", "report", "find-rho")
@@ -67,7 +68,7 @@ REFUSED = [  # options, values, commands, numbers and files
 ASK = """
 import contextlib, io, json, sys
 lines, slow = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-from nusam.experiments.command import main
+from nusam.experiments.commands.main import main
 answers = []
 for line in lines:
     sys.argv = ["nusam", *line]

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nusam.experiments import store as store_module
 from nusam.experiments.errors import Refused
-from nusam.experiments.runs import Epoch, Outcome, Recipe, Run
-from nusam.experiments.store import Cell, Store
+from nusam.experiments.runs import store as store_module
+from nusam.experiments.runs.store import Cell, Store
+from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
 from tests.experiments.commands import nusam
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_a_line_that_a_crash_cut_short_is_forgotten(tmp_path):
 def test_a_folder_that_another_process_fills_is_refused_until_that_ends_however_it_does(tmp_path):
     pytest.importorskip("fcntl")
     store = Store(tmp_path)
-    hold = "import sys; from pathlib import Path; from nusam.experiments.store import Store\n"
+    hold = "import sys; from pathlib import Path; from nusam.experiments.runs.store import Store\n"
     hold += "with Store(Path(sys.argv[1])).locked(): print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -185,8 +185,8 @@ def rows(folder):
 
 KILLED = """
 import os, signal
-from nusam.experiments.command import main
-from nusam.experiments.store import Store
+from nusam.experiments.commands.main import main
+from nusam.experiments.runs.store import Store
 
 add = Store.add
 

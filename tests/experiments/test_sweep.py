@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from nusam.experiments import training
-from nusam.experiments.command import main
-from nusam.experiments.sweep import Sweep
+from nusam.experiments.commands.main import main
+from nusam.experiments.commands.sweep import Sweep
+from nusam.experiments.training import loop
 
 SMALL = ("--train-size", "64", "--epochs", "1", "--seeds", "1", "--rhos", "0.1")
 
@@ -96,8 +96,8 @@ def test_what_a_worker_refuses_is_one_sentence_too(sweep, monkeypatch):
 def test_a_second_sweep_on_a_folder_is_refused_before_it_trains(sweep, tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     trained = []
-    monkeypatch.setattr(training, "train", lambda *given, **more: trained.append(given))
-    hold = "import sys; from pathlib import Path; from nusam.experiments.store import Store\n"
+    monkeypatch.setattr(loop, "train", lambda *given, **more: trained.append(given))
+    hold = "import sys; from pathlib import Path; from nusam.experiments.runs.store import Store\n"
     hold += "with Store(Path(sys.argv[1])).locked(): print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "results")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

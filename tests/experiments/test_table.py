@@ -6,11 +6,12 @@ import math
 import pytest
 from rich.console import Console
 
-from nusam.experiments import files, results
-from nusam.experiments.figures import learning_curves
-from nusam.experiments.rho_selection import Contest, Plan
-from nusam.experiments.runs import Epoch, Outcome, Run
-from nusam.experiments.table import rendered, rows
+from nusam.experiments import files
+from nusam.experiments.pages import results
+from nusam.experiments.pages.figures import learning_curves
+from nusam.experiments.pages.table import rendered, rows
+from nusam.experiments.runs.rho_selection import Contest, Plan
+from nusam.experiments.training.spec import Epoch, Outcome, Run
 
 
 def plan_of(accuracies: dict[str, list[float]], loss: float = 0.5) -> Plan:

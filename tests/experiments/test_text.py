@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from nusam.experiments import text
-from nusam.experiments.building import build
-from nusam.experiments.command import main
-from nusam.experiments.data import load
+from nusam.experiments.commands.main import main
 from nusam.experiments.errors import Refused
+from nusam.experiments.training import text
+from nusam.experiments.training.building import build
+from nusam.experiments.training.data import load
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nusam import lmo
-from nusam.experiments.figure1 import fig1
-from nusam.experiments.theory import (
+from nusam.experiments.recipes.convergence import fig1
+from nusam.experiments.recipes.theory import (
     BALLS,
     METHODS,
     Setting,

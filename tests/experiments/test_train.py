@@ -18,17 +18,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from nusam.experiments.checkpoint import Checkpoint, _generators, _set_generators
-from nusam.experiments.data import load
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import save_whole
-from nusam.experiments.machine import Machine
-from nusam.experiments.methods import BASES, kept_as, title
-from nusam.experiments.progress import Bars, describe
-from nusam.experiments.runs import Epoch, Recipe, Report, Run
-from nusam.experiments.scalars import Scalars
-from nusam.experiments.store import Cell
-from nusam.experiments.training import Stopped, train
+from nusam.experiments.runs.progress import Bars, describe
+from nusam.experiments.runs.store import Cell
+from nusam.experiments.training.checkpoint import Checkpoint, _generators, _set_generators
+from nusam.experiments.training.data import load
+from nusam.experiments.training.loop import Stopped, train
+from nusam.experiments.training.machine import Machine
+from nusam.experiments.training.methods import BASES, kept_as, title
+from nusam.experiments.training.scalars import Scalars
+from nusam.experiments.training.spec import Epoch, Recipe, Report, Run
 from tests.distributed.launching import torchrun
 from tests.experiments.commands import nusam
 from tests.experiments.full_disks import files_of_at_most
@@ -46,7 +46,7 @@ def trained(*arguments):
 
 def in_a_process(*arguments):
     """The same, where nothing is left of other tests."""
-    command = [sys.executable, "-m", "nusam.experiments.command", "train", *SMALL, *map(str, arguments)]
+    command = [sys.executable, "-m", "nusam.experiments.commands.main", "train", *SMALL, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
@@ -95,8 +95,8 @@ def undisturbed_and_long(tmp_path_factory):
 
 SIGNALLED = """
 import os
-from nusam.experiments.checkpoint import Checkpoint
-from nusam.experiments.command import main
+from nusam.experiments.training.checkpoint import Checkpoint
+from nusam.experiments.commands.main import main
 
 save = Checkpoint.save
 
@@ -286,7 +286,7 @@ def test_two_processes_train_as_one_does(options, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     accumulate = options if "--accumulate" in options else []
     trained("--out", alone, *accumulate)
-    torchrun(2, "nusam.experiments.command", "train", *SMALL, *options, "--out", str(together), module=True)
+    torchrun(2, "nusam.experiments.commands.main", "train", *SMALL, *options, "--out", str(together), module=True)
     for ours, theirs in zip(epochs(together), epochs(alone), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
 
@@ -294,7 +294,7 @@ def test_two_processes_train_as_one_does(options, tmp_path):
 @pytest.mark.slow
 def test_accelerate_launches_it_too(tmp_path, undisturbed):
     launcher = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launcher += ["--dynamo_backend", "no", "--module", "nusam.experiments.command", "train", *SMALL]
+    launcher += ["--dynamo_backend", "no", "--module", "nusam.experiments.commands.main", "train", *SMALL]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--out", str(tmp_path)]
     subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for ours, theirs in zip(epochs(tmp_path), epochs(undisturbed), strict=True):
@@ -309,7 +309,7 @@ def test_other_ways_to_train_learn_too(options, tmp_path):
 
 
 def test_augmentation_moves_images_and_leaves_the_global_generator_alone():
-    from nusam.experiments.augmentation import AUGMENTATIONS, augmented
+    from nusam.experiments.training.augmentation import AUGMENTATIONS, augmented
 
     pixels = torch.rand(16, 3, 32, 32) * 2 - 1
     for name in AUGMENTATIONS:
@@ -369,7 +369,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_unfinished(kilobytes, le
     mount = f'mount -t tmpfs -o size={kilobytes + 4}k tmpfs "$0" && echo > "$0/another file"'  # a page of 4 kB
     if subprocess.run([*own_disk, mount, str(tmp_path)], capture_output=True).returncode:
         pytest.skip("this system lets its users mount nothing")
-    command = [sys.executable, "-m", "nusam.experiments.command", "train", *SMALL, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "nusam.experiments.commands.main", "train", *SMALL, "--out", str(tmp_path)]
     script = f'{mount} && "$@"; code=$?; ls "$0"; exit $code'
     done = subprocess.run([*own_disk, script, str(tmp_path), *command], capture_output=True, text=True)
     assert done.returncode == 2, done.stdout + done.stderr

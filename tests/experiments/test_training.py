@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import nusam
-from nusam.experiments.building import build
-from nusam.experiments.data import load
-from nusam.experiments.methods import METHODS
-from nusam.experiments.models import SMALL
-from nusam.experiments.runs import Recipe, Run
-from nusam.experiments.training import train
+from nusam.experiments.training.building import build
+from nusam.experiments.training.data import load
+from nusam.experiments.training.loop import train
+from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.models import SMALL
+from nusam.experiments.training.spec import Recipe, Run
 
 CPU = torch.device("cpu")
 

@@ -1,1 +1,1 @@
-"""A recipe for every table and figure of the paper, one file each."""
+"""A recipe for every table and figure of the paper, one file each, and what they share."""

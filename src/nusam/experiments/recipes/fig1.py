@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from nusam.experiments.experiment import Bench, Experiment
-from nusam.experiments.figure1 import fig1
-from nusam.experiments.result import Result
+from nusam.experiments.pages.result import Result
+from nusam.experiments.recipes.convergence import fig1
+from nusam.experiments.recipes.experiment import Bench, Experiment
 
 
 class Figure1(Experiment):

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from nusam.experiments.contest import Contender, Contest, Setting, mean_and_error, mean_and_half_width
-from nusam.experiments.experiment import Bench, Experiment
-from nusam.experiments.method_table import ADAMW, NUSAM, SAM, SAM_ON
-from nusam.experiments.models import TITLES
-from nusam.experiments.result import Curve, Result
+from nusam.experiments.pages.result import Curve, Result
+from nusam.experiments.recipes.experiment import Bench, Experiment
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM, SAM_ON
+from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and_error, mean_and_half_width
+from nusam.experiments.training.models import TITLES
 
 _RADII = {
     "mixer": {"sam": (0.05, 0.1, 0.2, 0.4, 0.8), "nusam": (0.02, 0.05, 0.1, 0.2, 0.4), "sam-on": (0.5, 1.0, 2.0)},

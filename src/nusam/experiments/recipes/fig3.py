@@ -3,11 +3,11 @@
 from dataclasses import replace
 from statistics import fmean
 
-from nusam.experiments.contest import Contender, Contest, mean_and_error, mean_and_half_width
-from nusam.experiments.experiment import Bench, Experiment
-from nusam.experiments.methods import METHODS
-from nusam.experiments.models import TITLES
-from nusam.experiments.result import Curve, Result
+from nusam.experiments.pages.result import Curve, Result
+from nusam.experiments.recipes.experiment import Bench, Experiment
+from nusam.experiments.runs.contest import Contender, Contest, mean_and_error, mean_and_half_width
+from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.models import TITLES
 
 DELAYS = (0.0, 0.1, 0.25, 0.5)
 

@@ -1,9 +1,9 @@
 """Figure 5: accuracy over ρ in fine-tuning."""
 
-from nusam.experiments.contest import Setting
-from nusam.experiments.experiment import Bench
-from nusam.experiments.fine_tuning import PUBLISHED, fine_tuning_data, fine_tuning_ours, fine_tuning_settings
+from nusam.experiments.recipes.experiment import Bench
 from nusam.experiments.recipes.fig2 import RadiusSweep
+from nusam.experiments.recipes.fine_tuning import PUBLISHED, fine_tuning_data, fine_tuning_ours, fine_tuning_settings
+from nusam.experiments.runs.contest import Setting
 
 
 class FineTuningSweep(RadiusSweep):

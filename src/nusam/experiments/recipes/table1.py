@@ -1,7 +1,7 @@
 """Table 1: floats of the perturbation."""
 
-from nusam.experiments.experiment import Bench, Experiment
-from nusam.experiments.result import Result
+from nusam.experiments.pages.result import Result
+from nusam.experiments.recipes.experiment import Bench, Experiment
 
 
 class Table1(Experiment):
@@ -18,7 +18,7 @@ class Table1(Experiment):
 
     def run(self, bench: Bench) -> Result:
         """Count."""
-        from nusam.experiments.table1 import table1
+        from nusam.experiments.recipes.perturbation_costs import table1
 
         return table1(bench.scale_name)
 

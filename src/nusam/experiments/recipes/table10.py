@@ -1,7 +1,7 @@
 """Table 10: the number of power iterations."""
 
-from nusam.experiments.contest import Contender
-from nusam.experiments.method_table import ADAMW, NUSAM, MethodTable
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, MethodTable
+from nusam.experiments.runs.contest import Contender
 
 TABLE = MethodTable(
     name="table10",

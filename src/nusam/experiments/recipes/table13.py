@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nusam.experiments.contest import Contender, Setting
-from nusam.experiments.experiment import Bench, Experiment
-from nusam.experiments.fine_tuning import PUBLISHED, fine_tuning_data
-from nusam.experiments.method_table import ADAMW, NUSAM, SAM, MethodTable
+from nusam.experiments.pages.result import Result
+from nusam.experiments.recipes.experiment import Bench, Experiment
+from nusam.experiments.recipes.fine_tuning import PUBLISHED, fine_tuning_data
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM, MethodTable
 from nusam.experiments.recipes.table4 import FineTuningTable
-from nusam.experiments.result import Result
+from nusam.experiments.runs.contest import Contender, Setting
 
 _TITLE = "AdamW with a refined learning rate, and with twice the budget"
 _RHO = {"sam": 0.05, "nusam": 0.02}  # of the paper

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from nusam.experiments.data import load
-from nusam.experiments.experiment import Bench, Experiment
-from nusam.experiments.methods import METHODS
-from nusam.experiments.models import TITLES
-from nusam.experiments.result import Result
+from nusam.experiments.pages.result import Result
+from nusam.experiments.recipes.experiment import Bench, Experiment
+from nusam.experiments.training.data import load
+from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.models import TITLES
 
 _METHODS = ("adamw", "sam", "sam-on", "nusam", "nusam-norm")
 
@@ -28,8 +28,8 @@ class Table14(Experiment):
         source = load(bench.data, bench.data_root, bench.scale.train_size[bench.data], bench.download)
         import torch
 
-        from nusam.experiments.splits import Images, split
-        from nusam.experiments.step_time import step_seconds
+        from nusam.experiments.training.splits import Images, split
+        from nusam.experiments.training.step_time import step_seconds
 
         train = split(source, 0, bench.device).train
         size = bench.scale.recipes[bench.data].batch_size

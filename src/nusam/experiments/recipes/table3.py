@@ -1,6 +1,6 @@
 """Table 3: training from scratch without AutoAugment."""
 
-from nusam.experiments.method_table import ADAMW, NUSAM, SAM, SAM_ON, MethodTable
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM, SAM_ON, MethodTable
 
 TABLE = MethodTable(
     name="table3",

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nusam.experiments.contest import Setting
-from nusam.experiments.experiment import Bench
-from nusam.experiments.fine_tuning import PUBLISHED, fine_tuning_data, fine_tuning_ours, fine_tuning_settings
-from nusam.experiments.method_table import ADAMW, NUSAM, SAM, SAM_ON, MethodTable
+from nusam.experiments.recipes.experiment import Bench
+from nusam.experiments.recipes.fine_tuning import PUBLISHED, fine_tuning_data, fine_tuning_ours, fine_tuning_settings
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM, SAM_ON, MethodTable
+from nusam.experiments.runs.contest import Setting
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nusam.experiments.contest import Contender, Setting
-from nusam.experiments.experiment import Bench
-from nusam.experiments.method_table import NUSAM, SAM, SAM_ON, MethodTable
-from nusam.experiments.runs import Recipe
-from nusam.experiments.text import GLUE
+from nusam.experiments.recipes.experiment import Bench
+from nusam.experiments.recipes.method_table import NUSAM, SAM, SAM_ON, MethodTable
+from nusam.experiments.runs.contest import Contender, Setting
+from nusam.experiments.training.spec import Recipe
+from nusam.experiments.training.text import GLUE
 
 # The paper's Table 12: Adam, batches of 32, learning rate 4e-5 with cosine and 10% warm-up. Its epochs are ours.
 _RECIPE = Recipe(epochs=3, learning_rate=4e-5, weight_decay=0.0, base="adam")

@@ -1,7 +1,7 @@
 """Table 8: νSAM-Norm."""
 
-from nusam.experiments.contest import Contender
-from nusam.experiments.method_table import ADAMW, NUSAM, SAM, MethodTable
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM, MethodTable
+from nusam.experiments.runs.contest import Contender
 
 TABLE = MethodTable(
     name="table8",

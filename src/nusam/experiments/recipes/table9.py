@@ -1,7 +1,7 @@
 """Table 9: SAM-ON with a delay."""
 
-from nusam.experiments.contest import Contender
-from nusam.experiments.method_table import ADAMW, SAM_ON, MethodTable
+from nusam.experiments.recipes.method_table import ADAMW, SAM_ON, MethodTable
+from nusam.experiments.runs.contest import Contender
 
 TABLE = MethodTable(
     name="table9",

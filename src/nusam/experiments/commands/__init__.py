@@ -1,0 +1,1 @@
+"""The command ``nusam``, a file for each subcommand."""

@@ -1,0 +1,120 @@
+"""``nusam find-rho``: a short sweep over ρ on data and a model of one's own, or on those of the experiments."""
+
+import importlib.util
+import inspect
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nusam.experiments.errors import Refused
+from nusam.experiments.limits import at_least, not_negative, some_of
+from nusam.experiments.training.data import Source, load
+from nusam.experiments.training.devices import require_device
+from nusam.experiments.training.methods import BASES
+from nusam.experiments.training.models import TITLES, require_fit
+
+__all__ = ["FindRho"]
+
+METHODS = ("nusam", "nusam-norm", "sam", "sam-on")
+RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # as nusam.find_rho tries them
+
+
+@dataclass(frozen=True)
+class FindRho:
+    """Suggest ρ for every method by short trainings, and draw the scores.
+
+    FILE.py:FUNCTION names a function without arguments that returns a dict with arguments of nusam.find_rho: model,
+    base, loss, loader, validation, and score if the loss is not what counts; methods, radii, steps and seeds are
+    options of this command.
+    """
+
+    setup: Annotated[str, tyro.conf.Positional] = ""
+    """FILE.py:FUNCTION; without it, --model learns --data."""
+    model: str = "mixer"
+    """As of nusam train."""
+    data: str = "digits"
+    """As of nusam train."""
+    data_root: Path = Path("data")
+    """Folder of the data's files."""
+    base: str = "adamw"
+    """Base optimizer: sgd, adam, adamw or adafactor."""
+    learning_rate: float = 4e-3
+    """At its highest."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")] = ("nusam", "sam")
+    """nusam, nusam-norm, sam, sam-on."""
+    rhos: Annotated[tuple[float, ...], tyro.conf.arg(metavar="RHO ...")] = RHOS
+    """Radii that are tried with every method."""
+    ascent_share: float = 1.0
+    """Of each batch, that the ascents see."""
+    steps: int = 200
+    """Of each training."""
+    seeds: int = 2
+    """Trainings of every method and radius."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ...; where the model of a setup lies is its own business."""
+    out: Path = Path("runs/find-rho")
+    """Folder for rho.png and rho.json."""
+
+    def __call__(self) -> int:
+        """Run it; the exit code."""
+        self._check()
+        given = _of_user(self.setup) if self.setup else self._source()
+        from nusam.experiments.commands.rho_search import RhoSearch, built_in
+
+        if isinstance(given, Source):
+            given = built_in(given, self.model, self.base, self.learning_rate, self.device)
+        return RhoSearch(self.methods, self.rhos, self.ascent_share, self.steps, self.seeds, self.out).run(given)
+
+    def _source(self) -> Source:
+        """What --model learns from, where that is possible."""
+        for option, allowed in (("model", TITLES), ("base", BASES)):
+            if getattr(self, option) not in allowed:
+                raise Refused(f"--{option} must be one of {', '.join(allowed)}, got {getattr(self, option)}.")
+        not_negative(learning_rate=self.learning_rate)
+        require_device(self.device)
+        source = load(self.data, self.data_root)
+        require_fit(self.model, source.image_size, source.channels)
+        return source
+
+    def _check(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise Refused(f"--methods must name some of {', '.join(METHODS)}, got {method}.")
+        for rho in self.rhos:
+            if not (math.isfinite(rho) and rho >= 0):
+                raise Refused(f"rho must be a finite number of at least 0, got {rho}.")
+        some_of(ascent_share=self.ascent_share)
+        at_least(1, steps=self.steps, seeds=self.seeds)
+
+
+def _of_user(setup: str) -> dict[str, Any]:
+    """What the named function returns."""
+    path, _, name = setup.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise Refused(f"SETUP must be FILE.py:FUNCTION with a file that exists, got {setup}.")
+    specification = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if specification is None or specification.loader is None:
+        raise Refused(f"SETUP must name a Python file, got {path}.")
+    module = importlib.util.module_from_spec(specification)
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    specification.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise Refused(f"{path} has no function {name}; name one that returns the arguments of nusam.find_rho.")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise Refused(f"{setup} must take no arguments ({error}); give them defaults.") from error
+    given = function()
+    needed = {"model", "base", "loss", "loader", "validation"}
+    if not isinstance(given, dict) or not needed <= given.keys() <= needed | {"score", "delay", "warm_up"}:
+        has = ", ".join(given) if isinstance(given, dict) else type(given).__name__
+        raise Refused(
+            f"{setup} must return a dict with {', '.join(sorted(needed))}, and perhaps score, delay or warm_up, got "
+            f"{has}."
+        )
+    return given

@@ -1,0 +1,155 @@
+"""A table of methods: the shape that most of the paper's tables have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nusam.experiments.pages.result import Curve, Result
+from nusam.experiments.recipes.experiment import Bench, Experiment
+from nusam.experiments.runs.contest import Contender, Contest, Setting
+from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.models import TITLES
+from nusam.experiments.training.spec import Outcome
+
+__all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable"]
+
+Cells = Mapping[str, Mapping[str, str]]  # accuracy in % as the paper prints it, by its model, then by label
+_TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # of the data that the paper has cells for
+
+ADAMW = Contender("AdamW", "adamw")
+SAM = Contender("SAM", "sam")
+SAM_ON = Contender("SAM-ON", "sam-on")
+NUSAM = Contender("νSAM", "nusam")
+
+
+@dataclass(frozen=True)
+class MethodTable(Experiment):
+    """Contenders on every model of a scale, the paper's cells beside ours.
+
+    Attributes:
+        paper: the paper's cells by data, as far as the text has them. Data without cells of their own have CIFAR-10's
+            beside them.
+        paper_best: whether the paper says that its cells are of the best iterate.
+        counterparts: the paper's model that a small one stands for.
+        recipe: changes to the scale's recipe.
+    """
+
+    name: str
+    title: str
+    contenders: tuple[Contender, ...]
+    baselines: tuple[str, ...] = ("SAM", "AdamW")
+    paper: Mapping[str, Cells] = field(default_factory=dict)
+    paper_best: bool = True
+    counterparts: Mapping[str, str] = field(default_factory=lambda: {"mixer": "Mixer-S/4", "vit": "ViT-S/4"})
+    recipe: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by scale
+    needs: str = ""
+    takes: dict[str, str] = field(default_factory=lambda: {"smoke": "10 s", "cpu": "10 min", "full": "days of a GPU"})
+    notes: tuple[str, ...] = ()
+    published: Mapping[str, Any] = field(default_factory=lambda: Experiment.published)
+    models_of_paper: tuple[str, ...] = Experiment.models_of_paper
+    data_of_paper: tuple[str, ...] = Experiment.data_of_paper
+
+    def run(self, bench: Bench) -> Result:
+        """Choose every ρ, run every seed, compare."""
+        changes = self.recipe.get(bench.scale_name, {})
+        settings = self.settings(bench, changes)
+        contests = [Contest(_few_radii(setting, bench), self.contenders) for setting in settings]
+        bench.fill(cell for contest in contests for cell in contest.trials())
+        bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
+        column = "paper, best iterate" if self.paper_best else "paper"
+        rows: list[dict[str, Any]] = []
+        curves: list[Curve] = []
+        for contest in contests:
+            model = contest.setting.model
+            _, of_paper = self._cells(bench.data, model)
+            for row in contest.rows(bench.store, self.baselines):
+                beside = {column: of_paper.get(row["method"], "not in our text")} if self.paper else {}
+                rows.append({"model": TITLES[model], **row, **beside})
+            curves += [
+                _curve(TITLES[model], label, contest.outcomes(bench.store, label)) for label in contest.contenders
+            ]
+        findings = "\n".join(self._finding(bench, contest) for contest in contests)
+        return bench.result(
+            self,
+            self.title,
+            list(rows[0]),
+            rows,
+            curves,
+            findings,
+            settings[0],
+            bench.choice_of_radius(self, contests[0]),
+            self._notes_on_paper(bench.data, [setting.model for setting in settings]),
+        )
+
+    def settings(self, bench: Bench, changes: Mapping[str, Any]) -> list[Setting]:
+        """What the contests are held on: one for each model of the scale."""
+        return bench.settings(self, **changes)
+
+    def _counterpart(self, model: str) -> str:
+        """The paper's model that a small one stands for."""
+        return self.counterparts.get(model, TITLES[model])
+
+    def _cells(self, data: str, model: str) -> tuple[str, Mapping[str, str]]:
+        """The paper's, by label, that stand beside ours, and the title of the data that they are of."""
+        of = data if data in self.paper else "cifar10"
+        return _TITLES[of], self.paper.get(of, {}).get(self._counterpart(model), {})
+
+    def _notes_on_paper(self, data: str, models: list[str]) -> list[str]:
+        """What the paper's cells are of."""
+        if not self.paper:
+            return []
+        best = (
+            "The paper's cells are of the best iterate"
+            if self.paper_best
+            else "The paper says of Table 2 that its cells are of the best iterate, and nothing of these"
+        )
+        notes = [f"{best}; differences and verdicts here are of the last."]
+        stand_ins = [
+            f"beside {TITLES[model]} stand those of {self._counterpart(model)} on {self._cells(data, model)[0]}"
+            for model in models
+            if data not in self.paper or self._counterpart(model) != TITLES[model]
+        ]
+        if stand_ins:
+            what = "models" if data in self.paper else "data and models"
+            notes.append(f"The paper has no cells for these {what}: {', '.join(stand_ins)}.")
+        return notes
+
+    def _finding(self, bench: Bench, contest: Contest) -> str:
+        """Each difference in words, with the paper's sign where the text has both cells."""
+        counterpart = self._counterpart(contest.setting.model)
+        data, of_paper = self._cells(bench.data, contest.setting.model)
+        lines = []
+        for label in contest.contenders:
+            for baseline in self.baselines:
+                if label == baseline or label in self.baselines[: self.baselines.index(baseline)]:
+                    continue
+                mean, half = contest.difference(bench.store, label, baseline)
+                ours = f"{label} − {baseline} = {mean:+.2f} ± {half:.2f} points"
+                ours += " (95% interval)" if half < 100 else ""
+                noise = abs(mean) <= half
+                verdict = "within the noise of these seeds" if noise else "beyond the noise of these seeds"
+                if label in of_paper and baseline in of_paper:
+                    theirs = _mean(of_paper[label]) - _mean(of_paper[baseline])
+                    relation = "undecided" if noise else "agrees" if (theirs > 0) == (mean > 0) else "**disagrees**"
+                    verdict += f"; paper ({counterpart}, {data}): {theirs:+.2f}, {relation}"
+                lines.append(f"- {TITLES[contest.setting.model]}: {ours}, {verdict}.")
+        return "\n".join(lines)
+
+
+def _mean(cell: str) -> float:
+    """Of a cell like 97.16 ± 0.16."""
+    return float(cell.split()[0])
+
+
+def _few_radii(setting: Any, bench: Bench) -> Any:
+    if not bench.scale.one_radius:
+        return setting
+    small = "mixer" if "mixer" in setting.model else "vit"
+    return replace(setting, radii={name: m.radii[small][:1] for name, m in METHODS.items() if m.radii})
+
+
+def _curve(panel: str, label: str, outcomes: list[Outcome]) -> Curve:
+    epochs = list(zip(*(outcome.epochs for outcome in outcomes), strict=True))
+    means = [100 * sum(epoch.test_accuracy for epoch in column) / len(column) for column in epochs]
+    x = [float(i) for i in range(1, len(means) + 1)]
+    return Curve(panel, label, x, list(means), "epoch", "test accuracy, %")

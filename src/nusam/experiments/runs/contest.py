@@ -1,0 +1,148 @@
+"""Methods that compete on a data set: ρ by validation, then every seed; accuracies and paired differences."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
+from typing import Any
+
+from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.spec import Outcome, Recipe, Run
+from nusam.experiments.runs.store import Cell, Store
+
+__all__ = ["Contender", "Contest", "Setting", "interval", "mean_and_error", "mean_and_half_width"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its options, under a name."""
+
+    label: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)  # fields of Run
+    radius_of: str = ""  # the contender whose ρ it takes over
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a contest is held on."""
+
+    data: str
+    model: str
+    recipe: Recipe
+    seeds: int
+    trial_seeds: int = 2
+    train_size: int | None = None
+    radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by method, where not the method's own
+    pretrained: str = ""
+
+    def cell(self, contender: Contender, rho: float, seed: int) -> Cell:
+        """One run."""
+        run = replace(Run(self.model, contender.method, rho, seed), **contender.options)
+        return Cell(self.data, self.recipe, run, self.train_size, self.pretrained)
+
+    @property
+    def candidate_seeds(self) -> range:
+        """The seeds on which every candidate for ρ is tried."""
+        return range(min(self.trial_seeds, self.seeds))
+
+    def candidates(self, contender: Contender) -> tuple[float, ...]:
+        """The radii that are tried."""
+        small = "mixer" if "mixer" in self.model else "vit"
+        return self.radii.get(contender.method) or METHODS[contender.method].radii.get(small, (0.0,))
+
+
+class Contest:
+    """Contenders in a setting, as far as a store knows their runs.
+
+    Args:
+        contenders: those whose radius another takes over come first.
+    """
+
+    def __init__(self, setting: Setting, contenders: Iterable[Contender]) -> None:
+        self.setting = setting
+        self.contenders = {contender.label: contender for contender in contenders}
+
+    def trials(self) -> list[Cell]:
+        """What must be run before any ρ can be chosen."""
+        return [
+            self.setting.cell(contender, rho, seed)
+            for contender in self.contenders.values()
+            if not contender.radius_of
+            for rho in self.setting.candidates(contender)
+            for seed in self.setting.candidate_seeds
+        ]
+
+    def radius(self, store: Store, label: str) -> float:
+        """The candidate of the best mean validation accuracy over the trial seeds; of equal ones, the smallest."""
+        contender = self.contenders[label]
+        if contender.radius_of:
+            return self.radius(store, contender.radius_of)
+        seeds = self.setting.candidate_seeds
+
+        def score(rho: float) -> float:
+            return fmean(store[self.setting.cell(contender, rho, seed)].validation_accuracy for seed in seeds)
+
+        candidates = self.setting.candidates(contender)
+        return candidates[0] if len(candidates) == 1 else max(candidates, key=score)
+
+    def finals(self, store: Store) -> list[Cell]:
+        """Every seed with the chosen ρ."""
+        return [
+            self.setting.cell(contender, self.radius(store, label), seed)
+            for label, contender in self.contenders.items()
+            for seed in range(self.setting.seeds)
+        ]
+
+    def outcomes(self, store: Store, label: str) -> list[Outcome]:
+        """A contender's runs with the chosen ρ, by seed."""
+        rho = self.radius(store, label)
+        return [store[self.setting.cell(self.contenders[label], rho, seed)] for seed in range(self.setting.seeds)]
+
+    def rows(self, store: Store, baselines: Iterable[str]) -> list[dict[str, Any]]:
+        """A row for every contender: accuracies in %, and differences to the baselines with their 95% intervals."""
+        rows = []
+        for label in self.contenders:
+            outcomes = self.outcomes(store, label)
+            last = [100 * outcome.test_accuracy for outcome in outcomes]
+            best = [100 * max(epoch.test_accuracy for epoch in outcome.epochs) for outcome in outcomes]
+            rho = self.radius(store, label)
+            row: dict[str, Any] = {
+                "method": label,
+                "ρ": f"{rho:g}" if rho else "–",
+                "last iterate": mean_and_error(last),
+                "best iterate": mean_and_error(best),
+            }
+            for baseline in baselines:
+                others = [100 * outcome.test_accuracy for outcome in self.outcomes(store, baseline)]
+                differences = [a - b for a, b in zip(last, others, strict=True)]
+                row[f"over {baseline}"] = "–" if label == baseline else interval(differences)
+            rows.append(row)
+        return rows
+
+    def difference(self, store: Store, label: str, baseline: str) -> tuple[float, float]:
+        """Mean difference of last-iterate accuracies in points, seed by seed, and half its 95% interval."""
+        pairs = zip(self.outcomes(store, label), self.outcomes(store, baseline), strict=True)
+        return mean_and_half_width([100 * (a.test_accuracy - b.test_accuracy) for a, b in pairs])
+
+
+def mean_and_half_width(values: list[float]) -> tuple[float, float]:
+    """And half of the 95% confidence interval by Student's t; infinite for a single value."""
+    if len(values) < 2:
+        return fmean(values), math.inf
+    from scipy.special import stdtrit
+
+    error = stdev(values) / math.sqrt(len(values))
+    return fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
+
+
+def interval(values: list[float]) -> str:
+    """A difference and half of its 95% interval."""
+    mean, half = mean_and_half_width(values)
+    return f"{mean:+.2f}" if math.isinf(half) else f"{mean:+.2f} ± {half:.2f}"
+
+
+def mean_and_error(values: list[float]) -> str:
+    """Mean ± standard error."""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{error}"

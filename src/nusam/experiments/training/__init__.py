@@ -1,0 +1,1 @@
+"""One run: data, models, methods and the loop."""

@@ -1,0 +1,285 @@
+"""What the experiments learn from: small subsets of known data sets, and data of one's own."""
+
+import errno
+import gzip
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from http.client import HTTPException
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nusam.experiments.errors import Refused
+from nusam.experiments.training import text
+from nusam.experiments.training.class_sizes import require_two_of_each
+
+__all__ = ["DATASETS", "Labels", "Pixels", "Source", "Tokens", "load", "shuffled", "with_wrong_labels"]
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# How much is used unless told otherwise.
+TRAIN = 400
+VALIDATION = 1_000
+TEST = 1_000
+
+_FETCHED = ("fashion-mnist", "cifar10", "cifar100")
+_UNREACHABLE = (URLError, ConnectionError, TimeoutError, HTTPException)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_TORCHVISION_ADVICE = " You can use download=True to download it"
+
+Pixels = NDArray[np.uint8]
+Tokens = NDArray[np.int64]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before training and validation are told apart; plain arrays travel between processes."""
+
+    title: str
+    classes: int
+    train_size: int
+    pool: Pixels | Tokens  # (N, C, S, S), or (N, L)
+    pool_labels: Labels
+    test: Pixels | Tokens
+    test_labels: Labels
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour, 0 for sentences."""
+        return int(self.pool.shape[1]) if self.pool.ndim == 4 else 0
+
+    @property
+    def image_size(self) -> int:
+        """Pixels on a side, or tokens of the longest sentence."""
+        return int(self.pool.shape[-1])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images or sentences in each split."""
+        validation = len(self.pool_labels) - self.train_size
+        return {"train": self.train_size, "validation": validation, "test": len(self.test_labels)}
+
+
+def load(name: str, root: Path, train_size: int | None = None, download: bool | None = None) -> Source:
+    """Read a data set.
+
+    Args:
+        name: one of :data:`DATASETS`.
+        root: the folder of its files; digits need none.
+        train_size: training images; a few hundred unless given, and with 0 all but those for validation.
+        download: fetch what is missing, where the data set has a home; None of a command without that option.
+
+    Raises:
+        Refused: if the name is unknown, or its files are not there, can't be fetched or can't be read.
+    """
+    if name not in DATASETS:
+        raise Refused(f"--data must be one of {', '.join(DATASETS)}, got {name}.")
+    try:
+        return DATASETS[name](root, train_size, download)
+    except _UNREACHABLE as error:
+        raise Refused(
+            f"--data {name} could not be downloaded ({error}); connect to the network, or put its files into "
+            f"--data-root, which is {root}."
+        ) from error
+    except (OSError, EOFError, ValueError, RuntimeError) as error:
+        if download and isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise Refused(
+                f"--data-root {root} can't be written to ({error.strerror}); make room there, or name another folder."
+            ) from error
+        reason = str(error).removesuffix(_TORCHVISION_ADVICE).removesuffix(".")
+        raise Refused(
+            f"--data {name} was found but could not be read: {reason}; put complete files there"
+            f"{_or_fetch(name, download)}."
+        ) from error
+
+
+def _or_fetch(name: str, download: bool | None) -> str:
+    """The end of a sentence that says what is missing."""
+    return ", or let --download fetch them" if download is False and name in _FETCHED else ""
+
+
+def _digits(root: Path, train_size: int | None, download: bool | None) -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = digits.target.astype(np.int64)
+    order = shuffled(len(labels), seed=0)
+    pool, test = order[:1000], order[1000:]
+    size = 300 if train_size is None else _at_most(train_size, len(pool), validation=100)
+    return Source("digits", 10, size, pixels[pool], labels[pool], pixels[test], labels[test])
+
+
+def _digits_28(root: Path, train_size: int | None, download: bool | None) -> Source:
+    """The digits, enlarged to the size of Fashion-MNIST's images."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    small = _digits(root, train_size, download)
+
+    def enlarged(pixels: Pixels | Tokens) -> Pixels:
+        large = interpolate(torch.from_numpy(pixels).float(), size=28, mode="bilinear", antialias=True)
+        return large.round().clamp(0, 255).to(torch.uint8).numpy()
+
+    return replace(small, title="digits, enlarged", pool=enlarged(small.pool), test=enlarged(small.test))
+
+
+def _fashion_mnist(root: Path, train_size: int | None, download: bool | None) -> Source:
+    if (root / "FashionMNIST" / "raw").is_dir() or (download and not DEBIAN_FASHION_MNIST.is_dir()):
+        parts = _of_torchvision("FashionMNIST", root, download)
+        train, test = ((part.data.numpy(), part.targets.numpy()) for part in parts)
+    elif DEBIAN_FASHION_MNIST.is_dir():
+        train, test = (_idx_files(DEBIAN_FASHION_MNIST, part) for part in ("train", "t10k"))
+    else:
+        raise Refused(
+            f"--data fashion-mnist needs the folder FashionMNIST/raw in --data-root, which is {root}, or the Debian "
+            "package dataset-fashion-mnist, and found neither; provide one of them"
+            f"{_or_fetch('fashion-mnist', download)}."
+        )
+    return _subset("Fashion-MNIST", train_size, *((pixels[:, None], labels) for pixels, labels in (train, test)))
+
+
+def _idx_files(folder: Path, part: str) -> tuple[Pixels, Labels]:
+    pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+    return np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
+
+
+def _cifar10(root: Path, train_size: int | None, download: bool | None) -> Source:
+    if (root / "cifar-10-batches-py").is_dir() or (download and not (root / "train").is_dir()):
+        return _subset("CIFAR-10", train_size, *_cifar("CIFAR10", root, download))
+    return _folders("cifar10", root, "CIFAR-10 (JPEG re-encoded)", train_size, download)
+
+
+def _cifar100(root: Path, train_size: int | None, download: bool | None) -> Source:
+    if not (root / "cifar-100-python").is_dir() and not download:
+        raise Refused(
+            f"--data cifar100 needs the files of the folder cifar-100-python in --data-root, which is {root}; point "
+            f"--data-root to them{_or_fetch('cifar100', download)}."
+        )
+    return _subset("CIFAR-100", train_size, *_cifar("CIFAR100", root, download))
+
+
+def _cifar(name: str, root: Path, download: bool | None) -> list[tuple[Pixels, Labels]]:
+    parts = _of_torchvision(name, root, download)
+    return [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in parts]
+
+
+def _of_torchvision(name: str, root: Path, download: bool | None) -> list[Any]:
+    """The training and the test part; what torchvision prints of failed attempts is left to our sentence."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, name)
+    with redirect_stdout(StringIO()):
+        try:
+            return [kind(root, train, download=bool(download)) for train in (True, False)]
+        except RuntimeError as error:
+            if "Error downloading" in str(error):  # from the last of several places
+                raise ConnectionError(str(error).splitlines()[0].rstrip(":")) from error
+            raise
+
+
+def _folder(root: Path, train_size: int | None, download: bool | None) -> Source:
+    return _folders("folder", root, root.name, train_size)
+
+
+def _folders(name: str, root: Path, title: str, train_size: int | None, download: bool | None = None) -> Source:
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+        others = " or cifar-10-batches-py" if name == "cifar10" else ""
+        raise Refused(
+            f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
+            f"--data-root, which is {root}, and found neither; point --data-root to them{_or_fetch(name, download)}."
+        )
+    from torchvision import datasets
+
+    folders = [datasets.ImageFolder(str(root / part)) for part in ("train", "test")]
+    if folders[0].classes != folders[1].classes:
+        raise Refused(f"--data {name} needs the same classes in {root}/train and {root}/test; complete them.")
+    require_two_of_each(name, [folders[0].classes[target] for target in folders[0].targets])
+    every = train_size == 0
+    train = _decoded(folders[0], None if every else (train_size or TRAIN) + VALIDATION)
+    test = _decoded(folders[1], None if every else TEST)
+    sizes = sorted({image.shape[1::-1] for image in train[0] + test[0]})
+    if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
+        shown = " and ".join(f"{width} × {height}" for width, height in sizes[:2])
+        raise Refused(
+            f"--data {name} needs square images, all of one size, and {root} has some of {shown} pixels; crop or scale "
+            "them."
+        )
+    stacked = ((np.stack(images).transpose(0, 3, 1, 2), labels) for images, labels in (train, test))
+    return _subset(title, train_size, *stacked)
+
+
+def _decoded(folder: Any, most: int | None) -> tuple[list[Pixels], Labels]:
+    chosen = shuffled(len(folder), seed=0)[:most]
+    return [np.asarray(folder[index][0]) for index in chosen], np.array(folder.targets)[chosen]
+
+
+def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool | None) -> Source:
+    if name in ("tsv", *text.GLUE):
+        return _subset(title, train_size, *(text.tsv(root) if name == "tsv" else text.glue(name)))
+    tokens, labels = text.movie_reviews(root) if name == "movie-reviews" else text.tiny_sentences()
+    order = shuffled(len(labels), seed=0)
+    held_out = min(TEST // 2, len(labels) // 5)
+    if not held_out:
+        raise ValueError(f"{len(labels)} rated sentences are too few")
+    parts = [(tokens[chosen], labels[chosen]) for chosen in (order[held_out:], order[:held_out])]
+    return _subset(title, train_size, *parts)
+
+
+def _subset(title: str, train_size: int | None, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source:
+    every = len(train[1])
+    size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
+    pool = shuffled(every, seed=0)[: size + VALIDATION]
+    held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
+    return Source(
+        title,
+        classes=int(train[1].max()) + 1,
+        train_size=size,
+        pool=train[0][pool],
+        pool_labels=train[1][pool].astype(np.int64),
+        test=test[0][held_out],
+        test_labels=test[1][held_out].astype(np.int64),
+    )
+
+
+def _at_most(wanted: int, every: int, validation: int) -> int:
+    """So many training images that enough are left for validation."""
+    return min(wanted or every, every - validation)
+
+
+def shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """The numbers below ``count`` in the seed's order."""
+    return np.random.default_rng(seed).permutation(count)
+
+
+def with_wrong_labels(source: Source, share: float) -> Source:
+    """That share of the labels for training and validation drawn anew from all classes; those of the test stay."""
+    if not share:
+        return source
+    count = len(source.pool_labels)
+    drawn = np.random.default_rng(0)
+    chosen = drawn.permutation(count)[: round(share * count)]
+    labels = source.pool_labels.copy()
+    labels[chosen] = drawn.integers(source.classes, size=len(chosen))
+    return replace(source, title=f"{source.title}, {share:.0%} of the labels drawn anew", pool_labels=labels)
+
+
+DATASETS: dict[str, Callable[[Path, int | None, bool | None], Source]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "folder": _folder,
+    "digits-28": _digits_28,
+    "sentences": partial(_sentences, "sentences", "made-up sentences"),
+    "movie-reviews": partial(_sentences, "movie-reviews", "movie reviews"),
+    "tsv": partial(_sentences, "tsv", "sentences"),
+    **{name: partial(_sentences, name, name) for name in text.GLUE},
+}

@@ -1,0 +1,66 @@
+"""How long a step takes, measured apart from the training runs, which disturb each other."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+
+from nusam import SharpnessAware
+from nusam.experiments.training.building import build
+from nusam.experiments.training.machine import one_thread
+from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.spec import Run
+from nusam.experiments.training.splits import Images
+
+__all__ = ["step_seconds"]
+
+ROUNDS = 10
+STEPS = 10
+
+
+def step_seconds(
+    model_name: str, radii: Mapping[str, float], batch: Images, classes: int, ascent_share: float = 1.0
+) -> dict[str, float]:
+    """Median seconds of a step for each method, the methods taking turns so that all see the same machine."""
+    steps = {
+        method: _stepper(Run(model_name, method, rho, 0, ascent_share=ascent_share), batch, classes)
+        for method, rho in radii.items()
+    }
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    with one_thread():
+        for _ in range(1 + ROUNDS):
+            for method, step in steps.items():
+                seconds[method].append(_seconds(step, batch.pixels.device))
+    return {method: median(rounds[1:]) for method, rounds in seconds.items()}  # the first round warms up
+
+
+def _stepper(run: Run, batch: Images, classes: int) -> Callable[[], object]:
+    pixels, labels = batch.pixels, batch.labels
+    model = build(run.model, pixels.shape[-1], pixels.shape[1], classes).to(pixels.device)
+    optimizer = METHODS[run.method].wrap(AdamW(model.parameters()), run, 0, model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        passes = optimizer.passes(pixels, labels) if isinstance(optimizer, SharpnessAware) else [(pixels, labels)]
+        for x, y in passes:
+            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    _wait_for(device)
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    _wait_for(device)
+    return (time.perf_counter() - began) / STEPS
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
