@@ -36,6 +36,11 @@ def processes_of_one():
     torch.distributed.destroy_process_group()
 
 
+def test_it_can_be_read_in_a_sitting():
+    assert README.count("\n") < 140
+    assert len(README) < 7_000
+
+
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 4
     assert len(DIFFS) == 1
@@ -73,8 +78,8 @@ def test_the_tables_are_the_recorded_ones():
     recorded = "".join(page.read_text() for page in (ROOT / "benchmarks" / "results").glob("*.md"))
     rows = [
         line
-        for line in README.splitlines()
-        if line.startswith(("| AdamW |", "| SGD |", "| ViT-S/4", "| Mixer-S/4", "| ViT-B/16 | 1", "| BERT", "| GPT-2"))
+        for line in PAGES.splitlines()
+        if line.startswith(("| SGD |", "| ViT-S/4", "| Mixer-S/4", "| ViT-B/16 | 1", "| BERT", "| GPT-2"))
     ]
     assert len(rows) >= 11
     for row in rows:

@@ -9,7 +9,7 @@ from tests.distributed.launching import ROOT, torchrun
 
 ORDER = ("single", "DDP", "DDP m-SAM", "FSDP2", "TP", "FSDP+TP", "HSDP", "CPU offload")
 BEGIN, END = "<!-- support matrix, generated -->", "<!-- end of the support matrix -->"
-DOCUMENTS = ("README.md", "docs/distributed.md")
+DOCUMENTS = ("docs/distributed.md",)
 
 Answers = dict[str, dict[str, str]]
 
