@@ -88,6 +88,13 @@ def test_equations_need_no_script(site):
     assert not any(word in text.lower() for word in ("mathjax", "katex", "\\("))
 
 
+def test_each_page_says_first_what_its_reader_can_do_after_it():
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.name not in ("index.md", "api.md")]
+    assert len(pages) > 15
+    for page in pages:
+        assert page.read_text("utf-8").splitlines()[2].startswith("After this page "), page.name
+
+
 def test_code_on_the_pages_is_the_packages_own(site):
     """By a line of each function that no docstring has."""
     text = "".join(_Text((site / "algorithm.html").read_text("utf-8")).words)
