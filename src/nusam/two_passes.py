@@ -138,7 +138,8 @@ class TwoPasses(Checked):
         unknown: set[Tensor] = set()
         if structure is not None and self._written.checks:
             unknown = {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
-        perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others)
+        unreached = set(self._ascended) - perturbations.keys()
+        perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others, unreached)
         del epsilons
 
         def undo() -> None:

@@ -191,3 +191,12 @@ def test_a_matrix_that_the_optimizer_does_not_hold_is_idle(start):
     run = start(Spec(2, ("linear", True)), Options(later=True), Plan(extras=(("backward inputs", 0),)))
     run.take(Plan())
     run.take()
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_layer_that_the_descent_alone_reaches_may_write_its_weight(start, before):
+    run = start(Spec(2, ("seq", ("residual", ("clamped",)))))
+    for _ in range(before):
+        run.take()
+    run.take(Plan(off=(("ascent", 0),)))
+    run.take()

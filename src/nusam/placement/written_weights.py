@@ -82,6 +82,7 @@ class WrittenWeights:
         bit_exact: bool = False,
         unknown: AbstractSet[Tensor] = frozenset(),
         others: Iterable[Tensor] = (),
+        unreached: AbstractSet[Tensor] = frozenset(),
     ) -> InWeights:
         """Prepare to add each perturbation to its parameter; see :func:`nusam.placement.in_weights`.
 
@@ -91,12 +92,14 @@ class WrittenWeights:
             bit_exact: whether all of them are kept by a copy.
             unknown: those of them that no known layer holds; a copy keeps them too in a step that checks.
             others: parameters that may be unperturbed, and are kept all the same where the ascent has written them.
+            unreached: those that the ascent was to perturb and did not reach, kept too in a step that checks.
         """
         perturbed = set(parameters)
         copied = perturbed if bit_exact else perturbed & self._written
         if self._check:
             copied = copied | (perturbed & unknown)
-        kept = [p for p in others if p in self._written and p not in perturbed] if self._ascended else []
+        written = self._written | unreached if self._check else self._written
+        kept = [p for p in others if p in written and p not in perturbed] if self._ascended else []
         dense = any(isinstance(epsilon, Dense) for epsilon in perturbations)
         self._subtracted = set() if dense else perturbed - copied
         watched = [] if dense else [p for p in parameters if p in self._watchable and p not in self._written]
