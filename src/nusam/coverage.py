@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nusam.lmo import matrix_shape
+from nusam.lmo import unpacked_shape
 
 __all__ = ["Candidate", "Coverage", "covered", "warn_of_small_reach"]
 
@@ -60,7 +60,7 @@ def covered(
         _, radius, reason = found.get(parameter, Candidate(parameter, 0.0, "not held by the optimizer"))
         if parameter.requires_grad == (targets == "frozen") and not (callable(targets) and reason is None):
             continue
-        shape = matrix_shape(parameter)
+        shape = unpacked_shape(parameter)
         total += shape.numel()
         if reason is None and radius == 0:
             reason = "rho is 0"
@@ -76,8 +76,8 @@ def covered(
 def warn_of_small_reach(candidates: Sequence[Candidate], perturbs: Callable[[Tensor], bool], method: str) -> None:
     """Warn if the method perturbs little of what it was meant to, such as νSAM on a network of convolutions."""
     meant = [c.parameter for c in candidates if c.radius != 0 and c.left_out is None]
-    total = sum(matrix_shape(parameter).numel() for parameter in meant)
-    perturbed = sum(matrix_shape(parameter).numel() for parameter in meant if perturbs(parameter))
+    total = sum(unpacked_shape(parameter).numel() for parameter in meant)
+    perturbed = sum(unpacked_shape(parameter).numel() for parameter in meant if perturbs(parameter))
     if perturbed < SMALL * total:
         warnings.warn(
             f"{method} only, which is {perturbed:,} of the {total:,} entries handed to it, less than a tenth; "

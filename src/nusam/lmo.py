@@ -90,25 +90,32 @@ class LMO(ABC):
 class Nuclear(LMO):
     """νSAM (Lemma 3.1): ε = ρ·u·vᵀ with the top singular pair of each matrix's gradient, independently.
 
-    The ball is ``max_i ‖M_i‖_* ≤ ρ``. Only 2-D parameters are perturbed. ε costs n+m floats for an n×m
-    matrix: the persistent warm start u (n), drawn from the seed, and v (m).
+    The ball is ``max_i ‖M_i‖_* ≤ ρ``. Only 2-D parameters are perturbed, unless told otherwise. ε costs n+m floats
+    for an n×m matrix: the persistent warm start u (n), drawn from the seed, and v (m).
 
     Args:
         power_iterations: T of Algorithm 2, at least 1.
+        convolutions: whether parameters of three to five dimensions (o, i, k, …) count as matrices (o, i·k·…), as
+            the kernels of convolutions do.
     """
 
     sees_shards = True
     joint = False
     target = "2-D parameter"
 
-    def __init__(self, power_iterations: int = 1) -> None:
+    def __init__(self, power_iterations: int = 1, convolutions: bool = False) -> None:
         if not isinstance(power_iterations, int) or isinstance(power_iterations, bool) or power_iterations < 1:
             raise ValueError(f"power_iterations must be a whole number of at least 1, got {power_iterations!r}.")
+        if not isinstance(convolutions, bool):
+            raise ValueError(f"convolutions must be True or False, got {convolutions!r}.")
         self.power_iterations = power_iterations
+        self.convolutions = convolutions
+        if convolutions:
+            self.target = "2-D parameter or the kernel of a convolution"
 
     def selects(self, parameter: Tensor) -> bool:
-        shape = matrix_shape(parameter)
-        return len(shape) == 2 and shape.numel() > 0
+        shape = unpacked_shape(parameter)
+        return 2 <= len(shape) <= (5 if self.convolutions else 2) and shape.numel() > 0
 
     def numel(self, parameter: Tensor) -> int:
         return sum(matrix_shape(parameter))
@@ -272,10 +279,16 @@ class Spectral(LMO):
         return polar.to(G.dtype)
 
 
-def matrix_shape(parameter: Tensor) -> torch.Size:
-    """(n, m) of the matrix that a parameter holds, which bitsandbytes packs two entries to a byte."""
+def unpacked_shape(parameter: Tensor) -> torch.Size:
+    """The shape of what a parameter holds, which bitsandbytes packs two entries to a byte."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.shape if packed is None else torch.Size(packed.shape)
+
+
+def matrix_shape(parameter: Tensor) -> torch.Size:
+    """(n, m) of the matrix that a parameter holds; a kernel (o, i, k, …) is one of (o, i·k·…)."""
+    shape = unpacked_shape(parameter)
+    return torch.Size((shape[0], shape[1:].numel())) if len(shape) > 2 else shape
 
 
 def _is_alive(G: Tensor) -> Tensor:

@@ -37,29 +37,45 @@ __all__ = [
 class NuSAM(SharpnessAware):
     """νSAM (Algorithm 1): rank-one perturbation ρ·u·vᵀ of every weight matrix, n+m floats instead of n·m.
 
-    Only 2-D parameters are perturbed; ρ holds for each matrix on its own. Takes every argument of
-    :class:`SharpnessAware`.
+    Only 2-D parameters are perturbed unless ``convolutions=True``; ρ holds for each matrix on its own. Takes every
+    argument of :class:`SharpnessAware`.
 
     Args:
         base_optimizer: the optimizer that takes the step, already constructed.
         rho: radius of the nuclear-norm ball of each matrix. Its useful range is below SAM's and depends on
             width and architecture.
         power_iterations: T of Algorithm 2; the paper finds 1 sufficient (Table 10).
+        convolutions: whether the kernels of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` are perturbed too, which
+            the paper leaves alone. A kernel (o, i/g, k, …) of g groups counts as one matrix of o rows and i/g·k·…
+            columns, as it stands in memory, also where g > 1 and its rows meet different channels. ``model=`` tells
+            which parameters are such kernels; without it every parameter of three to five dimensions counts as one.
     """
 
     def __init__(
-        self, base_optimizer: Optimizer, rho: float = 0.05, *, power_iterations: int = 1, **options: "Unpack[Options]"
+        self,
+        base_optimizer: Optimizer,
+        rho: float = 0.05,
+        *,
+        power_iterations: int = 1,
+        convolutions: bool = False,
+        **options: "Unpack[Options]",
     ) -> None:
-        super().__init__(base_optimizer, Nuclear(power_iterations), rho, **options)
+        super().__init__(base_optimizer, Nuclear(power_iterations, convolutions), rho, **options)
 
 
 class NuSAMNorm(SharpnessAware):
     """νSAM-Norm (Appendix C.1): as :class:`NuSAM`, with one radius shared by all matrices, eq. (21)."""
 
     def __init__(
-        self, base_optimizer: Optimizer, rho: float = 0.05, *, power_iterations: int = 1, **options: "Unpack[Options]"
+        self,
+        base_optimizer: Optimizer,
+        rho: float = 0.05,
+        *,
+        power_iterations: int = 1,
+        convolutions: bool = False,
+        **options: "Unpack[Options]",
     ) -> None:
-        super().__init__(base_optimizer, NuclearNormalized(power_iterations), rho, **options)
+        super().__init__(base_optimizer, NuclearNormalized(power_iterations, convolutions), rho, **options)
 
 
 class SAM(SharpnessAware):

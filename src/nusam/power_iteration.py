@@ -14,6 +14,7 @@ __all__ = [
     "Matrix",
     "Together",
     "TopPair",
+    "as_matrix",
     "iterated",
     "meeting",
     "normalized",
@@ -35,6 +36,11 @@ class Matrix(Protocol):
 
     def rmatvec(self, u: Tensor) -> Tensor:
         """Aᵀu, of length m."""
+
+
+def as_matrix(A: Tensor) -> Tensor:
+    """The same entries as a matrix, row by row in whatever order they lie in memory."""
+    return A if A.ndim == 2 else A.flatten(1)
 
 
 class Explicit:
@@ -106,7 +112,8 @@ def power_iteration(
     depend on the scale of A: vectors are normalised relative to their own largest entry before τ is
     added; a zero, infinite or NaN matrix returns its warm start unchanged with ``alive = False``; and where
     A is not zero but Aᵀu is, v starts from A itself, see :func:`meeting`.
-    Tensors are multiplied in their warm start's dtype. Nothing here waits for the device.
+    Tensors are multiplied in their warm start's dtype; those of more dimensions are kernels (o, i, k, …), matrices of
+    (o, i·k·…). Nothing here waits for the device.
     """
     pairs: list[TopPair] = [None] * len(matrices)  # type: ignore[list-item]
     for indices, Avs, vs in _in_stacks(matrices, meeting(us), iterations, together):
@@ -161,7 +168,9 @@ def _in_stacks(
     matrices: Sequence[Matrix | Tensor], us: Sequence[Tensor], iterations: int, together: Together
 ) -> Iterator[tuple[list[int], Tensor | list[Tensor], Tensor | list[Tensor]]]:
     """Which matrices, and their Av and v: rows of a tensor where small ones of a kind were multiplied in one call."""
-    operators = [Explicit(A.to(u.dtype)) if isinstance(A, Tensor) else A for A, u in zip(matrices, us, strict=True)]
+    operators = [
+        Explicit(as_matrix(A).to(u.dtype)) if isinstance(A, Tensor) else A for A, u in zip(matrices, us, strict=True)
+    ]
     if together is not ALONE or len(operators) == 1:
         yield list(range(len(operators))), *iterated(operators, list(us), iterations, together)
         return

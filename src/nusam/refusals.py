@@ -48,7 +48,7 @@ class Checked(Resumable):
             check_parameter(parameter, self.lmo, self.placement, parameter in uses, self.direction)
             if is_sharded(parameter):
                 own = self._in_forward(parameter) and self._ascent.serve_from is not None
-                check_sharded(parameter, self.model, self.m_sam, workers, own)
+                check_sharded(parameter, self.lmo, self.model, self.m_sam, workers, own)
 
     def _check_anything_to_perturb(self) -> None:
         """Refuse an optimizer that would never perturb anything, unless its radii say so; later it may come to that."""

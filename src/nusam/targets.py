@@ -13,7 +13,8 @@ from nusam.coverage import Candidate, Coverage, covered
 from nusam.directions import Direction
 from nusam.distributed.data_parallel import DataParallel, unwrapped
 from nusam.guards.checks import check_radius
-from nusam.lmo import LMO
+from nusam.layers.convolutions import kernels_of
+from nusam.lmo import LMO, Nuclear
 from nusam.wrapper import Wrapper
 
 __all__ = ["Progress", "Target", "Targeted", "Targets", "mixed"]
@@ -42,6 +43,7 @@ class Targeted(Wrapper):
     m_sam: Any
     _progress: "Progress"
     _target_list: "_TargetList | None"
+    _kernels: set[Tensor] | None = None  # of the model's convolutions, where these count as matrices
 
     direction: Direction
     combination: Combination | None
@@ -82,7 +84,14 @@ class Targeted(Wrapper):
         return f"{type(self).__name__} perturbs a {self._target}"
 
     def _perturbs(self, parameter: Tensor) -> bool:
-        return self.lmo.selects(parameter)
+        if not self.lmo.selects(parameter):
+            return False
+        return self._kernels is None or parameter.ndim == 2 or parameter in self._kernels
+
+    def _find_kernels(self) -> None:
+        """Which parameters of more than two dimensions are matrices: without a model all that the ball selects."""
+        if self.model is not None and isinstance(self.lmo, Nuclear) and self.lmo.convolutions:
+            self._kernels = set(map(self._workers().stored, kernels_of(self.model)))
 
     def _radii(self) -> list[float]:
         """ρ of every group at this step: its own times the schedule's factor."""
@@ -123,6 +132,7 @@ class Targeted(Wrapper):
 
     def _candidates(self) -> list[Candidate]:
         """Every parameter that the optimizer holds, and those beside it that may be perturbed."""
+        self._find_kernels()
         groups, turned = self.param_groups, turns_round(self.base_optimizer)
         signs = [-1.0 if turned != bool(group.get("maximize", False)) else 1.0 for group in groups]
         everything = [

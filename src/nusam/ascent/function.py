@@ -81,12 +81,12 @@ class _Products(torch.autograd.Function):
         with without_autocast(D.device):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here
             if ctx.needs_input_grad[0]:
-                input_gradient = kind.input_gradient(D, W).view(x.shape)
+                input_gradient = kind.input_gradient(D, W, x)
             forms = ctx.reports is None or ctx.reports[0].forms_now()
             if ctx.needs_input_grad[1] and forms:
                 weight_gradient = kind.gradient(X, D, n)
             if ctx.needs_input_grad[2] and forms:
-                bias_gradient = D.sum(0)
+                bias_gradient = kind.bias_gradient(D)
             with torch.no_grad():
                 if ctx.reports is not None:
                     record, rows, _ = ctx.reports

@@ -11,7 +11,7 @@ from nusam.distributed.blocks import BlockOf, averaged, block, is_sharded, local
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Route
 from nusam.lmo import matrix_shape
-from nusam.power_iteration import Explicit, Matrix, working_dtype
+from nusam.power_iteration import Explicit, Matrix, as_matrix, working_dtype
 
 __all__ = ["by_gradient", "by_layers", "part_of", "shared_part"]
 
@@ -31,11 +31,11 @@ def part_of(parameter: Tensor, record: Record | None, trusted: bool) -> Tensor |
         return Sum(record.kept) if trusted and record.kept else gradient
     parts = list(record.kept)
     if record.formed is not None:
-        parts.append(Explicit(record.formed.to(record.u.dtype)))
+        parts.append(Explicit(as_matrix(record.formed).to(record.u.dtype)))
     if not parts:
         return gradient
     if gradient is not None:
-        parts.append(Explicit(gradient.to(record.u.dtype)))
+        parts.append(Explicit(as_matrix(gradient).to(record.u.dtype)))
     return parts[0] if len(parts) == 1 else Sum(parts)
 
 
@@ -69,7 +69,7 @@ def by_gradient(parameter: Tensor, workers: DataParallel, in_summands: bool) -> 
     gradient = parameter.grad
     if gradient is None:
         return None
-    matrix = Explicit(local(gradient).to(working_dtype(gradient)))
+    matrix = Explicit(as_matrix(local(gradient)).to(working_dtype(gradient)))
     if is_sharded(gradient):  # averaged already
         here = block(gradient)
     else:

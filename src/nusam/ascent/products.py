@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from nusam.layers.kinds import Embedding, Kind
+from nusam.layers.kinds import Conv1D, Kind, Linear
 from nusam.power_iteration import SMALL, Matrix
 
 __all__ = ["LayerGradient", "Rows", "Sum"]
@@ -19,7 +19,7 @@ class LayerGradient:
         self.layer, self.X, self.D, self.n = layer, X, D, n
 
     def is_small(self) -> bool:
-        return self.layer is not Embedding and self.X.numel() + self.D.numel() <= SMALL
+        return self.layer in (Linear, Conv1D) and self.X.numel() + self.D.numel() <= SMALL
 
     def kind(self) -> Hashable:
         """What small ones that can be stacked have in common."""

@@ -10,7 +10,7 @@ from nusam.ascent.function import as_multiplied, layer_with_products
 from nusam.ascent.products import LayerGradient, Rows
 from nusam.distributed.blocks import block, is_sharded, layout, local
 from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, tapped
-from nusam.power_iteration import Explicit, Matrix, normalized, products
+from nusam.power_iteration import Explicit, Matrix, as_matrix, normalized, products
 
 __all__ = ["Job", "Record"]
 
@@ -136,7 +136,7 @@ class Record(Findings):
         gradient = parameter.grad
         if not self.job.frees or gradient is None:
             return
-        G = Explicit(gradient.detach().to(self.u.dtype))
+        G = Explicit(as_matrix(gradient.detach()).to(self.u.dtype))
         assert self.r is not None
         product = G.rmatvec(self.r)
         self.gradient_checked = product if self.gradient_checked is None else self.gradient_checked + product

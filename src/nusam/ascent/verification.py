@@ -15,7 +15,7 @@ from nusam.ascent.record import Record
 from nusam.distributed.blocks import averaged, is_sharded
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
-from nusam.power_iteration import Explicit
+from nusam.power_iteration import Explicit, as_matrix
 
 __all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
 
@@ -203,7 +203,7 @@ def _gradient_times_r(record: Record) -> Tensor:
         return record.gradient_checked
     gradient = record.parameter.grad
     assert gradient is not None
-    return Explicit(gradient.to(record.u.dtype)).rmatvec(_r(record))
+    return Explicit(as_matrix(gradient).to(record.u.dtype)).rmatvec(_r(record))
 
 
 def _or_zeros(product: Tensor | None, record: Record) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "block",
     "complete",
     "compute_device",
+    "is_cut_by_rows",
     "is_on_its_way",
     "is_sharded",
     "layout",
@@ -150,11 +151,20 @@ def output_of_blocks(x: Any, W: Any, y: Tensor, of_block: Callable[[Tensor, Bloc
 
 
 def block(tensor: Any) -> Block:
-    """Which block of a 2-D parameter or gradient is here."""
+    """Which block of a matrix is here, of a 2-D parameter or gradient, or of a kernel (o, i, k, …) as (o, i·k·…)."""
+    n, m = tensor.shape[0], tensor.shape[1:].numel()
+    shape = torch.Size((n, m))
     if not is_sharded(tensor):
-        return whole(tensor.shape)
-    rows, columns = _slices(tensor)
-    return Block(tensor.shape, rows, columns, route(tensor))
+        return whole(shape)
+    rows, columns, *others = _slices(tensor)
+    if others:
+        columns = slice(0, m)  # kernels are cut by rows alone, see is_cut_by_rows
+    return Block(shape, rows, columns, route(tensor))
+
+
+def is_cut_by_rows(tensor: Any) -> bool:
+    """Whether every process holds whole rows of a sharded parameter, of any shape."""
+    return all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in tensor.placements)
 
 
 def route(tensor: Any) -> Route:
@@ -163,8 +173,7 @@ def route(tensor: Any) -> Route:
         return Route()
     mesh, placements = tensor.device_mesh, tensor.placements
     speaks = all(mesh.get_local_rank(i) == 0 for i, placement in enumerate(placements) if placement.is_replicate())
-    by_rows = all(placement.is_replicate() or getattr(placement, "dim", None) == 0 for placement in placements)
-    return Route(groups_of(mesh), speaks, own_rows=by_rows)
+    return Route(groups_of(mesh), speaks, own_rows=is_cut_by_rows(tensor))
 
 
 def complete(gradient: Any, parameter: Any) -> Tensor:

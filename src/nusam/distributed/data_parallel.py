@@ -124,7 +124,7 @@ class DataParallel:
         return is_sharded(parameter) and (managed is None or managed[1].is_dtensor)
 
     def block(self, parameter: Any, in_layer: bool) -> Block:
-        """Which block of a 2-D parameter is here: of what its layer computes with, or as the optimizer holds it."""
+        """Which block of a matrix is here: of what its layer computes with, or as the optimizer holds it."""
         if not is_sharded(parameter) or (in_layer and not self.is_tensor_parallel(parameter)):
             return whole(matrix_shape(parameter))
         if in_layer and parameter in self._managed:

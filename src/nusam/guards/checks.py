@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from nusam.base_optimizer import chain, is_second_order, moves_first, unknown_argument
 from nusam.combinations import Combination
 from nusam.directions import Direction
-from nusam.distributed.blocks import is_sharded
+from nusam.distributed.blocks import is_cut_by_rows, is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running, is_stateless
 from nusam.distributed.surroundings import Holders
 from nusam.lmo import LMO, Nuclear
@@ -122,6 +123,11 @@ def check_base_optimizer(base: Any) -> None:
         )
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}.")
+    if any(is_lazy(parameter) for group in base.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "base_optimizer holds a parameter of a lazy layer, whose shape is not known yet; run the model once on a "
+            "batch before you construct the optimizers."
+        )
     inside = list(chain(base))
     for one in inside:
         if hasattr(one, "base_optimizer"):
@@ -291,7 +297,7 @@ def check_frozen(ascent: str, workers: DataParallel) -> None:
         )
 
 
-def check_sharded(parameter: Tensor, model: Any, m_sam: Any, workers: DataParallel, own: bool) -> None:
+def check_sharded(parameter: Tensor, lmo: LMO, model: Any, m_sam: Any, workers: DataParallel, own: bool) -> None:
     """Whether a perturbed parameter that is a DTensor can be served as asked."""
     what = f"A perturbed parameter of shape {tuple(parameter.shape)}"
     if model is None:
@@ -300,6 +306,11 @@ def check_sharded(parameter: Tensor, model: Any, m_sam: Any, workers: DataParall
         raise ValueError(
             f"{what} is sharded, so that its processes can have perturbations of their own from a matrix-free ascent "
             "and in the forward only; use NuSAM or NuSAMNorm with ascent and placement 'auto', or m_sam=False."
+        )
+    if parameter.ndim > 2 and isinstance(lmo, Nuclear) and not is_cut_by_rows(parameter):
+        raise NotImplementedError(
+            f"{what} is a kernel that is sharded within its rows, of which no process has a block; shard it along its "
+            "first dimension, or exclude it with targets=."
         )
     if m_sam and workers.is_tensor_parallel(parameter):
         raise NotImplementedError(f"{what} is tensor parallel, where m_sam is not available; use m_sam=False.")

@@ -4,6 +4,7 @@ With the layer's input rows X and the gradient D of its output rows, both at han
 of W need not be formed to be multiplied: for a linear layer G = DᵀX, so Gv = Dᵀ(Xv) and Gᵀu = Xᵀ(Du).
 """
 
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +23,11 @@ __all__ = [
     "Linear",
     "Own",
     "UNSAFE_VIEW",
+    "as_published",
     "is_altered",
     "is_plain",
     "is_transformed",
+    "plus",
     "tapped",
 ]
 
@@ -34,6 +37,11 @@ UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 class Kind:
     """A linear layer: y = xWᵀ + b, with x (..., m) and y (..., n), so G = DᵀX."""
+
+    @classmethod
+    def call(cls, handler: "Handler", x: Any, W: Tensor, extra: Any) -> Tensor:
+        """The layer's output by a handler, from what the module was given."""
+        return handler(cls, x, W, extra)
 
     @staticmethod
     def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
@@ -60,13 +68,28 @@ class Kind:
         return D.mT @ X
 
     @staticmethod
-    def input_gradient(D: Tensor, W: Tensor) -> Tensor:
-        return D @ dense(W, D.dtype)
+    def bias_gradient(D: Tensor) -> Tensor:
+        return D.sum(0)
+
+    @staticmethod
+    def input_gradient(D: Tensor, W: Tensor, x: Tensor) -> Tensor:
+        """Of the input, in the shape of ``x``."""
+        return (D @ dense(W, D.dtype)).view(x.shape)
 
     @staticmethod
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """What ε = uvᵀ adds to the output."""
         return (x.to(v.dtype) @ v).unsqueeze(-1) * u
+
+    @classmethod
+    def input_delta(cls, D: Tensor, u: Tensor, v: Tensor, X: Tensor) -> Tensor:
+        """What ε = uvᵀ adds to the gradient of the input rows ``X``."""
+        return cls.delta(D, v, u)
+
+    @staticmethod
+    def length(x: Tensor) -> int:
+        """How many rows :meth:`rows` makes of the input."""
+        return x.numel() // max(1, x.shape[-1])
 
 
 Linear = Kind
@@ -104,8 +127,8 @@ class Conv1D(Kind):
         return X.mT @ D
 
     @staticmethod
-    def input_gradient(D: Tensor, W: Tensor) -> Tensor:
-        return D @ dense(W, D.dtype).mT
+    def input_gradient(D: Tensor, W: Tensor, x: Tensor) -> Tensor:
+        return (D @ dense(W, D.dtype).mT).view(x.shape)
 
     @staticmethod
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -145,6 +168,10 @@ class Embedding(Kind):
     def delta(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return u[x].unsqueeze(-1) * v
 
+    @staticmethod
+    def length(x: Tensor) -> int:
+        return x.numel()
+
 
 class Handler(Protocol):
     """What a layer calls in the place of its own function; ``rows`` if W is a piece of the matrix."""
@@ -152,10 +179,22 @@ class Handler(Protocol):
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor: ...
 
 
+def as_published(kind: type[nn.Module], name: str = "forward") -> Any:
+    """The class's function of that name, unless somebody has patched it."""
+    function = getattr(kind, name)
+    code = getattr(function, "__code__", None)
+    return function if code and code.co_filename == sys.modules[kind.__module__].__file__ else None
+
+
 def dense(W: Tensor, dtype: torch.dtype) -> Tensor:
     """The entries of a weight, which a tensor subclass such as torchao's keeps in another form."""
     entries = W if type(W) in (Tensor, nn.Parameter, Watched) or is_sharded(W) else W.dequantize()
     return entries if entries.dtype is dtype else entries.to(dtype)
+
+
+def plus(W: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """W + uvᵀ, in the shape of W."""
+    return torch.addr(W, u, v) if W.ndim == 2 else W + torch.outer(u, v).view(W.shape)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -172,11 +211,14 @@ def is_altered() -> bool:
     """Whether a layer's function may be another than torch's: by a TorchFunctionMode, or by a patch."""
     if F.linear is not torch._C._nn.linear or F.embedding is not _EMBEDDING:
         return True
+    if (F.conv1d, F.conv2d, F.conv3d) != _CONVOLUTIONS:
+        return True
     count = torch._C._len_torch_function_stack()
     return count > 0 and any(not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(count))
 
 
 _EMBEDDING = F.embedding
+_CONVOLUTIONS = F.conv1d, F.conv2d, F.conv3d
 
 
 def tapped(y: Tensor, tap: Tensor) -> Tensor:

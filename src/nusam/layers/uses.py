@@ -1,6 +1,5 @@
 """Where modules use their matrices, and how a pass gets between a module and its function."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from nusam.distributed.blocks import is_sharded
 from nusam.interrupts import always
 from nusam.layers.attention import HANDLER, attend, places_of, sharded_attention
-from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own
+from nusam.layers.convolutions import Convolution, convolution_of
+from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own, as_published
 from nusam.layers.reads import Watched, untold
 from nusam.lmo import matrix_shape
 
@@ -35,12 +35,13 @@ class Use(NamedTuple):
             module._parameters.get(self.name) is self.parameter
             and type(module).forward is self.forward
             and "forward" not in vars(module)
+            and (not issubclass(self.kind, Convolution) or convolution_of(module) is self.kind)
         )
 
 
 def find_uses(model: nn.Module) -> Iterator[Use]:
     """Every matrix of the model that reaches its input through a layer whose forward is known."""
-    linear, embedding, attention = map(_as_published, (nn.Linear, nn.Embedding, nn.MultiheadAttention))
+    linear, embedding, attention = map(as_published, (nn.Linear, nn.Embedding, nn.MultiheadAttention))
     for module in model.modules():
         forward = getattr(type(module), "forward", None)
         if "forward" in vars(module):
@@ -56,12 +57,8 @@ def find_uses(model: nn.Module) -> Iterator[Use]:
             yield from (use for use in _uses(module, ("weight",), Own) if not use.parameter.requires_grad)
         elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
             yield from _uses(module, ("weight",), Conv1D)
-
-
-def _as_published(kind: type[nn.Module]) -> Any:
-    """The class's forward, unless somebody has patched it."""
-    code = getattr(kind.forward, "__code__", None)
-    return kind.forward if code and code.co_filename == sys.modules[kind.__module__].__file__ else None
+        elif (convolution := convolution_of(module)) is not None:
+            yield from _uses(module, ("weight",), convolution)
 
 
 def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterator[Use]:
@@ -133,6 +130,6 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
             return type(module).forward(module, *args, **kwargs)
         (x,) = (*args, *kwargs.values())
         extra = module.padding_idx if kind is Embedding else own if kind is Own else module.bias
-        return current(kind, x, W, extra)
+        return kind.call(current, x, W, extra)
 
     return forward

@@ -97,7 +97,7 @@ class Apart:
 
     def _cut(self, kind: type[Kind], x: Tensor) -> int:
         """How many of the layer's input rows are this batch's."""
-        rows = x.numel() if kind is Embedding else x.numel() // max(1, x.shape[-1])
+        rows = kind.length(x)
         side = self.joint.side
         if side != "both":
             return rows if side == "first" else 0
@@ -183,15 +183,14 @@ class _Apart(torch.autograd.Function):
                 right, perturbed = (_right(kind, matrix).mT for matrix in (W, torch.addr(W, u, v)))
                 input_gradient = _by_parts(D, right, perturbed, cut).view(x.shape)
             elif ctx.needs_input_grad[0]:
-                input_gradient = kind.input_gradient(D, W)
+                input_gradient = kind.input_gradient(D, W, x)
                 if u is not None and cut:
-                    effect = kind.delta(D[:cut], v.to(D.device), u.to(D.device))
-                    input_gradient[:cut] += effect.to(input_gradient.dtype)
-                input_gradient = input_gradient.view(x.shape)
+                    effect = kind.input_delta(D[:cut], u.to(D.device), v.to(D.device), X[:cut])
+                    input_gradient.view(X.shape)[:cut] += effect.to(input_gradient.dtype)
             if ctx.needs_input_grad[1]:
                 weight_gradient = kind.gradient(X[:cut], D[:cut], n)
             if ctx.needs_input_grad[2]:
-                bias_gradient = D[:cut].sum(0)
+                bias_gradient = kind.bias_gradient(D[:cut])
             if record is not None and cut < len(D):
                 record.take(kind, X[cut:], D[cut:], n, rows)
         return input_gradient, weight_gradient, bias_gradient, *[None] * 7
@@ -200,7 +199,7 @@ class _Apart(torch.autograd.Function):
 def _is_exact(kind: type[Kind], x: Tensor, W: Tensor, u: Tensor) -> bool:
     """Whether W + uvᵀ is as precise as the layer's output, and its product is a matrix product."""
     alike = x.dtype == W.dtype == u.dtype and x.device == W.device == u.device
-    return kind is not Embedding and alike  # u has at least float32
+    return kind in (Linear, Conv1D) and alike  # u has at least float32
 
 
 def _right(kind: type[Kind], W: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nusam.distributed.blocks import Block, is_sharded, output_of_blocks
 from nusam.interrupts import entered
-from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, is_transformed
+from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, is_transformed, plus
 from nusam.layers.reads import Watched, untold
 
 __all__ = ["InForward"]
@@ -42,7 +42,7 @@ class InForward:
     def _dense(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
         """By the perturbed weight itself, in a precision that holds it."""
         dtype = torch.promote_types(W.dtype, torch.float32)
-        perturbed: Tensor = untold(lambda: W.to(dtype) + self._outer(W.device, dtype, rows))
+        perturbed: Tensor = untold(lambda: W.to(dtype) + self._outer(W, dtype, rows))
         if dtype == W.dtype:
             return kind.apply(x, perturbed, extra)
         with entered(torch.autocast(W.device.type, enabled=False)):
@@ -53,7 +53,7 @@ class InForward:
     def _added(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
         small = W.requires_grad and W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor, Watched)
         if small and not torch.compiler.is_compiling() and self._is_exact(W):
-            return kind.apply(x, torch.addr(W, self.u[rows or slice(None)], self.v), extra)
+            return kind.apply(x, plus(W, self.u[rows or slice(None)], self.v), extra)
         y = kind.apply(x, W, extra)
         if is_sharded(W):
             if kind is not Linear:
@@ -73,8 +73,8 @@ class InForward:
         precise = W.dtype == self.u.dtype == self.v.dtype and W.device == self.u.device
         return precise and not torch._C._is_any_autocast_enabled()
 
-    def _outer(self, device: torch.device, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
-        return torch.outer(self.u[rows or slice(None)], self.v).to(device, dtype)
+    def _outer(self, W: Tensor, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        return torch.outer(self.u[rows or slice(None)], self.v).to(W.device, dtype).view(W.shape)
 
     def _delta(self, kind: type[Kind], x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         return kind.delta(x, self.u[rows].to(x.device), self.v[columns].to(x.device))
@@ -86,10 +86,10 @@ class InForward:
         if self.is_over():
             return W
         if is_transformed() or (tracked and torch.is_grad_enabled() and W.requires_grad):
-            return W + self._outer(W.device, W.dtype)
+            return W + self._outer(W, W.dtype)
         if self._values is None:
             with entered(torch.inference_mode(False), torch.no_grad()):
-                values = W + self._outer(W.device, W.dtype)
+                values = W + self._outer(W, W.dtype)
             self._values = values, values._version
         return self._values[0]
 

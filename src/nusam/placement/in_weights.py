@@ -63,6 +63,12 @@ def _here(parameter: Tensor, epsilon: Perturbation) -> Perturbation:
     return epsilon._replace(u=epsilon.u[part.rows], v=epsilon.v[part.columns])
 
 
+def _factors(epsilon: RankOne, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """What multiplies to ε entry by entry, in the shape of a parameter that may lie in memory in any order."""
+    others = parameter.shape[1:]
+    return epsilon.u.view(-1, *[1] * len(others)), epsilon.v.view(1, *others)
+
+
 class _Both(InWeights):
     """Some weights in one way, the others in the other."""
 
@@ -89,8 +95,9 @@ class _RankOneInWeights(InWeights):
         self._marker = torch.zeros((), device="cpu")  # reading it waits for no device
         one = torch.ones((), device="cpu")
         self._written = [*(parameter for parameter, _ in perturbed), self._marker]
-        self._columns = [*(epsilon.u.unsqueeze(1) for _, epsilon in perturbed), one]
-        self._rows = [*(epsilon.v.unsqueeze(0) for _, epsilon in perturbed), one]
+        factors = [_factors(epsilon, parameter) for parameter, epsilon in perturbed]
+        self._columns = [*(column for column, _ in factors), one]
+        self._rows = [*(row for _, row in factors), one]
 
     @torch.no_grad()
     def add(self) -> None:
@@ -121,7 +128,7 @@ class _WithCopy(InWeights):
             both = list(zip(self._parameters, self._perturbations, strict=True))
             for parameter, epsilon in both:
                 if isinstance(epsilon, RankOne):
-                    parameter.addcmul_(epsilon.u[:, None], epsilon.v[None, :])
+                    parameter.addcmul_(*_factors(epsilon, parameter))
             dense = [(parameter, epsilon.epsilon) for parameter, epsilon in both if isinstance(epsilon, Dense)]
             if dense:
                 torch._foreach_add_(*map(list, zip(*dense, strict=True)))

@@ -1,5 +1,6 @@
 """What a method's perturbation costs for a model, exactly (Table 1)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,12 @@ class Footprint:
         return self.weights + self.gradients + self.perturbation
 
 
-def perturbation_numel(model: nn.Module, method: type[SharpnessAware] = NuSAM) -> int:
+def perturbation_numel(model: nn.Module, method: Callable[..., SharpnessAware] = NuSAM) -> int:
     """Floats that ε of ``method`` needs for ``model``, which may live on the meta device.
 
     Σ(n+m) over the trainable n×m matrices for νSAM and νSAM-Norm, every trainable parameter for SAM and
-    GaussSAM, those of normalization layers for SAM-ON.
+    GaussSAM, those of normalization layers for SAM-ON. A method with arguments of its own is written
+    ``functools.partial(nusam.NuSAM, convolutions=True)``.
 
     Raises:
         ValueError: if the method finds nothing to perturb in the model.
@@ -38,7 +40,7 @@ def perturbation_numel(model: nn.Module, method: type[SharpnessAware] = NuSAM) -
     return _optimizer(model, method).perturbation_numel()
 
 
-def footprint(model: nn.Module, method: type[SharpnessAware] = NuSAM) -> Footprint:
+def footprint(model: nn.Module, method: Callable[..., SharpnessAware] = NuSAM) -> Footprint:
     """Bytes of a model's weights and gradients and of ``method``'s ε while it is applied.
 
     The vectors of a rank-one ε are held in at least float32; a dense ε is a second copy of the weights it moves.
@@ -55,6 +57,6 @@ def footprint(model: nn.Module, method: type[SharpnessAware] = NuSAM) -> Footpri
     )
 
 
-def _optimizer(model: nn.Module, method: type[SharpnessAware]) -> SharpnessAware:
+def _optimizer(model: nn.Module, method: Callable[..., SharpnessAware]) -> SharpnessAware:
     base = torch.optim.SGD(model.parameters(), lr=0.0)
-    return method(base, model=model, placement="weights")  # type: ignore[call-arg]
+    return method(base, model=model, placement="weights")

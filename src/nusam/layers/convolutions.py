@@ -1,0 +1,196 @@
+"""Convolutions: a kernel (o, i/g, k, …) of g groups counts as the matrix W (o × i/g·k·…) that its rows are in memory.
+
+Each row of W is multiplied with patches of its own group's input. With the gradient D of the output, the gradient of W
+has the rows G_o = Σ_p D_op · patch_p, over all samples and positions p. It need not be formed, and no patch is:
+
+- Xv, what v makes of every patch, is a convolution with the one filter v in every group, and Gv = Σ_p D_op (Xv)_p;
+- Gᵀu = Σ_p (Σ_o u_o D_op) · patch_p is the gradient of such a filter, from an output with one channel in every group.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+
+from nusam.layers.kinds import Handler, Kind, as_published, dense
+
+__all__ = ["Convolution", "convolution_of", "kernels_of"]
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Settings(NamedTuple):
+    """How a convolution goes over its input."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    around: tuple[int, ...] = ()  # what is padded before, as F.pad takes it
+    mode: str = "constant"  # and how
+
+
+class Convolution(Kind):
+    """A convolution; there is a subclass for all settings."""
+
+    settings: ClassVar[Settings]
+
+    @classmethod
+    def call(cls, handler: Handler, x: Any, W: Tensor, extra: Any) -> Tensor:
+        settings = cls.settings
+        dimensions = len(settings.kernel)
+        if settings.around:
+            x = F.pad(x, settings.around, settings.mode)
+        if x.ndim == dimensions + 1:  # one sample without a dimension of samples
+            return handler(cls, x.unsqueeze(0), W, extra).squeeze(0)
+        return handler(cls, x, W, extra)
+
+    @classmethod
+    def apply(cls, x: Tensor, W: Tensor, extra: Any) -> Tensor:
+        s = cls.settings
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(s.kernel) - 1]
+        return convolve(x, W, extra, s.stride, s.padding, s.dilation, s.groups)
+
+    @staticmethod
+    def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
+        """The samples as they are."""
+        return x, D
+
+    @classmethod
+    def matvec(cls, X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
+        Xv = cls._one_filter(X, v)
+        return (cls._by_groups(D) @ cls._by_groups(Xv).mT).sum(0).view(n)
+
+    @classmethod
+    def rmatvec(cls, X: Tensor, D: Tensor, u: Tensor) -> Tensor:
+        one = cls._one_channel(D, u)
+        return cls._backward(one, X, cls._filters(one, X.shape[1]), of_input=False).sum(0).flatten()
+
+    @classmethod
+    def gradient(cls, X: Tensor, D: Tensor, n: int) -> Tensor:
+        like = D.new_empty(1).expand(n, X.shape[1] // cls.settings.groups, *cls.settings.kernel)
+        return cls._backward(D, X, like, of_input=False)
+
+    @staticmethod
+    def bias_gradient(D: Tensor) -> Tensor:
+        return D.flatten(2).sum((0, 2))
+
+    @classmethod
+    def input_gradient(cls, D: Tensor, W: Tensor, x: Tensor) -> Tensor:
+        return cls._backward(D, x, dense(W, D.dtype), of_input=True)
+
+    @classmethod
+    def delta(cls, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        xv = cls._one_filter(x.to(v.dtype), v)
+        us = u.view(cls.settings.groups, -1, *[1] * len(cls.settings.kernel))
+        return (xv.unsqueeze(2) * us).flatten(1, 2)
+
+    @classmethod
+    def input_delta(cls, D: Tensor, u: Tensor, v: Tensor, X: Tensor) -> Tensor:
+        one = cls._one_channel(D.to(u.dtype), u)
+        return cls._backward(one, X.to(u.dtype), cls._filters(v, X.shape[1]), of_input=True)
+
+    @staticmethod
+    def length(x: Tensor) -> int:
+        return x.shape[0]
+
+    # ------------------------------------------------------------ one filter in every group
+
+    @classmethod
+    def _filters(cls, v: Tensor, channels: int) -> Tensor:
+        """The filter v in every group; of anything else its shape alone."""
+        groups, kernel = cls.settings.groups, cls.settings.kernel
+        own = (channels // groups, *kernel)
+        if v.ndim > 1:
+            return v.new_empty(1).expand(groups, *own)
+        return v.view(1, *own).expand(groups, *own)
+
+    @classmethod
+    def _one_filter(cls, x: Tensor, v: Tensor) -> Tensor:
+        """What it makes of the input: (samples, groups, …)."""
+        return cls.apply(x, cls._filters(v, x.shape[1]), None)
+
+    @classmethod
+    def _one_channel(cls, D: Tensor, u: Tensor) -> Tensor:
+        """The sum of each group's channels, weighted by u: (samples, groups, …)."""
+        groups = cls.settings.groups
+        return (u.view(groups, 1, -1) @ cls._by_groups(D)).view(D.shape[0], groups, *D.shape[2:])
+
+    @classmethod
+    def _by_groups(cls, D: Tensor) -> Tensor:
+        """An output as (samples, groups, channels of the group, positions)."""
+        groups = cls.settings.groups
+        return D.reshape(D.shape[0], groups, D.shape[1] // groups, D.shape[2:].numel())
+
+    @classmethod
+    def _backward(cls, D: Tensor, x: Tensor, W: Tensor, of_input: bool) -> Tensor:
+        """The gradient of the input, or that of the kernel."""
+        s = cls.settings
+        mask = [of_input, not of_input, False]
+        nothing = [0] * len(s.kernel)
+        gradients = torch.ops.aten.convolution_backward(
+            D, x, W, None, s.stride, s.padding, s.dilation, False, nothing, s.groups, mask
+        )
+        gradient: Tensor = gradients[0 if of_input else 1]
+        return gradient
+
+
+def convolution_of(module: nn.Module) -> type[Convolution] | None:
+    """How a module convolves with its kernel, if it does as torch's own do."""
+    found: Any = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    if found is None or "_conv_forward" in vars(module):
+        return None
+    for name in ("forward", "_conv_forward"):
+        function = as_published(found, name)
+        if function is None or getattr(type(module), name) is not function:
+            return None
+    weight = module._parameters.get("weight")
+    if weight is None or is_lazy(weight):
+        return None
+    module_: Any = module
+    kernel = tuple(weight.shape[2:])
+    try:
+        stride, dilation = (_of_each(value, len(kernel)) for value in (module_.stride, module_.dilation))
+        settings = Settings(kernel, stride, (0,) * len(kernel), dilation, module_.groups)
+        if module_.padding_mode != "zeros":
+            around, mode = tuple(module_._reversed_padding_repeated_twice), module_.padding_mode
+            return _with(settings._replace(around=around, mode=mode))
+        padding = module_.padding
+        if padding == "valid":
+            return _with(settings)
+        if padding != "same":
+            return _with(settings._replace(padding=_of_each(padding, len(kernel))))
+    except (TypeError, ValueError):
+        return None
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if all(total % 2 == 0 for total in totals):
+        return _with(settings._replace(padding=tuple(total // 2 for total in totals)))
+    around = tuple(side for total in reversed(totals) for side in (total // 2, total - total // 2))
+    return _with(settings._replace(around=around))
+
+
+def kernels_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that a model's convolutions multiply patches with, or make such kernels of."""
+    for module in model.modules():
+        if isinstance(module, LAYERS):
+            dimensions = 2 + len(module.kernel_size)
+            yield from (p for p in module.parameters() if not is_lazy(p) and p.ndim == dimensions)
+
+
+@cache
+def _with(settings: Settings) -> type[Convolution]:
+    """The same class for the same settings, by which compiled graphs know it."""
+    return type("Convolution", (Convolution,), {"settings": settings})
+
+
+def _of_each(value: Any, dimensions: int) -> tuple[int, ...]:
+    """A number for each dimension."""
+    values = (value,) * dimensions if isinstance(value, int) else tuple(map(int, value))
+    if len(values) != dimensions:
+        raise ValueError
+    return values
