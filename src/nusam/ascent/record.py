@@ -42,7 +42,7 @@ class Record(Findings):
         self.in_pieces |= rows is not None
         if is_sharded(W) or kind is Own:
             return self._watch(kind, x, W, extra)
-        if is_altered():
+        if is_altered(kind):
             self.is_altered = True
             return kind.apply(x, W, extra)
         if rows is not None and not self.job.checks and not self.job.keeps:

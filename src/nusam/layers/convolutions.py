@@ -21,6 +21,7 @@ from nusam.layers.kinds import Handler, Kind, as_published, dense
 __all__ = ["Convolution", "convolution_of", "kernels_of"]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class Settings(NamedTuple):
@@ -55,6 +56,10 @@ class Convolution(Kind):
         s = cls.settings
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(s.kernel) - 1]
         return convolve(x, W, extra, s.stride, s.padding, s.dilation, s.groups)
+
+    @staticmethod
+    def is_patched() -> bool:
+        return FUNCTIONS != (F.conv1d, F.conv2d, F.conv3d)
 
     @staticmethod
     def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:

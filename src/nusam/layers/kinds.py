@@ -48,6 +48,11 @@ class Kind:
         return F.linear(x, W, extra)
 
     @staticmethod
+    def is_patched() -> bool:
+        """Whether somebody has put another function in the place of torch's."""
+        return F.linear is not torch._C._nn.linear or F.embedding is not _EMBEDDING
+
+    @staticmethod
     def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
         """X (T×m) and D (T×n)."""
         return x.reshape(-1, x.shape[-1]), D.reshape(-1, D.shape[-1])
@@ -207,18 +212,15 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def is_altered() -> bool:
+def is_altered(kind: type[Kind]) -> bool:
     """Whether a layer's function may be another than torch's: by a TorchFunctionMode, or by a patch."""
-    if F.linear is not torch._C._nn.linear or F.embedding is not _EMBEDDING:
-        return True
-    if (F.conv1d, F.conv2d, F.conv3d) != _CONVOLUTIONS:
+    if kind.is_patched():
         return True
     count = torch._C._len_torch_function_stack()
     return count > 0 and any(not isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(count))
 
 
 _EMBEDDING = F.embedding
-_CONVOLUTIONS = F.conv1d, F.conv2d, F.conv3d
 
 
 def tapped(y: Tensor, tap: Tensor) -> Tensor:

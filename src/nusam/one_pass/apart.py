@@ -11,6 +11,7 @@ from torch import Tensor
 from nusam.ascent.function import as_multiplied, without_autocast
 from nusam.ascent.record import Record
 from nusam.distributed.blocks import is_sharded
+from nusam.layers.convolutions import Convolution
 from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_plain
 from nusam.layers.reads import untold
 from nusam.lmo import RankOne
@@ -72,7 +73,7 @@ class Apart:
             return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
         if kind is Own or is_sharded(W) or is_sharded(x):
             raise CannotJoin("has a quantized or tensor-parallel layer, whose samples are not told apart")
-        if is_altered() or not is_plain(x):
+        if is_altered(kind) or not is_plain(x):
             raise CannotJoin("has a layer that computes with another function than torch's")
         y: Tensor = untold(self._apart, kind, x, W, extra, rows)
         return y
@@ -91,6 +92,8 @@ class Apart:
 
     def _is_shared(self, kind: type[Kind], x: Tensor) -> bool:
         """Whether the input is the same for all samples, as positions are; the output then gets their dimension."""
+        if issubclass(kind, Convolution) and x.shape[0] == 1:  # may be one sample of many
+            raise CannotJoin("computes a convolution of a single sample")
         if x.ndim > 1:
             return x.shape[0] == 1
         return kind is Embedding and x.ndim == 1 and x.shape[0] % sum(self.joint.rows) != 0

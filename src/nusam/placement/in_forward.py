@@ -32,7 +32,7 @@ class InForward:
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
             self.calls += 1
-            if not is_sharded(W) and kind is not Own and (is_altered() or type(x) is Watched or not is_plain(x)):
+            if not is_sharded(W) and kind is not Own and (is_altered(kind) or type(x) is Watched or not is_plain(x)):
                 return self._dense(kind, x, W, extra, rows)
             if type(W) is Watched:
                 perturbed: Tensor = untold(self._added, kind, x, W, extra, rows)
