@@ -1,4 +1,4 @@
-"""A convolution's kernel counts as the matrix (o, i/g·k·…), in every way, whatever its settings: held to an SVD of it."""
+"""A convolution's kernel counts as the matrix (o, i/g·k·…), in every way and setting: held to an SVD."""
 
 import copy
 from functools import partial
@@ -238,10 +238,7 @@ class Blocks(nn.Module):
 
     def forward(self, x):
         x = self.stem(x).relu_()
-        if self.reentrant is None:
-            x = self.block(x)
-        else:
-            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
         return self.head(x.mean((2, 3)))
 
 
@@ -495,9 +492,13 @@ def test_one_pass_tells_samples_of_convolutions_apart(layout):
 def test_one_pass_falls_back_where_a_convolution_gets_one_sample_at_a_time():
     model = Convolving(one_by_one=True).double()
     opt = method(model, ascent="auto", placement="auto", ascent_share=1 / 4)
-    with pytest.warns(UserWarning, match=r"one_pass\(\) can't tell the samples apart") as told:
+
+    def run():
         for _ in opt.one_pass([images(count=8)] * 4, partial(loss_of, model)):
             opt.step()
+
+    with pytest.warns(UserWarning, match=r"one_pass\(\) can't tell the samples apart") as told:
+        run()
     assert len(told) == 1
 
 
@@ -586,7 +587,7 @@ def test_what_is_given_must_be_true_or_false():
 
 def test_a_lazy_layer_is_refused_in_one_sentence():
     model = nn.Sequential(nn.LazyConv2d(4, 3))
-    with pytest.raises(ValueError, match="run the model once on a batch before"):
+    with pytest.raises(ValueError, match="run the model once before it"):
         nusam.NuSAM(sgd(model), model=model, convolutions=True)
 
 

@@ -9,7 +9,7 @@ from tests.distributed.launching import torchrun
 
 MODULES = {
     name: import_module(f"tests.distributed.{name}")
-    for name in ("loops", "unreached", "uneven", "hooks", "wrapped", "state", "shares", "riding", "family")
+    for name in "loops unreached uneven hooks wrapped state shares riding family convolving".split()
 }
 NAMES = [
     (module, size, name) for module in MODULES for size, checks in MODULES[module].CHECKS.items() for name in checks

@@ -124,10 +124,7 @@ def check_base_optimizer(base: Any) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}.")
     if any(is_lazy(parameter) for group in base.param_groups for parameter in group["params"]):
-        raise ValueError(
-            "base_optimizer holds a parameter of a lazy layer, whose shape is not known yet; run the model once on a "
-            "batch before you construct the optimizers."
-        )
+        raise ValueError("base_optimizer holds a lazy layer's parameter, not shaped yet; run the model once before it.")
     inside = list(chain(base))
     for one in inside:
         if hasattr(one, "base_optimizer"):

@@ -59,7 +59,7 @@ class Convolution(Kind):
 
     @staticmethod
     def is_patched() -> bool:
-        return FUNCTIONS != (F.conv1d, F.conv2d, F.conv3d)
+        return (F.conv1d, F.conv2d, F.conv3d) != FUNCTIONS
 
     @staticmethod
     def rows(x: Tensor, D: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
