@@ -35,6 +35,7 @@ bench: .venv/installed
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	.venv/bin/python benchmarks/speed.py
 	.venv/bin/python benchmarks/shares.py
+	.venv/bin/python benchmarks/convolutions.py
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/exactness.py
 	.venv/bin/python benchmarks/launches.py

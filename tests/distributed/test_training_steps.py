@@ -7,10 +7,8 @@ import pytest
 
 from tests.distributed.launching import torchrun
 
-MODULES = {
-    name: import_module(f"tests.distributed.{name}")
-    for name in "loops unreached uneven hooks wrapped state shares riding family convolving".split()
-}
+KINDS = ("loops", "unreached", "uneven", "hooks", "wrapped", "state", "shares", "riding", "family", "convolving")
+MODULES = {name: import_module(f"tests.distributed.{name}") for name in KINDS}
 NAMES = [
     (module, size, name) for module in MODULES for size, checks in MODULES[module].CHECKS.items() for name in checks
 ]

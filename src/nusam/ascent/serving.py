@@ -19,6 +19,7 @@ from nusam.targets import Target
 
 __all__ = ["Serving", "full_precision"]
 
+KERNEL_ROWS = 64  # of a kernel in a group, from which one filter's products are cheaper than the gradient of all
 LARGE = 2**26  # entries of all matrices from which a gradient that was formed to be compared does not stay
 
 
@@ -57,11 +58,12 @@ class Serving:
         self.unreachable: dict[Tensor, str] = {}  # by an ε in the forward in this step, and why
         self._whole: set[Tensor] = set()  # whose gradient comes in several backwards, and is not freed between them
         self._counts: list[_Count] = []
+        self._groups: dict[Tensor, int] = {}  # of each matrix, as its layer uses it
         self.compiles = False  # whether compiled graphs were seen
         self.sees_calls = True  # whether all that was compared was called where Python sees it, in no compiled graph
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_counts": []}
+        return {**self.__dict__, "_counts": [], "_groups": {}}
 
     def state_of(self, target: Target) -> State:
         """What is remembered of the target, its warm start above all."""
@@ -105,6 +107,7 @@ class Serving:
             return None
         if self.serve_from is None and not in_forward:
             return None
+        self._groups = structure.groups
         self.verification.watch(structure.modes())
         worth = [t for t in targets if self._is_worth(t.parameter)] if self.serve_from is not None else []
         concerned = worth + [t for t in targets if t.parameter in in_forward and not self._is_worth(t.parameter)]
@@ -140,7 +143,12 @@ class Serving:
 
     def _is_worth(self, parameter: Tensor) -> bool:
         least = self.serve_from
-        return least is not None and (matrix_shape(parameter).numel() >= least or not parameter.requires_grad)
+        if not least or not parameter.requires_grad:
+            return least is not None
+        if parameter.ndim == 2:
+            return matrix_shape(parameter).numel() >= least
+        # a kernel is multiplied with many more rows than there are samples
+        return parameter.numel() >= least / 8 and parameter.shape[0] // self._groups.get(parameter, 1) >= KERNEL_ROWS
 
     def _job(self, target: Target, serves: bool, in_forward: bool, keeps: bool, frees: bool) -> Job | None:
         """What a pass is to do for a matrix; nothing if its gradient is formed as if nobody watched."""

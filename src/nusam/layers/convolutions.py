@@ -3,8 +3,10 @@
 Each row of W is multiplied with patches of its own group's input. With the gradient D of the output, the gradient of W
 has the rows G_o = Σ_p D_op · patch_p, over all samples and positions p. It need not be formed, and no patch is:
 
-- Xv, what v makes of every patch, is a convolution with the one filter v in every group, and Gv = Σ_p D_op (Xv)_p;
-- Gᵀu = Σ_p (Σ_o u_o D_op) · patch_p is the gradient of such a filter, from an output with one channel in every group.
+- Xv, what v makes of every patch, is a convolution with the one filter v, and Gv = Σ_p D_op (Xv)_p;
+- Gᵀu = Σ_p (Σ_o u_o D_op) · patch_p is the gradient of one filter, from an output with one channel.
+
+With groups, each group of a sample is a sample of its own in these: all groups meet the same filter.
 """
 
 from collections.abc import Iterator
@@ -53,9 +55,7 @@ class Convolution(Kind):
 
     @classmethod
     def apply(cls, x: Tensor, W: Tensor, extra: Any) -> Tensor:
-        s = cls.settings
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(s.kernel) - 1]
-        return convolve(x, W, extra, s.stride, s.padding, s.dilation, s.groups)
+        return cls._convolve(x, W, extra, cls.groups)
 
     @staticmethod
     def is_patched() -> bool:
@@ -68,17 +68,18 @@ class Convolution(Kind):
 
     @classmethod
     def matvec(cls, X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
-        Xv = cls._one_filter(X, v)
-        return (cls._by_groups(D) @ cls._by_groups(Xv).mT).sum(0).view(n)
+        Xv = cls._one_filter(X, v).view(X.shape[0], cls.groups, 1, -1)
+        return (cls._by_groups(D) @ Xv.mT).sum(0).view(n)
 
     @classmethod
     def rmatvec(cls, X: Tensor, D: Tensor, u: Tensor) -> Tensor:
-        one = cls._one_channel(D, u)
-        return cls._backward(one, X, cls._filters(one, X.shape[1]), of_input=False).sum(0).flatten()
+        x = cls._apart(X)
+        like = x.new_empty(1).expand(1, x.shape[1], *cls.settings.kernel)
+        return cls._backward(cls._one_channel(D, u), x, like, of_input=False, groups=1).flatten()
 
     @classmethod
     def gradient(cls, X: Tensor, D: Tensor, n: int) -> Tensor:
-        like = D.new_empty(1).expand(n, X.shape[1] // cls.settings.groups, *cls.settings.kernel)
+        like = D.new_empty(1).expand(n, X.shape[1] // cls.groups, *cls.settings.kernel)
         return cls._backward(D, X, like, of_input=False)
 
     @staticmethod
@@ -92,54 +93,56 @@ class Convolution(Kind):
     @classmethod
     def delta(cls, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         xv = cls._one_filter(x.to(v.dtype), v)
-        us = u.view(cls.settings.groups, -1, *[1] * len(cls.settings.kernel))
-        return (xv.unsqueeze(2) * us).flatten(1, 2)
+        us = u.view(cls.groups, -1, *[1] * len(cls.settings.kernel))
+        return (xv.view(x.shape[0], -1, 1, *xv.shape[2:]) * us).flatten(1, 2)
 
     @classmethod
     def input_delta(cls, D: Tensor, u: Tensor, v: Tensor, X: Tensor) -> Tensor:
+        x = cls._apart(X.to(u.dtype))
+        filter_ = v.view(1, x.shape[1], *cls.settings.kernel)
         one = cls._one_channel(D.to(u.dtype), u)
-        return cls._backward(one, X.to(u.dtype), cls._filters(v, X.shape[1]), of_input=True)
+        return cls._backward(one, x, filter_, of_input=True, groups=1).view(X.shape)
 
     @staticmethod
     def length(x: Tensor) -> int:
         return x.shape[0]
 
-    # ------------------------------------------------------------ one filter in every group
+    # ------------------------------------------------------------ one filter for all groups
 
     @classmethod
-    def _filters(cls, v: Tensor, channels: int) -> Tensor:
-        """The filter v in every group; of anything else its shape alone."""
-        groups, kernel = cls.settings.groups, cls.settings.kernel
-        own = (channels // groups, *kernel)
-        if v.ndim > 1:
-            return v.new_empty(1).expand(groups, *own)
-        return v.view(1, *own).expand(groups, *own)
+    def _apart(cls, x: Tensor) -> Tensor:
+        """The input with each group of a sample as a sample of its own: all of them meet the same filter."""
+        return x if cls.groups == 1 else x.reshape(-1, x.shape[1] // cls.groups, *x.shape[2:])
 
     @classmethod
     def _one_filter(cls, x: Tensor, v: Tensor) -> Tensor:
-        """What it makes of the input: (samples, groups, …)."""
-        return cls.apply(x, cls._filters(v, x.shape[1]), None)
+        """What the filter v makes of every group: (samples · groups, 1, …)."""
+        x = cls._apart(x)
+        return cls._convolve(x, v.view(1, x.shape[1], *cls.settings.kernel), None, 1)
 
     @classmethod
     def _one_channel(cls, D: Tensor, u: Tensor) -> Tensor:
-        """The sum of each group's channels, weighted by u: (samples, groups, …)."""
-        groups = cls.settings.groups
-        return (u.view(groups, 1, -1) @ cls._by_groups(D)).view(D.shape[0], groups, *D.shape[2:])
+        """The sum of each group's channels, weighted by u: (samples · groups, 1, …)."""
+        return (u.view(cls.groups, 1, -1) @ cls._by_groups(D)).view(-1, 1, *D.shape[2:])
 
     @classmethod
     def _by_groups(cls, D: Tensor) -> Tensor:
         """An output as (samples, groups, channels of the group, positions)."""
-        groups = cls.settings.groups
-        return D.reshape(D.shape[0], groups, D.shape[1] // groups, D.shape[2:].numel())
+        return D.reshape(D.shape[0], cls.groups, D.shape[1] // cls.groups, D.shape[2:].numel())
 
     @classmethod
-    def _backward(cls, D: Tensor, x: Tensor, W: Tensor, of_input: bool) -> Tensor:
+    def _convolve(cls, x: Tensor, W: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        s = cls.settings
+        function = (F.conv1d, F.conv2d, F.conv3d)[len(s.kernel) - 1]
+        return function(x, W, bias, s.stride, s.padding, s.dilation, groups)
+
+    @classmethod
+    def _backward(cls, D: Tensor, x: Tensor, W: Tensor, of_input: bool, groups: int | None = None) -> Tensor:
         """The gradient of the input, or that of the kernel."""
         s = cls.settings
         mask = [of_input, not of_input, False]
-        nothing = [0] * len(s.kernel)
         gradients = torch.ops.aten.convolution_backward(
-            D, x, W, None, s.stride, s.padding, s.dilation, False, nothing, s.groups, mask
+            D, x, W, None, s.stride, s.padding, s.dilation, False, [0] * len(s.kernel), groups or cls.groups, mask
         )
         gradient: Tensor = gradients[0 if of_input else 1]
         return gradient
@@ -190,7 +193,7 @@ def kernels_of(model: nn.Module) -> Iterator[nn.Parameter]:
 @cache
 def _with(settings: Settings) -> type[Convolution]:
     """The same class for the same settings, by which compiled graphs know it."""
-    return type("Convolution", (Convolution,), {"settings": settings})
+    return type("Convolution", (Convolution,), {"settings": settings, "groups": settings.groups})
 
 
 def _of_each(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -38,6 +38,8 @@ UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 class Kind:
     """A linear layer: y = xWᵀ + b, with x (..., m) and y (..., n), so G = DᵀX."""
 
+    groups = 1  # of rows that meet inputs of their own
+
     @classmethod
     def call(cls, handler: "Handler", x: Any, W: Tensor, extra: Any) -> Tensor:
         """The layer's output by a handler, from what the module was given."""

@@ -28,6 +28,7 @@ class Structure:
         self._by_parameter: dict[Tensor, list[Use]] = defaultdict(list)
         for use in self.uses:
             self._by_parameter[use.parameter].append(use)
+        self.groups: dict[Tensor, int] = {use.parameter: use.kind.groups for use in self.uses}
         self.idle = IdleLayers(model)
 
     def is_current(self) -> bool:
