@@ -87,8 +87,8 @@ def main() -> None:
         "convolutions",
         options.device,
         table,
-        "Medians of alternated steps, relative to AdamW. νSAM with convolutions=True and its default ascent unless said "
-        "otherwise; the shares are those of all trainable entries. In units of a forward (1; a backward is 2): AdamW 3, "
+        "Medians of alternated steps, relative to AdamW. νSAM has convolutions=True and its default ascent unless said "
+        "otherwise; shares are those of all trainable entries. In units of a forward (1; a backward is 2): AdamW 3, "
         "SAM and νSAM by gradients 6, νSAM 5, so that the floors are 2 and 1.667. νSAM compares its layers with the "
         "gradients in the first step and 2, 4, 8, … after; the median is of the others.",
     )

@@ -435,6 +435,76 @@ def test_a_run_goes_on_where_it_was_saved(way):
     assert_same(resumed, whole, 1e-15 if way == "gradient" else 1e-13)
 
 
+class MixtureOfPaths(nn.Module):
+    """Samples go through one of two convolutions; one of them may get none."""
+
+    def __init__(self):
+        super().__init__()
+        self.paths = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)])
+        self.grouped, self.head = nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        parts = (x[x[:, 0, 0, 0] > 9], x[x[:, 0, 0, 0] <= 9])
+        x = torch.cat([path(part) for path, part in zip(self.paths, parts, strict=True)])
+        grouped = torch.cat([self.grouped(x[:0].tanh()), self.grouped(x.tanh())])
+        return self.head(grouped.mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", ["matrix-free", "forward"])
+def test_no_samples_at_all(way):
+    plain = MixtureOfPaths().double()
+    model = copy.deepcopy(plain)
+    trained(plain, "gradient")
+    trained(model, way)
+    assert_same(model, plain)
+
+
+def test_one_kernel_in_two_layers_of_other_settings():
+    plain = Blocks().double()
+    plain.stem = nn.Sequential(plain.stem, nn.Conv2d(6, 6, 3, padding=1, groups=2).double())
+    plain.stem[1].weight = plain.conv.weight
+    model = copy.deepcopy(plain)
+    trained(plain, "gradient")
+    assert fallbacks(trained(model, "matrix-free")) == {"stem.1.weight"}
+    assert_same(model, plain)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "functional_call", "no gradient"])
+def test_what_goes_another_way_than_by_a_call_of_the_layer(transform):
+    class Net(Blocks):
+        def forward(self, x):
+            x = self.stem(x).relu()
+            if transform == "vmap":
+                x = torch.vmap(self.conv)(x)
+            elif transform == "functional_call":
+                x = torch.func.functional_call(self.conv, {"weight": 2 * self.conv.weight}, (x,))
+            else:
+                with torch.no_grad():
+                    target = self.conv(x)
+                x = self.conv(x) * target
+            return self.head(x.mean((2, 3)))
+
+    plain = Net().double()
+    model = copy.deepcopy(plain)
+    trained(plain, "gradient")
+    opt = trained(model, "matrix-free")
+    assert fallbacks(opt) == (set() if transform == "no gradient" else {"conv.weight"})
+    assert_same(model, plain)
+
+
+def test_updates_inside_the_backward():
+    plain = Blocks().double()
+    model = copy.deepcopy(plain)
+    trained(plain, "gradient")
+    opt = method(model, base=torch.optim.SGD(model.parameters(), lr=0.05), iterations=1, placement="auto")
+    nusam.step_in_backward(opt)
+    for _ in range(4):
+        for _ in opt.passes():
+            loss_of(model, images()).backward()
+        opt.step()
+    assert_same(model, plain)
+
+
 # ------------------------------------------------------------------ one pass
 
 
@@ -578,6 +648,19 @@ def test_a_resnet_is_served_by_its_layers():
     assert not fallbacks(opt)
     assert losses[1] > losses[0]
     assert losses[3] > losses[2]
+
+
+def test_the_warning_of_a_small_reach_names_the_option():
+    model = timm.create_model("resnet18", num_classes=10)
+
+    def step(opt):
+        for _ in opt.passes():
+            model(torch.randn(2, 3, 32, 32)).sum().backward()
+        opt.step()
+
+    with pytest.warns(UserWarning, match=r"would perturb, and convolutions=True as far as they are kernels\.$"):
+        step(nusam.NuSAM(sgd(model), model=model))
+    step(nusam.NuSAM(sgd(model), model=model, convolutions=True))
 
 
 def test_what_is_given_must_be_true_or_false():

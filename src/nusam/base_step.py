@@ -10,7 +10,7 @@ from nusam.base_optimizer import needs_closure, step_knowing
 from nusam.batch import first_samples
 from nusam.coverage import warn_of_small_reach
 from nusam.guards.checks import check_batch, check_closure
-from nusam.lmo import Unnormalized
+from nusam.lmo import Nuclear, Unnormalized
 from nusam.two_passes import TwoPasses
 from nusam.wrapper import itself
 
@@ -107,7 +107,8 @@ class Stepping(TwoPasses):
         if self._progress.ascents and not self._progress.told_reach:
             self._progress.told_reach = True
             if not self._few_by_design:
-                warn_of_small_reach(self._candidates(), self._perturbs, self._what_it_perturbs)
+                option = isinstance(self.lmo, Nuclear) and not self.lmo.convolutions
+                warn_of_small_reach(self._candidates(), self._perturbs, self._what_it_perturbs, option)
         return losses[0] if losses else None
 
     def _losses_of(self, closure: Callable[[], Any]) -> list[Any]:

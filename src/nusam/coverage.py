@@ -73,14 +73,20 @@ def covered(
     return Coverage(perturbed, total, left_out)
 
 
-def warn_of_small_reach(candidates: Sequence[Candidate], perturbs: Callable[[Tensor], bool], method: str) -> None:
-    """Warn if the method perturbs little of what it was meant to, such as νSAM on a network of convolutions."""
+def warn_of_small_reach(
+    candidates: Sequence[Candidate], perturbs: Callable[[Tensor], bool], method: str, convolutions: bool
+) -> None:
+    """Warn if the method perturbs little of what it was meant to, such as νSAM on a network of convolutions.
+
+    ``convolutions``: whether there is an option of that name to give.
+    """
     meant = [c.parameter for c in candidates if c.radius != 0 and c.left_out is None]
     total = sum(unpacked_shape(parameter).numel() for parameter in meant)
     perturbed = sum(unpacked_shape(parameter).numel() for parameter in meant if perturbs(parameter))
     if perturbed < SMALL * total:
+        hint = ", and convolutions=True as far as they are kernels" if convolutions else ""
         warnings.warn(
             f"{method} only, which is {perturbed:,} of the {total:,} entries handed to it, less than a tenth; "
-            "opt.coverage() names the others, which nusam.SAM would perturb.",
+            f"opt.coverage() names the others, which nusam.SAM would perturb{hint}.",
             stacklevel=4,  # over step() and the profiler that torch puts around it
         )

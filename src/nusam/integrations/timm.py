@@ -29,7 +29,7 @@ except ImportError as error:
 __all__ = ["update"]
 
 METHODS = {"nusam": NuSAM, "nusamnorm": NuSAMNorm, "sam": SAM, "samon": SAMON}
-OURS = {"rho", "power_iterations", *Options.__annotations__}
+OURS = {"rho", "power_iterations", "convolutions", *Options.__annotations__}
 
 
 def update(

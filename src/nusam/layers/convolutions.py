@@ -9,6 +9,7 @@ has the rows G_o = Σ_p D_op · patch_p, over all samples and positions p. It ne
 With groups, each group of a sample is a sample of its own in these: all groups meet the same filter.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from nusam.layers.kinds import Handler, Kind, as_published, dense
 
-__all__ = ["Convolution", "convolution_of", "kernels_of"]
+__all__ = ["Convolution", "convolution_of", "given", "kernels_of"]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -68,14 +69,19 @@ class Convolution(Kind):
 
     @classmethod
     def matvec(cls, X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
-        Xv = cls._one_filter(X, v).view(X.shape[0], cls.groups, 1, -1)
+        Xv = cls._one_filter(X, v).view(X.shape[0], cls.groups, 1, D.shape[2:].numel())
         return (cls._by_groups(D) @ Xv.mT).sum(0).view(n)
 
     @classmethod
     def rmatvec(cls, X: Tensor, D: Tensor, u: Tensor) -> Tensor:
-        x = cls._apart(X)
-        like = x.new_empty(1).expand(1, x.shape[1], *cls.settings.kernel)
-        return cls._backward(cls._one_channel(D, u), x, like, of_input=False, groups=1).flatten()
+        x, one = cls._apart(X), cls._one_channel(D, u)
+        taps = cls._taps(x)
+        if taps is None:
+            like = x.new_empty(1).expand(1, x.shape[1], *cls.settings.kernel)
+            return cls._backward(one, x, like, of_input=False, groups=1).flatten()
+        places = x.new_empty(1).expand(x.shape[0], taps.shape[1], *x.shape[2:])
+        by_tap = cls._backward(one, places, taps, of_input=True, groups=1)
+        return (x.flatten(2) @ by_tap.flatten(2).mT).sum(0).flatten()
 
     @classmethod
     def gradient(cls, X: Tensor, D: Tensor, n: int) -> Tensor:
@@ -94,7 +100,7 @@ class Convolution(Kind):
     def delta(cls, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         xv = cls._one_filter(x.to(v.dtype), v)
         us = u.view(cls.groups, -1, *[1] * len(cls.settings.kernel))
-        return (xv.view(x.shape[0], -1, 1, *xv.shape[2:]) * us).flatten(1, 2)
+        return (xv.view(x.shape[0], cls.groups, 1, *xv.shape[2:]) * us).flatten(1, 2)
 
     @classmethod
     def input_delta(cls, D: Tensor, u: Tensor, v: Tensor, X: Tensor) -> Tensor:
@@ -118,7 +124,24 @@ class Convolution(Kind):
     def _one_filter(cls, x: Tensor, v: Tensor) -> Tensor:
         """What the filter v makes of every group: (samples · groups, 1, …)."""
         x = cls._apart(x)
-        return cls._convolve(x, v.view(1, x.shape[1], *cls.settings.kernel), None, 1)
+        taps = cls._taps(x)
+        if taps is None:
+            return cls._convolve(x, v.view(1, x.shape[1], *cls.settings.kernel), None, 1)
+        by_tap = v.view(x.shape[1], -1).mT @ x.flatten(2)
+        return cls._convolve(by_tap.view(x.shape[0], taps.shape[1], *x.shape[2:]), taps, None, 1)
+
+    @classmethod
+    def _taps(cls, x: Tensor) -> Tensor | None:
+        """A filter of which each channel has one tap, if those are fewer than the input's channels.
+
+        What a filter of many channels does is then a product over channels, and this filter over what comes of it: a
+        library pads one filter to as many as it computes at once, and that would be most of the work.
+        """
+        kernel = cls.settings.kernel
+        count = math.prod(kernel)
+        if count >= x.shape[1]:
+            return None
+        return torch.eye(count, device=x.device, dtype=x.dtype).view(1, count, *kernel)
 
     @classmethod
     def _one_channel(cls, D: Tensor, u: Tensor) -> Tensor:
@@ -180,6 +203,13 @@ def convolution_of(module: nn.Module) -> type[Convolution] | None:
         return _with(settings._replace(padding=tuple(total // 2 for total in totals)))
     around = tuple(side for total in reversed(totals) for side in (total // 2, total - total // 2))
     return _with(settings._replace(around=around))
+
+
+def given(module: Any) -> tuple[Any, ...]:
+    """All that a module convolves by, as it stands there."""
+    own = vars(module)
+    names = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
+    return (type(module)._conv_forward, own.get("_conv_forward"), *(own.get(name) for name in names))
 
 
 def kernels_of(model: nn.Module) -> Iterator[nn.Parameter]:

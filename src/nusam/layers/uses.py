@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nusam.distributed.blocks import is_sharded
 from nusam.interrupts import always
 from nusam.layers.attention import HANDLER, attend, places_of, sharded_attention
-from nusam.layers.convolutions import Convolution, convolution_of
+from nusam.layers.convolutions import convolution_of, given
 from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own, as_published
 from nusam.layers.reads import Watched, untold
 from nusam.lmo import matrix_shape
@@ -27,6 +27,7 @@ class Use(NamedTuple):
     parameter: nn.Parameter
     kind: type[Kind]
     forward: Any  # the function that its class computes with
+    given: tuple[Any, ...] | None = None  # what a convolution goes by beside its kernel
 
     def is_current(self) -> bool:
         """Whether the module still uses the parameter so."""
@@ -35,7 +36,7 @@ class Use(NamedTuple):
             module._parameters.get(self.name) is self.parameter
             and type(module).forward is self.forward
             and "forward" not in vars(module)
-            and (not issubclass(self.kind, Convolution) or convolution_of(module) is self.kind)
+            and (self.given is None or self.given == given(module))
         )
 
 
@@ -58,7 +59,7 @@ def find_uses(model: nn.Module) -> Iterator[Use]:
         elif type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
             yield from _uses(module, ("weight",), Conv1D)
         elif (convolution := convolution_of(module)) is not None:
-            yield from _uses(module, ("weight",), convolution)
+            yield from (use._replace(given=given(module)) for use in _uses(module, ("weight",), convolution))
 
 
 def _uses(module: nn.Module, names: tuple[str, ...], kind: type[Kind]) -> Iterator[Use]:
