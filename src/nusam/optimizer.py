@@ -93,8 +93,9 @@ class SharpnessAware(Stepping):
         ascent: ``"gradient"`` computes ε from the weights' gradients; ``"matrix-free"`` from each layer's input and
             output gradient, so that the ascent forms no gradient of a weight, bias or norm (rank-one balls, needs
             ``model=``; a matrix that no layer can serve falls back to its gradient, see :meth:`metrics`).
-            ``"auto"`` is matrix-free where it can be and pays: for matrices of at least 65,536 entries. Below that
-            the gradient is computed faster than it is avoided (measured on a CPU, ``benchmarks/breakeven.py``).
+            ``"auto"`` is matrix-free where it can be and pays: for matrices of at least 65,536 entries, and kernels
+            of at least 8,192 with 64 rows in a group. Below that the gradient is computed faster than it is avoided
+            (measured on a CPU, ``benchmarks/breakeven.py``).
         placement: ``"weights"`` adds ε to the weights and takes it back; ``"forward"`` adds ρ(x·v)uᵀ to each layer's
             output and writes no weight (rank-one balls, needs ``model=``). ``"auto"`` is ``"forward"`` where the
             weight is below float32 or frozen, else ``"weights"``.
