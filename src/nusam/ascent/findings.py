@@ -104,6 +104,8 @@ class Findings:
         dtypes = {*self.dtypes, self.parameter.dtype} if self.parameter.is_floating_point() else {*self.dtypes}
         if self.probed is not None and self.parameter.dtype != torch.float64:
             dtypes.add(torch.bfloat16)  # an autocast inside a compiled graph is not seen
+        if self.parameter.ndim > 2 and self.u.is_cuda and self.parameter.dtype == torch.float32:
+            dtypes.add(torch.float16)  # cuDNN convolves float32 in TF32 unless told otherwise, as fine as this
         return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
     @property
