@@ -1,11 +1,13 @@
 """One pass a step equals two passes by hand: ε by an SVD, one update old, on samples that it is used on."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import nusam
@@ -224,19 +226,23 @@ def test_a_delay_and_the_end_of_an_epoch():
     assert_same(model, expected)
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit():
+@pytest.mark.parametrize("epoch", [12, 4], ids=["an ε waits", "at the end of an epoch"])
+def test_a_resumed_run_is_the_same_bit_for_bit(epoch):
     model, batches = built(dtype=torch.float32), token_batches(12)
     opt = wrapped(model, "AdamW", power_iterations=1)
-    states = []
-    for number, _ in enumerate(opt.one_pass(batches, lambda batch: mean(model, batch))):
-        opt.step()
-        if number == 6:
-            states = copy.deepcopy([model.state_dict(), opt.state_dict()])
+    last = 6 if epoch == 12 else 7
+    states, taken = [], 0
+    for first in range(0, 12, epoch):
+        for _ in opt.one_pass(batches[first : first + epoch], lambda batch: mean(model, batch)):
+            opt.step()
+            if taken == last:
+                states = copy.deepcopy([model.state_dict(), opt.state_dict()])
+            taken += 1
     again = built(dtype=torch.float32)
     resumed = wrapped(again, "AdamW", power_iterations=1)
     again.load_state_dict(states[0])
     resumed.load_state_dict(states[1])
-    run(resumed, again, batches[7:], mean)
+    run(resumed, again, batches[last + 1 :], mean)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -332,6 +338,44 @@ def test_padding_may_change_the_length_of_a_batch():
     with pytest.warns(UserWarning, match="gets samples of shape"):
         run(opt, model, batches, mean)
     assert not opt._one_pass._refused
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_a_loss_sets_for_the_process_is_its_own(calls):
+    """Two losses in turns leave their contexts in any order: each finds what it has set, and nothing is left behind."""
+    model, batches = built(dtype=torch.float32), token_batches(8)
+    outside, inside = set(), set()
+
+    def look(found):
+        found.add((torch.get_default_dtype(), torch.backends.cuda.math_sdp_enabled()))
+
+    @contextlib.contextmanager
+    def double():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    def loss(batch):
+        value = torch.zeros((), dtype=torch.float64)
+        for _ in range(calls):
+            look(outside)
+            with double(), sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+                look(inside)
+                logits = model.body(torch.ones(len(batch), 6, dtype=torch.float32))
+                look(inside)
+            value = value + logits.square().mean()
+        return value
+
+    opt = wrapped(model, power_iterations=1, targets=lambda name, p: name.startswith("body"))
+    for _ in opt.one_pass(batches, loss):
+        opt.step()
+    assert not opt._one_pass._refused
+    look(outside)
+    assert outside == {(torch.float32, True)}
+    assert inside == {(torch.float64, False)}
 
 
 def test_what_is_refused():

@@ -219,6 +219,12 @@ class SharpnessAware(Stepping):
                 :func:`step_in_backward`.
         """
         self = itself(self)
+        one_pass = self._begin_one_pass()
+        for batch, following in looked_ahead(batches):
+            yield one_pass.step(batch, following, loss, backward or Tensor.backward, accumulate)
+
+    def _begin_one_pass(self) -> OnePass:
+        """What steps of :meth:`one_pass` are taken by, for loops that look ahead by themselves."""
         self._refuse_inside_pass("one_pass()")
         check_closure(self.base_optimizer, needs_closure(self.base_optimizer))
         check_served("one_pass()", self.lmo, self.model)
@@ -231,8 +237,7 @@ class SharpnessAware(Stepping):
         self._ascent.serve_from = 0
         if self._one_pass is None:
             self._one_pass = OnePass(self)
-        for batch, following in looked_ahead(batches):
-            yield self._one_pass.step(batch, following, loss, backward or Tensor.backward, accumulate)
+        return self._one_pass
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for any logger; the only call that waits for the device.

@@ -4,12 +4,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from nusam.integrations.accelerate import passes
+from nusam.integrations.accelerate import one_pass, passes
 from tests.contract.problem import BATCHES, Run, Trained, loader, scaler
 
 
 class AccelerateLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share", "one pass"})
 
     def train(self, run: Run) -> Trained:
         AcceleratorState._reset_state(reset_partial_state=True)  # one process, many accelerators
@@ -24,18 +24,26 @@ class AccelerateLoop:
         if run.resume:
             accelerator.load_state(run.folder / "accelerate")
             first = schedule.scheduler.last_epoch // BATCHES
-        for _ in range(first, run.epochs):
-            for x, y in batches:
+
+        def loss(batch):
+            with accelerator.autocast():
+                return model.loss(*batch)
+
+        def in_passes(batches):
+            for batch in batches:
                 with accelerator.accumulate(model):
-                    for xs, ys in passes(opt, model, x, y):
-                        with accelerator.autocast():
-                            loss = model.loss(xs, ys)
-                        accelerator.backward(loss)
-                    if run.clip is not None and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), run.clip)
-                    opt.step()
-                    schedule.step()
-                    opt.zero_grad()
+                    for part in passes(opt, model, *batch):
+                        accelerator.backward(loss(part))
+                    yield
+
+        for _ in range(first, run.epochs):
+            steps = one_pass(opt, model, batches, loss, accelerator) if run.one_pass else in_passes(batches)
+            for _ in steps:
+                if run.clip is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), run.clip)
+                opt.step()
+                schedule.step()
+                opt.zero_grad()
         if run.folder is not None and not run.resume:
             accelerator.save_state(run.folder / "accelerate")
         return trained

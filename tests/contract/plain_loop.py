@@ -10,7 +10,7 @@ from tests.contract.problem import Run, Trained, loader
 
 
 class PlainLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share", "one pass"})
 
     def train(self, run: Run) -> Trained:
         trained = Trained.start(run)
@@ -28,12 +28,23 @@ class PlainLoop:
             scaler.load_state_dict(saved["scaler"])
             first = saved["epoch"]
 
+        def loss(batch):
+            with torch.autocast("cpu", dtype) if dtype.itemsize < 4 else nullcontext():
+                return model.loss(*batch) / run.micro_batches
+
+        def backward(loss):
+            scaler.scale(loss).backward()
+
+        def in_passes(batches):
+            for batch in batches:
+                for part in opt.passes(*batch, accumulate=True):
+                    backward(loss(part))
+                yield
+
         for _ in range(first, run.epochs):
-            for index, (x, y) in enumerate(loader(run), start=1):
-                for xs, ys in opt.passes(x, y, accumulate=True):
-                    with torch.autocast("cpu", dtype) if dtype.itemsize < 4 else nullcontext():
-                        loss = model.loss(xs, ys) / run.micro_batches
-                    scaler.scale(loss).backward()
+            batches = loader(run)
+            steps = opt.one_pass(batches, loss, backward=backward, accumulate=True) if run.one_pass else None
+            for index, _ in enumerate(steps or in_passes(batches), start=1):
                 if index % run.micro_batches == 0:
                     if run.clip is not None:
                         scaler.unscale_(opt)

@@ -29,6 +29,7 @@ class Run:
         precision: "float32", "bfloat16" (autocast), or "float16" (autocast with a GradScaler).
         delay: of the perturbation, in steps.
         share: of each micro-batch, that the ascent sees.
+        one_pass: whether the next micro-batch's ascent rides in each one's descent.
         schedule: whether the learning rate falls linearly to 0 over the steps.
         overflow: number of the forward pass (from 0) whose loss overflows, or None.
         folder: where to save after the last step and to resume from.
@@ -42,6 +43,7 @@ class Run:
     precision: str = "float32"
     delay: int = 0
     share: float = 1.0
+    one_pass: bool = False
     schedule: bool = False
     overflow: int | None = None
     folder: Path | None = None

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import nusam
-from nusam.integrations.accelerate import passes, sharpness_aware
+from nusam.integrations.accelerate import LoaderAhead, one_pass, passes, sharpness_aware
 from tests.contract.accelerate_loop import float16_on_cpu
 from tests.contract.problem import Run, Trained, loader, scaler
 
@@ -159,3 +159,82 @@ def test_a_compiled_model_is_looked_into():
         assert names == ["ascent", "descent"]
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapped", ["loader", "iterator", "generator"])
+@pytest.mark.parametrize("batches", [1, 2, 5])
+def test_looking_ahead_does_not_end_the_loader_early(prepared, batches, wrapped):
+    """accelerate steps at a loader's last batch, which it knows by what the loader gave last."""
+    _, accelerator, *_ = prepared()
+    prepare = {"loader": lambda it: it, "iterator": iter, "generator": lambda it: (batch for batch in it)}[wrapped]
+    data = accelerator.prepare(torch.utils.data.DataLoader(list(range(batches * 2)), batch_size=2))
+    for _ in range(2):
+        plainly = [(batch.tolist(), accelerator.gradient_state.end_of_dataloader) for batch in data]
+        ahead = LoaderAhead(prepare(data), accelerator)
+        found, followers = [], []
+        for batch in ahead:
+            followers.append(ahead.peek())
+            assert ahead.peek() is followers[-1]
+            found.append((batch.tolist(), accelerator.gradient_state.end_of_dataloader))
+            assert accelerator.gradient_state.in_dataloader
+        assert found == plainly
+        assert [None if f is None else f.tolist() for f in followers] == [x for x, _ in plainly[1:]] + [None]
+        assert not accelerator.gradient_state.in_dataloader
+
+
+def test_the_loader_of_a_loop_around_is_left_alone(prepared):
+    _, accelerator, *_ = prepared()
+    outer = accelerator.prepare(torch.utils.data.DataLoader([0]))
+    for _ in outer:
+        assert accelerator.gradient_state.end_of_dataloader
+        for _ in (ahead := LoaderAhead([1, 2], accelerator)):
+            ahead.peek()
+            assert accelerator.gradient_state.end_of_dataloader
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_last_step_of_one_pass_has_the_micro_batches_that_are_left(clip):
+    """Five batches in steps of two, as accelerate cuts them: two, two, one."""
+    run = Run(share=1 / 4, batch=8)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    trained = Trained.start(run)
+    model, opt, batches = accelerator.prepare(trained.model, trained.wrap(trained.base(), trained.model), loader(run))
+    for _ in range(2):
+        for _ in one_pass(opt, model, batches, lambda batch: model.loss(*batch), accelerator):
+            if clip and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), clip)
+            opt.step()
+            opt.zero_grad()
+    plain = Trained.start(run)
+    plain_opt = plain.wrap(plain.base(), plain.model)
+    for _ in range(2):
+        losses = plain_opt.one_pass(loader(run), lambda batch: plain.model.loss(*batch) / 2, accumulate=True)
+        for number, _ in enumerate(losses):
+            if number in (1, 3, 4):
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(plain.model.parameters(), clip)
+                plain_opt.step()
+                plain_opt.zero_grad()
+    assert len(trained.rates) == len(plain.rates) == 6
+    for a, b in zip(trained.weights, plain.weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_loader_that_saves_its_place_is_refused_in_one_pass(prepared):
+    _, accelerator, model, opt = prepared()
+    batches = SimpleNamespace(use_stateful_dataloader=True, __iter__=lambda: iter([]))
+    with pytest.raises(ValueError, match=r"one batch ahead.*skip_first_batches\.$"):
+        next(one_pass(opt, model, batches, model.loss, accelerator))
+
+
+def test_one_pass_refuses_what_passes_refuses(prepared):
+    _, accelerator, model, _ = prepared()
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    with pytest.raises(NotImplementedError, match="FSDP1"):
+        next(one_pass(opt, wrapped, [], model.loss, accelerator))
+    with pytest.raises(TypeError, match="must be one of nusam's, got SGD"):
+        next(one_pass(torch.optim.SGD(model.parameters(), lr=0.1), model, [], model.loss, accelerator))
+    with pytest.raises(ValueError, match="rank-one"):
+        next(one_pass(nusam.SAM(opt.base_optimizer, model=model), model, [], model.loss, accelerator))

@@ -171,3 +171,38 @@ def test_resuming_with_a_share_is_bit_exact(loop, tmp_path):
     resumed = loop.train(Run(steps=10, share=0.25, folder=tmp_path, resume=True))
     for a, b in zip(whole.weights, resumed.weights, strict=True):
         assert torch.equal(a, b)
+
+
+@each(OTHERS, needs="one pass")
+@pytest.mark.parametrize("share", [1 / 4, 1 / 2])
+def test_one_pass_equals_the_plain_loop(loop, share):
+    run = Run(share=share, one_pass=True)
+    plain = PlainLoop().train(run)
+    assert plain.model.forwards < 40  # of which some begin an epoch, or look
+    assert distance(plain, PlainLoop().train(replace(run, one_pass=False))) > 1e-4
+    assert_equal_runs(loop.train(run), plain)
+
+
+@each(OTHERS, needs="one pass")
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_one_pass_carries_the_next_micro_batch(loop, clip):
+    """Steps of three micro-batches, of which the first three have no perturbation."""
+    run = Run(steps=10, delay=3, share=1 / 2, one_pass=True, micro_batches=3, clip=clip)
+    trained = loop.train(run)
+    assert_equal_runs(trained, PlainLoop().train(run))
+    assert len(trained.rates) == 10
+
+
+@each(OTHERS, needs="one pass")
+def test_one_pass_in_bfloat16(loop):
+    run = Run(steps=10, share=1 / 4, one_pass=True, precision="bfloat16", clip=0.5)
+    assert_equal_runs(loop.train(run), PlainLoop().train(run), tolerance=HALF)
+
+
+@each(LOOPS, needs="one pass")
+def test_resuming_in_one_pass_is_bit_exact(loop, tmp_path):
+    whole = loop.train(Run(steps=10, share=1 / 4, one_pass=True))
+    loop.train(Run(steps=5, share=1 / 4, one_pass=True, folder=tmp_path))
+    resumed = loop.train(Run(steps=10, share=1 / 4, one_pass=True, folder=tmp_path, resume=True))
+    for a, b in zip(whole.weights, resumed.weights, strict=True):
+        assert torch.equal(a, b)

@@ -1,5 +1,6 @@
 """One pass a step in several processes, of which each cuts its own part of the next batch."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -138,3 +139,36 @@ def mixed_samples_take_two_passes() -> None:
 
 
 CHECKS[2]["one pass with batch norm"] = mixed_samples_take_two_passes
+
+
+def accumulates_before_it_reduces() -> None:
+    """Under DDP the first of two micro-batches stays in its process, as views of buckets or beside them."""
+    parts, part = shares("DDP")
+    for views in (False, True):
+        expected = Net(torch.float64)
+        found = Net(torch.float64)
+        model = nn.parallel.DistributedDataParallel(found, gradient_as_bucket_view=views)
+        optimizers = []
+        for net, wrapped in ((expected, expected), (found, model)):
+            base = torch.optim.SGD(net.parameters(), lr=RATE)
+            optimizers.append(nusam.NuSAM(base, RHO, model=wrapped, ascent_share=SHARE, m_sam=wrapped is model))
+        # each process with an ε of its own equals a process that is alone, but for the mean of the gradients
+        batches = [batch_of(step, parts, part) for step in range(2 * STEPS)]
+        for step, _ in enumerate(optimizers[0].one_pass(batches, partial(loss_of, expected), accumulate=True)):
+            if step % 2:
+                for parameter in expected.parameters():
+                    torch.distributed.all_reduce(parameter.grad.div_(parts))
+                optimizers[0].step()
+                optimizers[0].zero_grad()
+        steps = optimizers[1].one_pass(batches, partial(loss_of, model), accumulate=True)
+        for step in range(len(batches)):
+            with nullcontext() if step % 2 else model.no_sync():
+                next(steps)
+            if step % 2:
+                optimizers[1].step()
+                optimizers[1].zero_grad()
+        for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
+
+
+CHECKS[2]["one pass accumulates under DDP"] = accumulates_before_it_reduces

@@ -10,19 +10,27 @@
             opt.step()
             opt.zero_grad()
 
+or, in one pass a step (see ``docs/cheap.md``)::
+
+    for value in one_pass(opt, model, loader, lambda batch: criterion(model(batch[0]), batch[1]), accelerator):
+        opt.step()
+        opt.zero_grad()
+
 ``save_state`` and ``load_state`` need nothing. A closure is refused once a scaler is at work (fp16).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from nusam.integrations.looking_ahead import Ahead
 from nusam.optimizer import SharpnessAware
 
 try:
+    from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.utils import DistributedType
     from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
@@ -31,7 +39,7 @@ except ImportError as error:
         'nusam.integrations.accelerate needs accelerate, which is not there; pip install "nusam[accelerate]".'
     ) from error
 
-__all__ = ["passes", "sharpness_aware"]
+__all__ = ["LoaderAhead", "one_pass", "passes", "sharpness_aware"]
 
 REDUCES_IN_STEP = {DistributedType.XLA, DistributedType.MEGATRON_LM}
 
@@ -53,6 +61,68 @@ def passes(optimizer: Optimizer, model: nn.Module, *batch: Any) -> Iterator[Any]
     """
     opt = reaching(optimizer, model)
     yield from opt.passes(*batch, accumulate=True)
+
+
+def one_pass(
+    optimizer: Optimizer,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
+    accelerator: Accelerator,
+) -> Iterator[Tensor]:
+    """One forward and one backward for each micro-batch, :meth:`nusam.SharpnessAware.one_pass` with accumulation.
+
+    The body of the loop runs inside ``accelerator.accumulate(model)``: clip where ``accelerator.sync_gradients`` says
+    so, and call ``step()`` and ``zero_grad()``.
+
+    Args:
+        optimizer: a :class:`nusam.SharpnessAware`, as ``Accelerator.prepare`` gave it back, built with ``model=``.
+        model: as ``Accelerator.prepare`` gave it back.
+        batches: a loader that ``Accelerator.prepare`` gave back, or anything else; looked ahead by one.
+        loss: of one micro-batch, a tensor with one value.
+        accelerator: runs the backward.
+
+    Yields:
+        The loss of a micro-batch at the perturbed weights, with its gradients in place.
+
+    Raises:
+        TypeError, NotImplementedError: as :func:`passes`.
+        ValueError: as :meth:`nusam.SharpnessAware.one_pass`, or if a loader would save its place one batch ahead.
+    """
+    opt = reaching(optimizer, model)
+    steps = opt._begin_one_pass()
+    if getattr(batches, "use_stateful_dataloader", False):
+        raise ValueError(
+            "one_pass() looks one batch ahead, where a loader of use_stateful_dataloader=True would save its place; "
+            "prepare it without, and resume by skip_first_batches."
+        )
+    ahead = LoaderAhead(batches, accelerator)
+    for batch in ahead:
+        following = ahead.peek()
+        reaching(optimizer, model)
+        with accelerator.accumulate(model):
+            yield steps.step(batch, following, loss, accelerator.backward, accumulate=True)
+
+
+class LoaderAhead(Ahead):
+    """Looks ahead in a loader without accelerate's knowing, which goes by the batch that its loader gave last."""
+
+    def __init__(self, batches: Iterable[Any], accelerator: Accelerator) -> None:
+        super().__init__(batches)
+        self._state = accelerator.gradient_state
+        self._loader: Any = None
+
+    def _fetched(self) -> tuple[Any, bool]:
+        before = self._state.active_dataloader
+        batch = next(self._batches)
+        now = self._state.active_dataloader
+        if now is not before:  # it begins
+            self._loader = now
+        return batch, self._loader is not None and self._loader.end_of_dataloader
+
+    def _tell(self, is_last: bool) -> None:
+        if self._loader is not None:
+            self._loader.end_of_dataloader = is_last
 
 
 def reaching(optimizer: Optimizer, model: nn.Module) -> SharpnessAware:

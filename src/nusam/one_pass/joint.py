@@ -8,7 +8,7 @@ computes its own) runs for each by itself.
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +21,14 @@ from nusam.interrupts import always
 __all__ = ["CannotJoin", "Joint", "Rows", "is_compiled", "joinable", "observed"]
 
 T = TypeVar("T")
+
+# the ways to attend, switched on and off for the process
+ATTENTIONS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+]
 
 
 class CannotJoin(Exception):
@@ -85,14 +93,25 @@ def joinable(model: nn.Module, passes: Sequence[dict[nn.Module, list[int | None]
 class Joint:
     """Runs a function of two batches in turns.
 
+    Args:
+        modules: whose calls are joined.
+        rows: the samples of both.
+        aside: a context for every turn of the second computation, which is to leave no trace for the first.
+
     Attributes:
         side: whose samples a layer sees where it is called: ``"both"``, ``"first"`` or ``"second"``.
         rows: the samples of both.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], rows: Rows) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        rows: Rows,
+        aside: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._modules = modules
         self.rows = rows
+        self._aside = aside
         self.side = "first"
         self.looks: Callable[[Tensor, int], None] | None = None  # at gradients of what joined modules are given
         self._second: _Turns | None = None
@@ -105,9 +124,12 @@ class Joint:
             CannotJoin: if the two computations call the modules differently.
         """
         turns = self._second = _Turns(lambda: function(second))
+        self._settings = _Settings()
 
         def undo() -> None:
-            turns.close()
+            if turns.waits():
+                with self._settings.swapped(), self._aside():
+                    turns.close()
             for module in self._modules:
                 vars(module).pop("_call_impl", None)
             self.side = "both"
@@ -171,7 +193,8 @@ class Joint:
         assert self._second is not None
         self.side = "second"
         try:
-            return self._second.resume(answer)
+            with self._settings.swapped(), self._aside():
+                return self._second.resume(answer)
         finally:
             self.side = "first"
 
@@ -220,12 +243,15 @@ class _Turns:
             raise _Stop
         return answer
 
+    def waits(self) -> bool:
+        """Whether it is somewhere in between."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self) -> None:
         """End it, wherever it is."""
-        thread = self._thread
-        if thread is not None and thread.is_alive():
+        if self._thread is not None:
             self._to.put(_Stop)
-            thread.join()
+            self._thread.join()
 
     def _body(self) -> None:
         try:
@@ -235,6 +261,36 @@ class _Turns:
         except BaseException as error:
             found = error
         self._from.put(found)
+
+
+class _Settings:
+    """What is set for the whole process, as each computation has set it: contexts that set it end in any order."""
+
+    def __init__(self) -> None:
+        self._of_the_other = self._now()
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, as the second computation left it."""
+        mine = self._now()
+        self._set(self._of_the_other)
+        try:
+            yield
+        finally:
+            self._of_the_other = self._now()
+            self._set(mine)
+
+    @staticmethod
+    def _now() -> tuple[torch.dtype, list[bool]]:
+        return torch.get_default_dtype(), [is_enabled() for is_enabled, _ in ATTENTIONS]
+
+    def _set(self, settings: tuple[torch.dtype, list[bool]]) -> None:
+        if settings == self._now():
+            return
+        dtype, enabled = settings
+        torch.set_default_dtype(dtype)
+        for (_, enable), value in zip(ATTENTIONS, enabled, strict=True):
+            enable(value)
 
 
 def _in_this_setting(body: Callable[[], None]) -> Callable[[], None]:

@@ -7,7 +7,7 @@ update old when it is used, on samples that it was found on.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device
 from nusam.guards.buffers import SMALL
+from nusam.interrupts import always
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear, RankOne
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
@@ -34,6 +35,7 @@ BEHIND = 2.0**-60
 
 Loss = Callable[[Any], Tensor]
 Backward = Callable[[Tensor], Any]
+Aside = Callable[[], AbstractContextManager[object]]
 
 
 def looked_ahead(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -59,15 +61,26 @@ class OnePass:
         self._refused = False
         self._checked = False
         self._told: set[str] = set()
+        self._aside: Aside = nullcontext
+        self.counts = True
+        """Whether the loss that is computed is that of the step: of the whole batch, in its descent."""
 
-    def step(self, batch: Any, following: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
-        """Gradients of one batch at the perturbed weights; its loss there."""
+    def step(
+        self, batch: Any, following: Any, loss: Loss, backward: Backward, accumulate: bool, aside: Aside = nullcontext
+    ) -> Tensor:
+        """Gradients of one batch at the perturbed weights; its loss there.
+
+        ``aside``: a context for what the loss of the samples behind does.
+        """
         opt = self._opt
+        self._aside = aside
+        self.counts = True
         waiting, opt._waiting = opt._waiting, None
         if not opt.active:
             with opt.descent(accumulate):
                 return _run(batch, loss, backward)
-        if waiting is not None and not self._refused and not self._knows_modules():  # after a resume, or a change
+        is_first = waiting is None and opt._progress.ascents == 0
+        if not (is_first or self._refused or self._knows_modules()):  # after a resume, or a change
             self._look(batch, loss)
         if self._refused or not self._knows_modules() or not self._fits():
             return self._in_two_passes(batch, loss, backward, accumulate)
@@ -90,7 +103,8 @@ class OnePass:
 
         due = opt._ascent.verification.is_due()
         if waiting is None or due:
-            with nullcontext() if waiting is None else opt._ascent.only_compared(), opt.ascent(accumulate):
+            compares = nullcontext() if waiting is None else opt._ascent.only_compared()
+            with compares, opt.ascent(accumulate), self._for_nothing():
                 _run(first_samples(batch, opt.ascent_share), loss, backward)
             if waiting is not None:
                 opt._guard.rewind()
@@ -103,11 +117,8 @@ class OnePass:
                 return _run(batch, loss, backward)
         ahead = first_samples(following, opt.ascent_share)
         riders = self._riders(batch, ahead)
-        kept = [opt._workers().kept(p.grad) for p in opt._parameters()] if accumulate else []
-        with opt._descent(False, riders.of):
-            value = self._joined(riders, batch, ahead, loss, backward, check=due or not self._checked)
-        _add(opt._parameters(), kept)
-        return value
+        with opt._descent(accumulate, riders.of):
+            return self._joined(riders, batch, ahead, loss, backward, accumulate, check=due or not self._checked)
 
     def _in_two_passes(self, batch: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
         """And learn which modules can be joined."""
@@ -118,7 +129,8 @@ class OnePass:
         for name in opt._passes(accumulate):
             part = first_samples(batch, opt.ascent_share) if name == "ascent" else batch
             seen = passes[name] = {}
-            with nullcontext() if self._refused else observed(opt.model, samples_in(part), seen):
+            observes = nullcontext() if self._refused else observed(opt.model, samples_in(part), seen)
+            with observes, self._for_nothing() if name == "ascent" else nullcontext():
                 value = _run(part, loss, backward)
         if not self._refused:
             self._learn(list(passes.values()))
@@ -129,7 +141,7 @@ class OnePass:
         opt = self._opt
         assert opt.model is not None
         passes: list[dict[nn.Module, list[int | None]]] = [{}, {}]
-        with self._without_a_trace():
+        with self._without_a_trace(), self._for_nothing():
             for part, seen in zip((first_samples(batch, opt.ascent_share), batch), passes, strict=True):
                 with observed(opt.model, samples_in(part), seen):
                     loss(part)
@@ -157,28 +169,43 @@ class OnePass:
             buffers.restore()
             random_state.replay()
 
-    def _joined(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, check: bool) -> Tensor:
+    @contextmanager
+    def _for_nothing(self) -> Iterator[None]:
+        """Losses that are no step's."""
+        self.counts = False
+        try:
+            yield
+        finally:
+            self.counts = True
+
+    def _joined(
+        self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, accumulate: bool, check: bool
+    ) -> Tensor:
         """One forward and one backward of both; of this batch alone if that can't be had."""
         opt = self._opt
         buffers = _Buffers(opt.model)
         refusal = self._why_not(riders, batch, ahead, loss, backward) if check else None
         if refusal is None:
+            goes_backward = False
             try:
                 mine, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+                goes_backward = True
                 backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
                 opt._waiting = self._found(riders)
                 return mine.detach()
             except CannotJoin as reason:
-                if self._are_many():
+                if self._are_many() or (accumulate and goes_backward):
+                    where = "among processes" if self._are_many() else "with accumulate=True"
                     raise RuntimeError(
-                        f"one_pass() can't go on among processes: the model {reason}, as it did in no step before; "
+                        f"one_pass() can't go on {where}: the model {reason}, as it did in no step before; "
                         "loop over opt.passes(*batch) instead."
                     ) from reason
                 refusal = reason
         self._refuse(str(refusal), refusal.for_good)
         buffers.restore()
         riders.go_alone()
-        clear_gradients(opt._parameters())
+        if not accumulate:
+            clear_gradients(opt._parameters())
         return _run(batch, loss, backward)
 
     def _are_many(self) -> bool:
@@ -204,7 +231,7 @@ class OnePass:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen."""
         opt = self._opt
         reached = []
-        with self._without_a_trace() as buffers, opt._workers().ascent(False):
+        with self._without_a_trace() as buffers, opt._workers().ascent(False), self._for_nothing(), self._set_aside():
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
                 losses = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
@@ -220,6 +247,21 @@ class OnePass:
         if any(reached):
             raise CannotJoin("computes a sample from others in its batch")
         self._checked = True
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Gradients of micro-batches before are not there, and come back."""
+        opt = self._opt
+        parameters = opt._parameters()
+        kept = [opt._workers().kept(parameter.grad) for parameter in parameters]
+
+        def undo() -> None:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = gradient
+
+        with always(undo):
+            clear_gradients(parameters)
+            yield
 
     # ------------------------------------------------------------ ε from step to step
 
@@ -257,7 +299,7 @@ class OnePass:
         iterations = opt.lmo.power_iterations if isinstance(opt.lmo, Nuclear) else 1
         pass_ = LayerPass(structure.uses, jobs, iterations, False, structure.idle, set(), False)
         rows = Rows(samples_in(batch), samples_in(ahead))
-        return Riders(targets, pass_, Joint(modules, rows))
+        return Riders(targets, pass_, Joint(modules, rows, self._aside))
 
     @torch.no_grad()
     def _found(self, riders: Riders) -> dict[Tensor, RankOne] | None:
@@ -354,11 +396,3 @@ def _checked(value: Any) -> Tensor:
         kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise TypeError(f"The loss that one_pass() is given must return a tensor with one value, got {kind}.")
     return value
-
-
-@torch.no_grad()
-def _add(parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
-    """Add gradients of micro-batches before."""
-    for parameter, gradient in zip(parameters, gradients, strict=False):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
