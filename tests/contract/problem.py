@@ -66,6 +66,8 @@ class Net(nn.Module):
         self.layers = nn.Sequential(nn.Linear(64, 1024), nn.LayerNorm(1024), nn.GELU(), nn.Linear(1024, 10))
         self.overflow = overflow
         self.forwards = 0
+        self.through_layers = 0  # fewer where two forwards share them
+        self.layers.register_forward_hook(self._count)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.layers(x)
@@ -74,6 +76,9 @@ class Net(nn.Module):
                 logits = logits * 1e30  # beyond float16
             self.forwards += 1
         return logits
+
+    def _count(self, layers: nn.Module, *_: object) -> None:
+        self.through_layers += layers.training
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(self(x), y)

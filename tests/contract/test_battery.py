@@ -48,7 +48,7 @@ def distance(one, other):
 def assert_equal_runs(one, other, tolerance=1e-6):
     for a, b in zip(one.weights, other.weights, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-    assert one.model.forwards == other.model.forwards
+    assert one.model.through_layers == other.model.through_layers
 
 
 def test_the_frameworks_are_here():
@@ -178,7 +178,7 @@ def test_resuming_with_a_share_is_bit_exact(loop, tmp_path):
 def test_one_pass_equals_the_plain_loop(loop, share):
     run = Run(share=share, one_pass=True)
     plain = PlainLoop().train(run)
-    assert plain.model.forwards < 40  # of which some begin an epoch, or look
+    assert plain.model.through_layers < 40  # of which some begin an epoch, or look
     assert distance(plain, PlainLoop().train(replace(run, one_pass=False))) > 1e-4
     assert_equal_runs(loop.train(run), plain)
 

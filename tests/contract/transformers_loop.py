@@ -52,6 +52,7 @@ def digits_trainer(trained: Trained, dataset: TensorDataset, **options) -> Digit
         train_dataset=[{"x": x, "labels": y} for x, y in dataset],
         optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR, "momentum": MOMENTUM}),
         sharpness_aware=trained.wrap,
+        one_pass=run.one_pass,
     )
     trainer.trained = trained
     if run.precision == "float16":
@@ -60,7 +61,7 @@ def digits_trainer(trained: Trained, dataset: TensorDataset, **options) -> Digit
 
 
 class TransformersLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share", "one pass"})
 
     def train(self, run: Run) -> Trained:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -114,7 +114,7 @@ class LoaderAhead(Ahead):
 
     def _fetched(self) -> tuple[Any, bool]:
         before = self._state.active_dataloader
-        batch = next(self._batches)
+        batch = next(self.batches)
         now = self._state.active_dataloader
         if now is not before:  # it begins
             self._loader = now

@@ -10,7 +10,7 @@ class Ahead(Iterator[Any]):
     """Batches one after the other, of which the next one may be asked for before it is its turn."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = iter(batches)
+        self.batches = iter(batches)
         self._next: tuple[Any, bool] | None = None
         self._is_last = False
 
@@ -35,7 +35,7 @@ class Ahead(Iterator[Any]):
 
     def _fetched(self) -> tuple[Any, bool]:
         """A batch, and whether it is known to be the last one."""
-        return next(self._batches), False
+        return next(self.batches), False
 
     def _tell(self, is_last: bool) -> None:
         """Say whether the batch whose turn it is is the last one."""

@@ -99,7 +99,7 @@ class State:
             for inner in inside if len(value) <= MANY else ():
                 self._remember(name, inner, copied and (isinstance(value, dict) or len(value) <= FEW))
         elif isinstance(value, _Drawn):
-            self._undo.append(value.rewind)
+            self._undo.append(partial(value.go_to, value.position))
         elif _home(kind) in self._homes and _is_plain(value):
             self._remember_attributes(value)
         else:
@@ -130,11 +130,11 @@ class _Drawn(Iterator[Any]):
     def __init__(self, source: Iterator[Any]) -> None:
         self.source = source
         self._items: list[Kept | None] = []  # None where it ended
-        self._next = 0
+        self.position = 0
 
     def __next__(self) -> Any:
-        self._next += 1
-        if self._next > len(self._items):
+        self.position += 1
+        if self.position > len(self._items):
             try:
                 item = next(self.source)
             except StopIteration:
@@ -142,13 +142,13 @@ class _Drawn(Iterator[Any]):
                 raise
             self._items.append(Kept(item, clones=True))
             return item
-        kept = self._items[self._next - 1]
+        kept = self._items[self.position - 1]
         if kept is None:
             raise StopIteration
         return kept.again()
 
-    def rewind(self) -> None:
-        self._next = 0
+    def go_to(self, position: int) -> None:
+        self.position = position
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]

@@ -1,10 +1,12 @@
 """νSAM in Hugging Face's Trainer: ``class MyTrainer(NuSAMTrainerMixin, Trainer)``, and nothing else changes.
 
-Only public hooks are overridden (``create_optimizer``, ``create_scheduler``, ``training_step``, ``log``), each calls
-Trainer's own; ``_prepare_inputs`` is called once a step, in the first pass. Accumulation, fp16 and bf16, clipping,
-``torchrun`` and resuming are Trainer's.
+Only public hooks are overridden (``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``training_step``,
+``log``), each calls Trainer's own; ``_prepare_inputs`` is called once a step, in the first of two passes. Accumulation,
+fp16 and bf16, clipping, ``torchrun`` and resuming are Trainer's.
 """
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nusam.integrations.replay import Replay
+from nusam.integrations.riding import Riding
 from nusam.methods import NuSAM
 from nusam.optimizer import SharpnessAware
 
 try:
     from transformers import Trainer
 
-    from nusam.integrations.accelerate import reaching, sharpness_aware
+    from nusam.integrations.accelerate import LoaderAhead, reaching, sharpness_aware
 except ImportError as error:
     raise ImportError(
         "nusam.integrations.transformers needs transformers and accelerate, which are not both there; "
@@ -28,6 +31,8 @@ except ImportError as error:
     ) from error
 
 __all__ = ["NuSAMTrainerMixin"]
+
+OF_A_BATCH = ("training_step", "_prepare_inputs")  # what makes a batch, or does with it more than its loss
 
 
 class NuSAMTrainerMixin:
@@ -43,11 +48,16 @@ class NuSAMTrainerMixin:
     out of a buffer is the same in both. What a class counts, gathers and logs in its ``training_step`` and
     ``compute_loss`` counts once, as the first pass left it.
 
+    With ``one_pass=True`` it is :meth:`nusam.SharpnessAware.one_pass` that runs: ``compute_loss`` is called for the
+    first samples of the next batch too, the loss logged is that in the descent, and so is what is counted and kept.
+    A class with a ``training_step`` or a ``_prepare_inputs`` of its own takes two passes, with one warning.
+
     Args:
         sharpness_aware: the method, called with Trainer's own optimizer and ``model=``, such as
             ``functools.partial(nusam.NuSAM, rho=0.02)``. An optimizer of nusam's handed over in ``optimizers=`` stays.
         delay_ratio: share of all steps, from 0 to 1, before the perturbation starts; the paper delays by 0.1.
             None leaves ``delay`` (in steps) to ``sharpness_aware``.
+        one_pass: whether the next step's ascent rides in each step's descent; combine it with ``ascent_share``.
     """
 
     def __init__(
@@ -55,16 +65,20 @@ class NuSAMTrainerMixin:
         *args: Any,
         sharpness_aware: Callable[..., SharpnessAware] = NuSAM,
         delay_ratio: float | None = None,
+        one_pass: bool = False,
         **kwargs: Any,
     ) -> None:
         if delay_ratio is not None and not 0 <= delay_ratio <= 1:
             raise ValueError(f"delay_ratio must be a share of the steps from 0 to 1, or None, got {delay_ratio!r}.")
         self._sharpness_aware = sharpness_aware
         self._delay_ratio = delay_ratio
+        self._in_one_pass = one_pass
         self._taken: dict[str, float] = {}
         self._gap = torch.zeros((), device="cpu")
         self._gap_steps = 0
         self._replay = Replay(f"{type(self).__name__}.training_step")
+        self._riding = Riding(f"{type(self).__name__}.compute_loss")
+        self._followers: list[tuple[Any, Any]] = []  # every batch of an update with the one behind it
         self._calls = _Calls()
         self._step_hook: Any = None  # on the optimizer
         super().__init__(*args, **kwargs)
@@ -84,6 +98,8 @@ class NuSAMTrainerMixin:
         except TypeError:
             self.optimizer = self._sharpness_aware(self.optimizer, model=self.model)  # type: ignore[attr-defined]
         opt = sharpness_aware(self.optimizer)
+        if self._in_one_pass and self._takes_one_pass():
+            opt._begin_one_pass()  # or refuse it before anything is trained
         if self._step_hook is not None:
             self._step_hook.remove()
         self._step_hook = opt.register_step_pre_hook(self._refuse_step_without_passes)
@@ -106,6 +122,11 @@ class NuSAMTrainerMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         opt = sharpness_aware(self.optimizer)
         self._taken = {"active": float(opt.active), "rho": max(opt._radii())}
+        if self._in_one_pass:
+            followers = [following for batch, following in self._followers if batch is inputs]
+            if followers:
+                return self._step_in_one_pass(model, inputs, followers[0], *args, **kwargs)
+            self._takes_two_passes(f"{type(self).__name__} trains on other batches than get_batch_samples gave")
         first: Any = None
         last: Any = None
         owners, kept = (self, self.state), self._replay  # type: ignore[attr-defined]
@@ -124,6 +145,64 @@ class NuSAMTrainerMixin:
             self._gap_steps += self.accelerator.sync_gradients  # type: ignore[attr-defined]
         return cast(Tensor, first)
 
+    # ---------------------------------------------------------------- one pass
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        ahead = self._riding.ahead
+        if ahead is None or ahead.batches is not epoch_iterator:
+            if not self._in_one_pass:
+                return super().get_batch_samples(epoch_iterator, *args, **kwargs)  # type: ignore[misc]
+            ahead = self._riding.ahead = LoaderAhead(epoch_iterator, self.accelerator)  # type: ignore[attr-defined]
+        samples, items = super().get_batch_samples(ahead, *args, **kwargs)  # type: ignore[misc]
+        following = ahead.peek() if self._in_one_pass else None
+        self._followers = list(zip(samples, [*samples[1:], following], strict=True))
+        return samples, items
+
+    def _takes_one_pass(self) -> bool:
+        """Whether the samples of the next batch can be given to the same loss."""
+        parallelism = getattr(self.accelerator, "parallelism_config", None)  # type: ignore[attr-defined]
+        others = [kind for kind in type(self).__mro__ if kind not in (NuSAMTrainerMixin, Trainer)]
+        owners = {name: kind for name in OF_A_BATCH for kind in others if name in vars(kind)}
+        if owners:
+            name, kind = next(iter(owners.items()))
+            self._takes_two_passes(
+                f"{kind.__name__} has a {name} of its own, which may make more of a batch than its loss"
+            )
+        elif parallelism is not None and parallelism.cp_enabled:
+            self._takes_two_passes("context parallelism cuts one batch at a time")
+        return self._in_one_pass
+
+    def _takes_two_passes(self, reason: str) -> None:
+        warnings.warn(f"one_pass=True can't be had, since {reason}; every step takes two passes.", stacklevel=3)
+        self._in_one_pass = False
+
+    def _step_in_one_pass(self, model: nn.Module, inputs: Any, following: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's own step, whose backward runs once, on the losses of both batches."""
+        train = super().training_step  # type: ignore[misc]
+        accelerator = cast(Any, self).accelerator
+        captured = threading.local()  # the two batches take turns in threads of their own
+
+        def capture(loss: Tensor, **options: Any) -> None:
+            captured.losses.append(loss)
+            captured.options = options
+
+        def run(part: Any, behind: bool) -> tuple[Tensor, Tensor]:
+            captured.losses = []
+            returned = train(model, part, *args, **kwargs)
+            if len(captured.losses) != 1:
+                raise RuntimeError(
+                    f"one_pass=True needs one call of accelerator.backward in a step, and {type(self).__name__} makes "
+                    f"{len(captured.losses)}; leave it out."
+                )
+            return captured.losses[0], returned
+
+        with _in_training_mode(self.optimizer), _replaced(accelerator, "backward", capture) as backward:
+            opt, owners = reaching(self.optimizer, model), (self, cast(Any, self).state)
+            returned = self._riding.step(
+                opt, owners, inputs, following, run, lambda loss: backward(loss, **captured.options)
+            )
+        return cast(Tensor, returned)
+
     @contextmanager
     def _inputs_prepared_once(self, model: nn.Module) -> Iterator[None]:
         """Let whatever prepares the inputs, which may count its calls and generate, do so in the first pass alone."""
@@ -136,7 +215,7 @@ class NuSAMTrainerMixin:
             del own["_prepare_inputs"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if not self._replay.counts:
+        if not (self._replay.counts and self._riding.counts):
             return
         if "loss" in logs:
             logs |= self._taken
@@ -144,6 +223,20 @@ class NuSAMTrainerMixin:
                 logs["sharpness_gap"] = self._gap.item() / self._gap_steps
             self._gap, self._gap_steps = torch.zeros((), device="cpu"), 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Let an object have another method; the one that it had."""
+    own, before = vars(owner), getattr(owner, name)
+    was_own = name in own
+    setattr(owner, name, function)
+    try:
+        yield before
+    finally:
+        delattr(owner, name)
+        if was_own:
+            own[name] = before
 
 
 @contextmanager

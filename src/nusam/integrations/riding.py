@@ -1,0 +1,171 @@
+"""Steps in one pass whose loss is a framework's training step, which may keep state and write into its batch.
+
+The training step is called for a batch, for the samples of the next one that travel behind it, and in some steps to
+look. So every call begins with what the step began with, each of the two that take turns has a state of its own, and in
+the end everything is as the batch's own call left it: that is the one whose gradients are used.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from nusam.integrations.batches import Kept
+from nusam.integrations.looking_ahead import Ahead
+from nusam.integrations.state import State
+from nusam.optimizer import SharpnessAware
+
+__all__ = ["Riding", "Skipped"]
+
+Run = Callable[[Any, bool], tuple[Tensor | None, Any]]
+
+
+class Skipped(Exception):
+    """A training step has no loss for its batch."""
+
+    def __init__(self, result: Any, behind: bool) -> None:
+        super().__init__()
+        self.result, self.behind = result, behind
+
+
+class Riding:
+    """The steps of one training, one after the other.
+
+    Args:
+        step: what users call the training step.
+    """
+
+    def __init__(self, step: str) -> None:
+        self.ahead: Ahead | None = None  # of the epoch that runs; no attribute of an owner, whose iterators are wound
+        self.counts = True
+        """Whether what is logged counts: what the batch's own call says in its descent."""
+        self._step = step
+        self._clones = True  # until a step has been seen to leave its batch alone
+        self._behind = False  # whether the samples behind have their turn
+        self._following: Any = None
+        self._left: Any = None  # what then waited for the next step
+
+    def step(
+        self,
+        opt: SharpnessAware,
+        owners: Sequence[object],
+        batch: Any,
+        following: Any,
+        run: Run,
+        backward: Callable[[Tensor], Any],
+    ) -> Any:
+        """What the training step returned for the batch, whose gradients are added to what is there.
+
+        Args:
+            opt: the optimizer.
+            owners: whose attributes the training step may change.
+            batch: as the framework hands it to the training step.
+            following: the batch after it, or None.
+            run: ``(batch, behind) -> (loss, result)``; ``behind`` where the samples are of the following batch.
+            backward: runs a loss backwards.
+
+        Raises:
+            Skipped: if there is no loss for the batch.
+            RuntimeError: if the training step changed what can't be brought back for another call.
+        """
+        if batch is not self._following and opt._waiting is self._left:
+            opt._waiting = None  # it was found on a batch that did not come
+        try:
+            return self._taken(opt, owners, batch, following, run, backward)
+        finally:
+            self._following, self._left = following, opt._waiting
+
+    def _taken(
+        self,
+        opt: SharpnessAware,
+        owners: Sequence[object],
+        batch: Any,
+        following: Any,
+        run: Run,
+        backward: Callable[[Tensor], Any],
+    ) -> Any:
+        steps = opt._begin_one_pass()
+        result: Any = None
+        if not opt.active:
+
+            def alone(part: Any) -> Tensor:
+                nonlocal result
+                value, result = run(part, False)
+                if value is None:
+                    raise Skipped(result, False)
+                return value
+
+            steps.step(batch, following, alone, backward, True)
+            return result
+        seen = [Kept(batch, False), Kept(following, False)]
+        if any(kept.has_graph for kept in seen):
+            raise RuntimeError(
+                f"{self._step} was given a batch that carries a graph of its own, backward through which only one of "
+                f"two losses can go; compute that part in {self._step}."
+            )
+        owners = [*owners, *seen[0].objects, *seen[1].objects]
+        before = State(owners, draws=True)
+        theirs: State | None = None
+        is_new, writes = True, False
+
+        def loss(part: Any) -> Tensor:
+            nonlocal theirs, result, is_new, writes
+            behind = self._behind
+            self.counts = steps.counts and not behind
+            if not behind:
+                if not is_new:
+                    before.restore()
+                theirs, is_new = None, False
+            given = Kept(part, self._clones).again()
+            watched = Kept(given, False)
+            value, found = run(given, behind)
+            writes |= watched.changed
+            if value is None:
+                raise Skipped(found, behind)
+            if not behind:
+                result = found
+            return value
+
+        @contextmanager
+        def aside() -> Iterator[None]:
+            nonlocal theirs
+            mine, counts = State(owners), self.counts
+            (before if theirs is None else theirs).restore()
+            self._behind, self.counts = True, False
+            try:
+                yield
+            finally:
+                self._behind, self.counts = False, counts
+                theirs = State(owners)
+                mine.restore()
+
+        try:
+            waiting = opt._waiting
+            try:
+                steps.step(batch, following, loss, backward, True, aside)
+            except Skipped as skipped:
+                if not skipped.behind:
+                    raise
+                opt._waiting = waiting
+                steps.step(batch, None, loss, backward, True, aside)
+            self._learn(before, writes)
+            return result
+        finally:
+            self.counts = True
+            before.release()
+
+    def _learn(self, before: State, writes: bool) -> None:
+        if writes and not self._clones:
+            self._clones = True
+            raise RuntimeError(
+                f"{self._step} wrote into a tensor of its batch, which it had not done before, so that no copy is "
+                "there for the other call; write into a clone of it, or do so from the first perturbed step on."
+            )
+        self._clones = writes
+        name = before.lost()
+        if name is not None:
+            raise RuntimeError(
+                f"{self._step} changes {name} in a way that can't be taken back, though it is called for the samples "
+                "of the next batch too; make it a buffer of the model, or change it after the step."
+            )
