@@ -24,7 +24,7 @@ class Module(pl.LightningModule):
 
 
 class LightningLoop:
-    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share"})
+    can = frozenset({"accumulation", "bfloat16", "float16", "resume", "share", "one pass"})
 
     def train(self, run: Run) -> Trained:
         trained = Trained.start(run)
@@ -37,6 +37,7 @@ class LightningLoop:
             max_epochs=run.epochs,
             accumulate_grad_batches=run.micro_batches,
             gradient_clip_val=run.clip,
+            one_pass=run.one_pass,
         )
         checkpoint = None if run.folder is None else run.folder / "lightning.ckpt"
         trainer.fit(Module(trained), loader(run), ckpt_path=checkpoint if run.resume else None)
@@ -45,7 +46,8 @@ class LightningLoop:
         return trained
 
 
-def trainer_on_cpu(**options) -> pl.Trainer:
+def trainer_on_cpu(one_pass: bool = False, **options) -> pl.Trainer:
     """A Trainer that writes nothing, with the callback."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(accelerator="cpu", callbacks=[SharpnessAwareCallback()], **{"devices": 1, **quiet, **options})
+    callbacks = [SharpnessAwareCallback(one_pass)]
+    return pl.Trainer(accelerator="cpu", callbacks=callbacks, **{"devices": 1, **quiet, **options})

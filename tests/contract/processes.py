@@ -1,6 +1,7 @@
-"""Training in two processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE FOLDER``; rank 0 saves weights.
+"""Training in two processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE PASSES FOLDER``; rank 0 saves weights.
 
-FRAMEWORK is ``lightning`` or ``transformers``, ENGINE ``ddp`` or ``fsdp2``. The processes share batches of 32.
+FRAMEWORK is ``lightning`` or ``transformers``, ENGINE ``ddp`` or ``fsdp2``, PASSES ``two`` or ``one``. The processes share
+batches of 32.
 """
 
 import os
@@ -12,15 +13,16 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.contract.problem import Net, Run, Trained, data
 
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}, "accelerator_config": {"use_configured_state": True}}
 JOINT = Run(steps=10, micro_batches=2, batch=32, clip=0.1)
+RUNS = {"two": JOINT, "one": replace(JOINT, share=1 / 4, one_pass=True)}
 
 
-def lightning(engine: str, folder: Path) -> nn.Module:
+def lightning(engine: str, joint: Run, folder: Path) -> nn.Module:
     from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
     from tests.contract.lightning_loop import Module, trainer_on_cpu
@@ -35,14 +37,18 @@ def lightning(engine: str, folder: Path) -> nn.Module:
             if engine == "ddp"
             else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         )
-        clip = {"gradient_clip_val": JOINT.clip}
         trainer = trainer_on_cpu(
-            devices=2, strategy=strategy, max_epochs=epochs, accumulate_grad_batches=JOINT.micro_batches, **clip
+            joint.one_pass,
+            devices=2,
+            strategy=strategy,
+            max_epochs=epochs,
+            accumulate_grad_batches=joint.micro_batches,
+            gradient_clip_val=joint.clip,
         )
-        module = (Module if engine == "ddp" else Sharded)(Trained.start(JOINT))
-        images = data(JOINT)
+        module = (Module if engine == "ddp" else Sharded)(Trained.start(joint))
+        images = data(joint)
         sampler = DistributedSampler(images, num_replicas=2, rank=int(os.environ["RANK"]), shuffle=False)
-        batches = DataLoader(images, batch_size=JOINT.batch // 2, sampler=sampler)  # Lightning's own would shuffle
+        batches = DataLoader(images, batch_size=joint.batch // 2, sampler=sampler)  # Lightning's own would shuffle
         trainer.fit(module, batches, ckpt_path=checkpoint)
         return trainer
 
@@ -50,22 +56,29 @@ def lightning(engine: str, folder: Path) -> nn.Module:
     return fit(2, folder / "half.ckpt").lightning_module.net
 
 
-def transformers(engine: str, folder: Path) -> nn.Module:
+def transformers(engine: str, joint: Run, folder: Path) -> nn.Module:
     from tests.contract.transformers_loop import NetWithLoss, digits_trainer
 
     if engine == "fsdp2":
         fsdp2_on_cpu()
 
     def train(**options) -> nn.Module:
-        share = replace(JOINT, batch=JOINT.batch // 2, folder=folder, **options)
+        share = replace(joint, batch=joint.batch // 2, folder=folder, **options)
         trained = Trained.start(share, NetWithLoss)
-        trainer = digits_trainer(trained, data(JOINT), ddp_backend="gloo", **FSDP2 if engine == "fsdp2" else {})
+        images = in_halves(data(joint), joint.batch) if joint.one_pass else data(joint)
+        trainer = digits_trainer(trained, images, ddp_backend="gloo", **FSDP2 if engine == "fsdp2" else {})
         trainer.train(resume_from_checkpoint=share.resume)
         assert trained.opt._ascent.states.keys() <= set(trained.opt._parameters())  # whole matrices are not kept alive
         return trainer.model
 
     train(steps=5)
     return train(resume=True)
+
+
+def in_halves(images: TensorDataset, batch: int) -> TensorDataset:
+    """So that the first samples of both processes, which get half a batch each, are the first of a joint batch."""
+    order = torch.arange(len(images)).view(-1, batch // 2, 2).mT.reshape(-1)
+    return TensorDataset(*(tensor[order] for tensor in images.tensors))
 
 
 def shard(net: Net, mesh: dist.DeviceMesh | None = None) -> None:
@@ -85,8 +98,8 @@ def fsdp2_on_cpu() -> None:
 
 
 def main() -> None:
-    framework, engine, folder = sys.argv[1:]
-    model = globals()[framework](engine, Path(folder))
+    framework, engine, passes, folder = sys.argv[1:]
+    model = globals()[framework](engine, RUNS[passes], Path(folder))
     assert (engine == "fsdp2") == all(hasattr(p, "full_tensor") for p in model.parameters())
     weights = [getattr(p.detach(), "full_tensor", p.detach)() for p in model.parameters()]
     if int(os.environ["RANK"]) == 0:

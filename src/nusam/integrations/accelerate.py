@@ -108,7 +108,7 @@ class LoaderAhead(Ahead):
     """Looks ahead in a loader without accelerate's knowing, which goes by the batch that its loader gave last."""
 
     def __init__(self, batches: Iterable[Any], accelerator: Accelerator) -> None:
-        super().__init__(batches)
+        super().__init__(iter(batches))
         self._state = accelerator.gradient_state
         self._loader: Any = None
 

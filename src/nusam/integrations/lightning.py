@@ -5,6 +5,7 @@ before it under a scaler, by itself for a micro-batch that only accumulates. So 
 passes, and the step that runs none.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from nusam.integrations.fetching import NextBatch
 from nusam.integrations.replay import Replay
+from nusam.integrations.riding import Riding, Skipped
 from nusam.optimizer import SharpnessAware
 
 try:
@@ -45,11 +48,21 @@ class SharpnessAwareCallback(Callback):
     the weights themselves. With ``ascent_share`` below 1 it is the descent that counts, which sees the whole batch,
     and there is no gap to log.
 
+    With ``one_pass=True`` it is :meth:`nusam.SharpnessAware.one_pass` that runs: ``training_step`` is called for the
+    first samples of the next batch too (with its ``batch_idx``), and it is the descent that counts.
+
     In manual optimization the passes are the loop's own, ``for _ in self.optimizers().passes()``, or those of
     ``self.optimizers().step(closure)``.
+
+    Args:
+        one_pass: whether the next step's ascent rides in each step's descent; combine it with ``ascent_share``. In
+            automatic optimization, in float32 or bfloat16.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, one_pass: bool = False) -> None:
+        self._in_one_pass = one_pass
+        self._riding = Riding("training_step")
+        self._next: NextBatch | None = None
         self._traces = ExitStack()
         self._is_ready = False
         self._is_automatic = True  # automatic optimization
@@ -66,11 +79,14 @@ class SharpnessAwareCallback(Callback):
         if stage != "fit":
             return
         self._traces.close()
-        self._replay = Replay("training_step")
+        self._replay, self._riding = Replay("training_step"), Riding("training_step")
         self._callbacks = list(cast(Any, trainer).callbacks)
         with ExitStack() as traces:
             self._has_closures = traces.enter_context(self._passes_in_closures(trainer, pl_module))
             traces.enter_context(self._closures_in_steps(trainer, pl_module))
+            if self._in_one_pass:
+                self._next = NextBatch(trainer, pl_module)
+                traces.enter_context(self._next.running())
             traces.callback(setattr, self, "_is_ready", False)
             self._traces = traces.pop_all()
 
@@ -79,7 +95,8 @@ class SharpnessAwareCallback(Callback):
 
         Raises:
             TypeError: if ``configure_optimizers`` returned none of nusam's optimizers.
-            ValueError: under DDP, if the optimizer does not know the LightningModule.
+            ValueError: under DDP, if the optimizer does not know the LightningModule; or if ``one_pass=True`` can't be
+                had.
             NotImplementedError: under a strategy that keeps gradients to itself; in the first batch, if
                 ``training_step`` takes a ``dataloader_iter``.
             RuntimeError: if this version of Lightning builds its closures elsewhere; in a batch, if ``training_step``
@@ -122,11 +139,35 @@ class SharpnessAwareCallback(Callback):
                 "This version of pytorch-lightning has no _make_closure, where SharpnessAwareCallback hooks in; "
                 "install one that nusam's docs name, or use manual optimization."
             )
+        if self._next is not None:
+            self._check_one_pass(trainer, pl_module, optimizers)
         for opt in optimizers:
             self._traces.callback(opt.register_step_pre_hook(self._run_closure).remove)
         metrics = (m for m in pl_module.modules() if METRICS & {kind.__name__ for kind in type(m).__mro__})
         self._owners = [pl_module, *metrics]
         self._is_ready = True
+
+    def _check_one_pass(self, trainer: Trainer, pl_module: LightningModule, optimizers: list[SharpnessAware]) -> None:
+        """Refuse what can't take one pass, and say what takes two."""
+        if not self._is_automatic:
+            raise ValueError(
+                "SharpnessAwareCallback(one_pass=True) needs automatic optimization, where it is the callback that "
+                "runs the passes; leave it out, and loop over self.optimizers().passes()."
+            )
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "SharpnessAwareCallback(one_pass=True) can't be had in float16, where the samples behind would leave "
+                "nothing; use precision='bf16-mixed', or leave it out."
+            )
+        if not _is_default("on_after_backward", pl_module):
+            self._takes_two_passes("on_after_backward may change the gradients that a perturbation is found by")
+            return
+        for opt in optimizers:
+            opt._begin_one_pass()
+
+    def _takes_two_passes(self, reason: str) -> None:
+        warnings.warn(f"one_pass=True can't be had, since {reason}; every step takes two passes.", stacklevel=3)
+        self._next = None
 
     @contextmanager
     def _passes_in_closures(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[bool]:
@@ -148,7 +189,10 @@ class SharpnessAwareCallback(Callback):
                     "(self, batch, batch_idx)."
                 )
             # Lightning divides the losses of accumulated batches by their number, which a callback may change
-            closure.closure = self._with_passes(closure, kwargs, optimizer, trainer, pl_module)
+            if self._next is not None and self._next.saves_its_place():
+                self._takes_two_passes("a loader saves its place, which would be one batch ahead")
+            how = self._with_passes if self._next is None else self._with_one_pass
+            closure.closure = how(closure, kwargs, optimizer, trainer, pl_module)
             return closure
 
         loop._make_closure = make_with_passes
@@ -195,6 +239,43 @@ class SharpnessAwareCallback(Callback):
             return first
 
         return passes
+
+    def _with_one_pass(
+        self, closure: Any, kwargs: Any, opt: Any, trainer: Trainer, pl_module: LightningModule
+    ) -> Callable[..., Any]:
+        batch, index = kwargs["batch"], kwargs.get("batch_idx")
+        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
+
+        def run(part: Any, behind: bool) -> tuple[Tensor | None, Any]:
+            kwargs["batch"] = part
+            if index is not None:
+                kwargs["batch_idx"] = index + behind
+            if not behind:
+                result = closure._step_fn()
+            else:  # as Lightning does it, but for its profiler, which measures one call at a time
+                cast(Any, pl_module)._current_fx_name = "training_step"
+                output = cast(Any, trainer.strategy).training_step(*kwargs.values())
+                result = loop.output_result_cls.from_training_step_output(output, trainer.accumulate_grad_batches)
+            return result.closure_loss, result
+
+        def step(*_: Any, **__: Any) -> Any:
+            assert self._next is not None
+            self._to_log = {"active": float(opt.active), "rho": max(opt._radii())}
+            if closure._zero_grad_fn is not None:
+                closure._zero_grad_fn()
+            following = self._next.after()
+            try:
+                with torch.enable_grad(), _logging_once(pl_module, self._riding):
+                    return self._riding.step(opt, self._owners, batch, following, run, closure._backward_fn)
+            except Skipped as skipped:
+                closure.warning_cache.warn(
+                    "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+                )
+                return skipped.result
+            finally:
+                kwargs["batch"] = batch
+
+        return step
 
     @contextmanager
     def _closures_in_steps(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
@@ -285,7 +366,7 @@ def _wrapped_model(opt: SharpnessAware, trainer: Trainer, pl_module: LightningMo
 
 
 @contextmanager
-def _logging_once(pl_module: LightningModule, replay: Replay) -> Iterator[None]:
+def _logging_once(pl_module: LightningModule, replay: Replay | Riding) -> Iterator[None]:
     """Log in one pass of a batch alone: the first, or where that sees a share, the last."""
     own, log = pl_module.__dict__, pl_module.log
     before = {name: own[name] for name in ("log",) if name in own}

@@ -1,6 +1,6 @@
 """An iterator that can tell what comes next."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["Ahead"]
@@ -9,8 +9,8 @@ __all__ = ["Ahead"]
 class Ahead(Iterator[Any]):
     """Batches one after the other, of which the next one may be asked for before it is its turn."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = iter(batches)
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches  # never iter() of it, by which some begin anew
         self._next: tuple[Any, bool] | None = None
         self._is_last = False
 
