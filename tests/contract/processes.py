@@ -1,7 +1,7 @@
-"""Training in two processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE PASSES FOLDER``; rank 0 saves weights.
+"""Training in two processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE PASSES FOLDER``.
 
-FRAMEWORK is ``lightning`` or ``transformers``, ENGINE ``ddp`` or ``fsdp2``, PASSES ``two`` or ``one``. The processes share
-batches of 32.
+FRAMEWORK is ``lightning`` or ``transformers``, ENGINE ``ddp`` or ``fsdp2``, PASSES ``two`` or ``one``. The processes
+share batches of 32, and rank 0 saves the weights.
 """
 
 import os
