@@ -131,10 +131,25 @@ def built(kind=Attentive, dtype=torch.float64, **options):
     return model
 
 
+class MuonBesideAdamW(torch.optim.Optimizer):
+    """As Muon is used: it takes the matrices, AdamW the rest."""
+
+    def __init__(self, model):
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        rest = [p for p in model.parameters() if p.ndim != 2]
+        self.both = [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(rest, lr=1e-3, eps=1e-4)]
+        super().__init__([group for opt in self.both for group in opt.param_groups], {})
+
+    def step(self, closure=None):
+        for opt in self.both:
+            opt.step()
+
+
 def bases():
     return {
         "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4),
+        **({"Muon": MuonBesideAdamW} if hasattr(torch.optim, "Muon") else {}),  # since PyTorch 2.9
     }
 
 

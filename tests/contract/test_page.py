@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "frameworks.md").read_text("utf-8")
 RECIPES = dict(re.findall(r"^```python title=\"(.*?)\"\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE))
 
+FURTHER = {f"{title}, one pass": title for title in ("Lightning", "Trainer", "accelerate")}  # what comes before each
+
 
 def scope(title, folder):
     """What a reader has at hand: a model, a criterion, and data in the framework's form."""
@@ -39,7 +41,10 @@ def scope(title, folder):
 
 
 def test_every_block_of_code_is_a_recipe():
-    assert list(RECIPES) == ["Lightning", "Fabric", "Trainer", "accelerate", "TensorBoard"]
+    assert [title for title in RECIPES if title not in FURTHER] == [
+        "Lightning", "Fabric", "Trainer", "accelerate", "TensorBoard",
+    ]  # fmt: skip
+    assert list(FURTHER) == [title for title in RECIPES if title in FURTHER]
     assert PAGE.count("```python") == len(RECIPES)
 
 
@@ -47,7 +52,7 @@ def test_every_block_of_code_is_a_recipe():
 @pytest.mark.filterwarnings("ignore:.*num_workers")  # Lightning's advice
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # likewise
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # accelerate asks for it on a CPU too
-@pytest.mark.parametrize("title", RECIPES)
+@pytest.mark.parametrize("title", [title for title in RECIPES if title not in FURTHER])
 def test_a_recipe_trains_with_a_perturbation(title, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.chdir(tmp_path)
@@ -64,6 +69,24 @@ def test_a_recipe_trains_with_a_perturbation(title, tmp_path, monkeypatch):
         logged = known["trainer"].state.log_history
         assert {"loss", "active", "sharpness_gap", "epsilon/layers.0.weight"} <= logged[-2].keys()
         assert known["trainer"].optimizer.optimizer.delay == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+@pytest.mark.parametrize("title", FURTHER)
+def test_a_recipe_goes_on_in_one_pass(title, tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(nusam, "NuSAM", type("NuSAM", (nusam.NuSAM,), {"__init__": noting(made)}))
+    known = scope(FURTHER[title], tmp_path)
+    exec(RECIPES[FURTHER[title]], known)
+    before = [parameter.detach().clone() for parameter in known["model"].parameters()]
+    exec(RECIPES[title], known)
+    assert not any(torch.equal(a, b) for a, b in zip(before, known["model"].parameters(), strict=True))
+    assert made[-1]._one_pass._checked
 
 
 def noting(made):

@@ -345,9 +345,7 @@ def _joined(first: Any, second: Any, rows: Rows) -> Any:
         a, b = (here or (0,))[0], (there or (0,))[0]
         if a and b and a % rows.first == 0 and a * rows.second == b * rows.first:
             if first.shape[1:] != second.shape[1:]:
-                raise CannotJoin(
-                    f"gets samples of shape {tuple(first.shape[1:])} and then of {tuple(second.shape[1:])}", False
-                )
+                raise CannotJoin("gets samples of shapes that change from batch to batch", for_good=False)
             return torch.cat([first, second])
         if first is second or (first.shape == second.shape and torch.equal(first, second)):
             return first
