@@ -141,34 +141,36 @@ def mixed_samples_take_two_passes() -> None:
 CHECKS[2]["one pass with batch norm"] = mixed_samples_take_two_passes
 
 
-def accumulates_before_it_reduces() -> None:
-    """Under DDP the first of two micro-batches stays in its process, as views of buckets or beside them."""
+def accumulates_before_it_reduces(engine: str, views: bool = False) -> None:
+    """Each process has an ε of its own, and so equals a process that is alone, but for the mean of the gradients."""
     parts, part = shares("DDP")
-    for views in (False, True):
-        expected = Net(torch.float64)
-        found = Net(torch.float64)
+    batches = [batch_of(step, parts, part) for step in range(2 * STEPS)]
+    expected, found = Net(torch.float64), Net(torch.float64)
+    model = ENGINES[engine][1](found)
+    if engine == "DDP":
         model = nn.parallel.DistributedDataParallel(found, gradient_as_bucket_view=views)
-        optimizers = []
-        for net, wrapped in ((expected, expected), (found, model)):
-            base = torch.optim.SGD(net.parameters(), lr=RATE)
-            optimizers.append(nusam.NuSAM(base, RHO, model=wrapped, ascent_share=SHARE, m_sam=wrapped is model))
-        # each process with an ε of its own equals a process that is alone, but for the mean of the gradients
-        batches = [batch_of(step, parts, part) for step in range(2 * STEPS)]
-        for step, _ in enumerate(optimizers[0].one_pass(batches, partial(loss_of, expected), accumulate=True)):
-            if step % 2:
-                for parameter in expected.parameters():
-                    torch.distributed.all_reduce(parameter.grad.div_(parts))
-                optimizers[0].step()
-                optimizers[0].zero_grad()
-        steps = optimizers[1].one_pass(batches, partial(loss_of, model), accumulate=True)
-        for step in range(len(batches)):
-            with nullcontext() if step % 2 else model.no_sync():
-                next(steps)
-            if step % 2:
-                optimizers[1].step()
-                optimizers[1].zero_grad()
-        for p, q in zip(found.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
+    base = torch.optim.SGD(expected.parameters(), lr=RATE)
+    opt = nusam.NuSAM(base, RHO, model=expected, ascent_share=SHARE)
+    for step, _ in enumerate(opt.one_pass(batches, partial(loss_of, expected), accumulate=True)):
+        if step % 2:
+            for parameter in expected.parameters():
+                torch.distributed.all_reduce(parameter.grad.div_(parts))
+            opt.step()
+            opt.zero_grad()
+    base = torch.optim.SGD(model.parameters(), lr=RATE)
+    opt = nusam.NuSAM(base, RHO, model=model, ascent_share=SHARE, m_sam=True)
+    steps = opt.one_pass(batches, partial(loss_of, model), accumulate=True)
+    for step in range(len(batches)):
+        # under DDP the first of two micro-batches stays in its process
+        with model.no_sync() if engine == "DDP" and step % 2 == 0 else nullcontext():
+            next(steps)
+        if step % 2:
+            opt.step()
+            opt.zero_grad()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-8)
 
 
-CHECKS[2]["one pass accumulates under DDP"] = accumulates_before_it_reduces
+CHECKS[2]["one pass accumulates under DDP"] = partial(accumulates_before_it_reduces, "DDP")
+CHECKS[2]["one pass accumulates under DDP in views"] = partial(accumulates_before_it_reduces, "DDP", views=True)
+CHECKS[2]["one pass accumulates under FSDP2"] = partial(accumulates_before_it_reduces, "FSDP2")
