@@ -170,11 +170,36 @@ def assert_same(model, expected, tolerance=1e-9):
         torch.testing.assert_close(p, q, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
+class InPlace(nn.Module):
+    """Activations and residuals that overwrite what a layer gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 9)
+
+    def forward(self, tokens):
+        x = self.table(tokens)
+        x = self.down(F.gelu(F.relu(self.up(x), inplace=True))).add_(x)
+        logits = self.head(x)
+        logits += 1
+        return logits
+
+
+def over_the_last_token(model, tokens):
+    """Of inputs without a dimension between, and written into."""
+    logits = model(tokens[:, 0])
+    logits *= 2
+    return F.cross_entropy(logits, tokens[:, 1])
+
+
 CASES = {
     "mean": (Attentive, {}, mean),
     "sum": (Attentive, {}, summed),
     "token-weighted mean": (Attentive, {}, weighted),
     "its own loss": (WithItsLoss, {}, own),
+    "in place": (InPlace, {}, mean),
+    "in place, of one token": (InPlace, {}, over_the_last_token),
     "checkpoint": (Attentive, {"checkpoints": "plain"}, mean),
     "re-entrant checkpoint": (Attentive, {"checkpoints": "re-entrant"}, mean),
 }

@@ -157,7 +157,7 @@ class _Apart(torch.autograd.Function):
         if u is not None and v is not None and cut > 0 and _is_exact(kind, x, W, u):
             ctx.forms = True
             y = _by_parts(x.reshape(-1, x.shape[-1]), _right(kind, W), _right(kind, torch.addr(W, u, v)), cut, bias)
-            y = y.view(*x.shape[:-1], y.shape[-1])
+            y = y.view(*x.shape[:-1], y.shape[-1]).detach()  # an activation could not overwrite a view
         else:
             y = kind.apply(x, W, extra if bias is None else bias)
             if y._is_view():

@@ -145,6 +145,7 @@ class OnePass:
             for part, seen in zip((first_samples(batch, opt.ascent_share), batch), passes, strict=True):
                 with observed(opt.model, samples_in(part), seen):
                     loss(part)
+        opt._workers().reshard()  # as a backward would have done it
         self._learn(passes)
 
     def _learn(self, passes: list[dict[nn.Module, list[int | None]]]) -> None:
