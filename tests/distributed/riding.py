@@ -174,3 +174,37 @@ def accumulates_before_it_reduces(engine: str, views: bool = False) -> None:
 CHECKS[2]["one pass accumulates under DDP"] = partial(accumulates_before_it_reduces, "DDP")
 CHECKS[2]["one pass accumulates under DDP in views"] = partial(accumulates_before_it_reduces, "DDP", views=True)
 CHECKS[2]["one pass accumulates under FSDP2"] = partial(accumulates_before_it_reduces, "FSDP2")
+
+
+class Takes(nn.Module):
+    """A model that may be given more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(torch.float64)
+
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+def processes_agree_on_what_a_batch_can_not_do() -> None:
+    """In one process a batch can't travel with the one before it, while all look: nobody gives up for good."""
+    parts, part = shares("DDP")
+    model = nn.parallel.DistributedDataParallel(Takes())
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=RATE), RHO, model=model, ascent_share=SHARE)
+    batches = [(step, batch_of(step, parts, part)) for step in range(STEPS)]
+
+    def loss(batch: tuple[int, tuple[Tensor, Tensor]]) -> Tensor:
+        step, (x, y) = batch
+        more = {"more": x} if part == 0 and step == 2 else {}
+        return nn.functional.cross_entropy(model(x, **more), y)
+
+    carried = []
+    for _ in opt.one_pass(batches, loss):
+        carried.append(opt._waiting is not None)
+        opt.step()
+    assert carried == [False, False, False, True, True, True, False], carried
+
+
+CHECKS[2]["one pass agrees among processes"] = processes_agree_on_what_a_batch_can_not_do

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nusam.integrations.fetching import NextBatch
+from nusam.integrations.closures import OnePassClosures, logging_once
 from nusam.integrations.replay import Replay
-from nusam.integrations.riding import Riding, Skipped
 from nusam.optimizer import SharpnessAware
 
 try:
@@ -61,8 +60,7 @@ class SharpnessAwareCallback(Callback):
 
     def __init__(self, one_pass: bool = False) -> None:
         self._in_one_pass = one_pass
-        self._riding = Riding("training_step")
-        self._next: NextBatch | None = None
+        self._riding: OnePassClosures | None = None  # while there is one
         self._traces = ExitStack()
         self._is_ready = False
         self._is_automatic = True  # automatic optimization
@@ -79,14 +77,14 @@ class SharpnessAwareCallback(Callback):
         if stage != "fit":
             return
         self._traces.close()
-        self._replay, self._riding = Replay("training_step"), Riding("training_step")
+        self._replay = Replay("training_step")
         self._callbacks = list(cast(Any, trainer).callbacks)
         with ExitStack() as traces:
             self._has_closures = traces.enter_context(self._passes_in_closures(trainer, pl_module))
             traces.enter_context(self._closures_in_steps(trainer, pl_module))
             if self._in_one_pass:
-                self._next = NextBatch(trainer, pl_module)
-                traces.enter_context(self._next.running())
+                self._riding = OnePassClosures(trainer, pl_module)
+                traces.enter_context(self._riding.running())
             traces.callback(setattr, self, "_is_ready", False)
             self._traces = traces.pop_all()
 
@@ -139,35 +137,23 @@ class SharpnessAwareCallback(Callback):
                 "This version of pytorch-lightning has no _make_closure, where SharpnessAwareCallback hooks in; "
                 "install one that nusam's docs name, or use manual optimization."
             )
-        if self._next is not None:
-            self._check_one_pass(trainer, pl_module, optimizers)
+        if self._riding is not None:
+            self._riding.check(self._is_automatic)
+            changes = "on_after_backward may change the gradients that ε is found by"
+            self._in_riding(None if _is_default("on_after_backward", pl_module) else changes)
+            for opt in optimizers if self._riding is not None else ():
+                opt._begin_one_pass()
         for opt in optimizers:
             self._traces.callback(opt.register_step_pre_hook(self._run_closure).remove)
         metrics = (m for m in pl_module.modules() if METRICS & {kind.__name__ for kind in type(m).__mro__})
         self._owners = [pl_module, *metrics]
         self._is_ready = True
 
-    def _check_one_pass(self, trainer: Trainer, pl_module: LightningModule, optimizers: list[SharpnessAware]) -> None:
-        """Refuse what can't take one pass, and say what takes two."""
-        if not self._is_automatic:
-            raise ValueError(
-                "SharpnessAwareCallback(one_pass=True) needs automatic optimization, where it is the callback that "
-                "runs the passes; leave it out, and loop over self.optimizers().passes()."
-            )
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                "SharpnessAwareCallback(one_pass=True) can't be had in float16, where the samples behind would leave "
-                "nothing; use precision='bf16-mixed', or leave it out."
-            )
-        if not _is_default("on_after_backward", pl_module):
-            self._takes_two_passes("on_after_backward may change the gradients that a perturbation is found by")
-            return
-        for opt in optimizers:
-            opt._begin_one_pass()
-
-    def _takes_two_passes(self, reason: str) -> None:
-        warnings.warn(f"one_pass=True can't be had, since {reason}; every step takes two passes.", stacklevel=3)
-        self._next = None
+    def _in_riding(self, refusal: str | None) -> None:
+        """Go on in one pass, or say once why not."""
+        if refusal is not None:
+            warnings.warn(f"one_pass=True can't be had, since {refusal}; every step takes two passes.", stacklevel=3)
+            self._riding = None
 
     @contextmanager
     def _passes_in_closures(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[bool]:
@@ -189,10 +175,13 @@ class SharpnessAwareCallback(Callback):
                     "(self, batch, batch_idx)."
                 )
             # Lightning divides the losses of accumulated batches by their number, which a callback may change
-            if self._next is not None and self._next.saves_its_place():
-                self._takes_two_passes("a loader saves its place, which would be one batch ahead")
-            how = self._with_passes if self._next is None else self._with_one_pass
-            closure.closure = how(closure, kwargs, optimizer, trainer, pl_module)
+            if self._riding is not None:
+                self._in_riding(self._riding.refusal())
+            if self._riding is None:
+                closure.closure = self._with_passes(closure, kwargs, optimizer, trainer, pl_module)
+            else:
+                self._to_log = {"active": float(optimizer.active), "rho": max(optimizer._radii())}
+                closure.closure = self._riding.of(closure, kwargs, optimizer, self._owners)
             return closure
 
         loop._make_closure = make_with_passes
@@ -218,7 +207,7 @@ class SharpnessAwareCallback(Callback):
                 opt.zero_grad()  # what is cleared in the descent anyway takes no room in the ascent
             first: Any = None
             last: Any = None
-            with _logging_once(pl_module, self._replay):
+            with logging_once(pl_module, self._replay):
                 share = opt.ascent_share
                 names = opt.passes(accumulate=True) if share == 1 else opt._passes(accumulate=True)
                 for name, kwargs["batch"] in self._replay.passes(names, self._owners, batch, share):
@@ -239,43 +228,6 @@ class SharpnessAwareCallback(Callback):
             return first
 
         return passes
-
-    def _with_one_pass(
-        self, closure: Any, kwargs: Any, opt: Any, trainer: Trainer, pl_module: LightningModule
-    ) -> Callable[..., Any]:
-        batch, index = kwargs["batch"], kwargs.get("batch_idx")
-        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
-
-        def run(part: Any, behind: bool) -> tuple[Tensor | None, Any]:
-            kwargs["batch"] = part
-            if index is not None:
-                kwargs["batch_idx"] = index + behind
-            if not behind:
-                result = closure._step_fn()
-            else:  # as Lightning does it, but for its profiler, which measures one call at a time
-                cast(Any, pl_module)._current_fx_name = "training_step"
-                output = cast(Any, trainer.strategy).training_step(*kwargs.values())
-                result = loop.output_result_cls.from_training_step_output(output, trainer.accumulate_grad_batches)
-            return result.closure_loss, result
-
-        def step(*_: Any, **__: Any) -> Any:
-            assert self._next is not None
-            self._to_log = {"active": float(opt.active), "rho": max(opt._radii())}
-            if closure._zero_grad_fn is not None:
-                closure._zero_grad_fn()
-            following = self._next.after()
-            try:
-                with torch.enable_grad(), _logging_once(pl_module, self._riding):
-                    return self._riding.step(opt, self._owners, batch, following, run, closure._backward_fn)
-            except Skipped as skipped:
-                closure.warning_cache.warn(
-                    "`training_step` returned `None`. If this was on purpose, ignore this warning..."
-                )
-                return skipped.result
-            finally:
-                kwargs["batch"] = batch
-
-        return step
 
     @contextmanager
     def _closures_in_steps(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
@@ -308,7 +260,7 @@ class SharpnessAwareCallback(Callback):
 
         def passes() -> Any:
             losses: list[Any] = []
-            with torch.enable_grad(), _logging_once(pl_module, self._replay):
+            with torch.enable_grad(), logging_once(pl_module, self._replay):
                 for _ in self._replay.passes(opt.passes(), self._owners, None):
                     losses.append(closure())
             return losses[-2:][0]  # an ascent that is run again does not count
@@ -363,16 +315,3 @@ def _wrapped_model(opt: SharpnessAware, trainer: Trainer, pl_module: LightningMo
         yield
     finally:
         opt.model = given
-
-
-@contextmanager
-def _logging_once(pl_module: LightningModule, replay: Replay | Riding) -> Iterator[None]:
-    """Log in one pass of a batch alone: the first, or where that sees a share, the last."""
-    own, log = pl_module.__dict__, pl_module.log
-    before = {name: own[name] for name in ("log",) if name in own}
-    own["log"] = lambda *args, **kwargs: log(*args, **kwargs) if replay.counts else None
-    try:
-        yield
-    finally:
-        del own["log"]
-        own.update(before)

@@ -5,11 +5,8 @@ outputs have the samples' dimension, the module runs once, on the samples of bot
 computes its own) runs for each by itself.
 """
 
-import contextvars
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from queue import SimpleQueue
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,18 +14,11 @@ from torch import Tensor, nn
 
 from nusam.batch import rebuilt
 from nusam.interrupts import always
+from nusam.one_pass.turns import Call, Done, Settings, Turns
 
 __all__ = ["CannotJoin", "Joint", "Rows", "is_compiled", "joinable", "observed"]
 
 T = TypeVar("T")
-
-# the ways to attend, switched on and off for the process
-ATTENTIONS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-]
 
 
 class CannotJoin(Exception):
@@ -114,7 +104,7 @@ class Joint:
         self._aside = aside
         self.side = "first"
         self.looks: Callable[[Tensor, int], None] | None = None  # at gradients of what joined modules are given
-        self._second: _Turns | None = None
+        self._second: Turns | None = None
         self._answer: Any = None
 
     def run(self, function: Callable[[Any], T], first: Any, second: Any) -> tuple[T, T]:
@@ -123,8 +113,8 @@ class Joint:
         Raises:
             CannotJoin: if the two computations call the modules differently.
         """
-        turns = self._second = _Turns(lambda: function(second))
-        self._settings = _Settings()
+        turns = self._second = Turns(lambda: function(second))
+        self._settings = Settings()
 
         def undo() -> None:
             if turns.waits():
@@ -140,7 +130,7 @@ class Joint:
                 vars(module)["_call_impl"] = self._meeting(module)
             found = function(first)
             request = self._resume()
-            if isinstance(request, _Call):
+            if isinstance(request, Call):
                 raise CannotJoin("calls its modules a number of times that depends on the samples")
             return found, request.value
 
@@ -153,13 +143,13 @@ class Joint:
                 return alone(*args, **kwargs)
             if not torch.is_grad_enabled():
                 return alone(*args, **kwargs)  # a side's own business, such as pseudo-labels
-            mine = _Call(module, args, kwargs)
+            mine = Call(module, args, kwargs)
             if self.side == "second":
                 return turns.ask(mine)
             if _has_saved_tensor_hooks():
                 raise CannotJoin("is checkpointed around the modules that could be joined")
             other = self._resume()
-            if not isinstance(other, _Call) or other.module is not module:
+            if not isinstance(other, Call) or other.module is not module:
                 raise CannotJoin("calls its modules in an order that depends on the samples")
             joined = _joined((args, kwargs), (other.args, other.kwargs), self.rows)
             if self.looks is not None:
@@ -187,7 +177,7 @@ class Joint:
                     tensor.requires_grad_(True)
                 tensor.register_hook(hook_for(length // sum(self.rows) * self.rows.first))  # type: ignore[no-untyped-call]
 
-    def _resume(self) -> "_Call | _Done":
+    def _resume(self) -> Call | Done:
         """Let the second computation go on until it calls a module that is joined, or is done."""
         answer, self._answer = self._answer, None
         assert self._second is not None
@@ -197,125 +187,6 @@ class Joint:
                 return self._second.resume(answer)
         finally:
             self.side = "first"
-
-
-class _Call(NamedTuple):
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Done(NamedTuple):
-    value: Any
-
-
-class _Stop(BaseException):
-    """Ends a computation that nobody waits for."""
-
-
-class _Turns:
-    """A function in a thread of its own, which runs only while its owner waits for it."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._to: SimpleQueue[Any] = SimpleQueue()
-        self._from: SimpleQueue[Any] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def resume(self, answer: Any) -> _Call | _Done:
-        """Hand over what it asked for; what it asks for next, or what it came to. What it raises is raised."""
-        if self._thread is None:
-            body = _in_this_setting(self._body)
-            self._thread = threading.Thread(target=body, name="nusam-ahead", daemon=True)
-            self._thread.start()
-        else:
-            self._to.put(answer)
-        found = self._from.get()
-        if isinstance(found, _Call | _Done):
-            return found
-        raise found
-
-    def ask(self, request: _Call) -> Any:
-        """In the thread: wait for the answer."""
-        self._from.put(request)
-        answer = self._to.get()
-        if answer is _Stop:
-            raise _Stop
-        return answer
-
-    def waits(self) -> bool:
-        """Whether it is somewhere in between."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def close(self) -> None:
-        """End it, wherever it is."""
-        if self._thread is not None:
-            self._to.put(_Stop)
-            self._thread.join()
-
-    def _body(self) -> None:
-        try:
-            found: Any = _Done(self._function())
-        except _Stop:
-            return
-        except BaseException as error:
-            found = error
-        self._from.put(found)
-
-
-class _Settings:
-    """What is set for the whole process, as each computation has set it: contexts that set it end in any order."""
-
-    def __init__(self) -> None:
-        self._of_the_other = self._now()
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Inside, as the second computation left it."""
-        mine = self._now()
-        self._set(self._of_the_other)
-        try:
-            yield
-        finally:
-            self._of_the_other = self._now()
-            self._set(mine)
-
-    @staticmethod
-    def _now() -> tuple[torch.dtype, list[bool]]:
-        return torch.get_default_dtype(), [is_enabled() for is_enabled, _ in ATTENTIONS]
-
-    def _set(self, settings: tuple[torch.dtype, list[bool]]) -> None:
-        if settings == self._now():
-            return
-        dtype, enabled = settings
-        torch.set_default_dtype(dtype)
-        for (_, enable), value in zip(ATTENTIONS, enabled, strict=True):
-            enable(value)
-
-
-def _in_this_setting(body: Callable[[], None]) -> Callable[[], None]:
-    """The function as it would run here: gradients, autocast, device and stream are a thread's own."""
-    context = contextvars.copy_context()
-    grad = torch.is_grad_enabled()
-    kinds = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(kind)]
-    autocasts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) for kind in kinds]
-    default = torch.get_default_device()
-    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    stream = torch.cuda.current_stream() if started else None
-
-    def run() -> None:
-        with ExitStack() as stack:
-            if stream is not None:
-                stack.enter_context(torch.cuda.device(stream.device))
-                stack.enter_context(torch.cuda.stream(stream))
-            if default != torch.device("cpu"):
-                stack.enter_context(default)
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for kind, dtype, caches in autocasts:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=caches))
-            body()
-
-    return lambda: context.run(run)
 
 
 def _has_saved_tensor_hooks() -> bool:

@@ -7,7 +7,7 @@ update old when it is used, on samples that it was found on.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +18,10 @@ from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES
 from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
-from nusam.distributed.blocks import compute_device
-from nusam.guards.buffers import SMALL
-from nusam.interrupts import always
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear, RankOne
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
+from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
 
@@ -33,8 +31,6 @@ __all__ = ["OnePass", "looked_ahead"]
 # a norm, a position, a layer that is no target) is below any rounding. The products have no scale.
 BEHIND = 2.0**-60
 
-Loss = Callable[[Any], Tensor]
-Backward = Callable[[Tensor], Any]
 Aside = Callable[[], AbstractContextManager[object]]
 
 
@@ -62,8 +58,12 @@ class OnePass:
         self._checked = False
         self._told: set[str] = set()
         self._aside: Aside = nullcontext
-        self.counts = True
+        self._looks = Looks(opt)
+
+    @property
+    def counts(self) -> bool:
         """Whether the loss that is computed is that of the step: of the whole batch, in its descent."""
+        return self._looks.counts
 
     def step(
         self, batch: Any, following: Any, loss: Loss, backward: Backward, accumulate: bool, aside: Aside = nullcontext
@@ -74,14 +74,13 @@ class OnePass:
         """
         opt = self._opt
         self._aside = aside
-        self.counts = True
         waiting, opt._waiting = opt._waiting, None
         if not opt.active:
             with opt.descent(accumulate):
                 return _run(batch, loss, backward)
         is_first = waiting is None and opt._progress.ascents == 0
         if not (is_first or self._refused or self._knows_modules()):  # after a resume, or a change
-            self._look(batch, loss)
+            self._learn(self._looks.modules(batch, loss))
         if self._refused or not self._knows_modules() or not self._fits():
             return self._in_two_passes(batch, loss, backward, accumulate)
         with opt._all_in_forward():
@@ -104,7 +103,7 @@ class OnePass:
         due = opt._ascent.verification.is_due()
         if waiting is None or due:
             compares = nullcontext() if waiting is None else opt._ascent.only_compared()
-            with compares, opt.ascent(accumulate), self._for_nothing():
+            with compares, opt.ascent(accumulate), self._looks.for_nothing():
                 _run(first_samples(batch, opt.ascent_share), loss, backward)
             if waiting is not None:
                 opt._guard.rewind()
@@ -130,23 +129,11 @@ class OnePass:
             part = first_samples(batch, opt.ascent_share) if name == "ascent" else batch
             seen = passes[name] = {}
             observes = nullcontext() if self._refused else observed(opt.model, samples_in(part), seen)
-            with observes, self._for_nothing() if name == "ascent" else nullcontext():
+            with observes, self._looks.for_nothing() if name == "ascent" else nullcontext():
                 value = _run(part, loss, backward)
         if not self._refused:
             self._learn(list(passes.values()))
         return value
-
-    def _look(self, batch: Any, loss: Loss) -> None:
-        """Learn which modules can be joined, without a trace."""
-        opt = self._opt
-        assert opt.model is not None
-        passes: list[dict[nn.Module, list[int | None]]] = [{}, {}]
-        with self._without_a_trace(), self._for_nothing():
-            for part, seen in zip((first_samples(batch, opt.ascent_share), batch), passes, strict=True):
-                with observed(opt.model, samples_in(part), seen):
-                    loss(part)
-        opt._workers().reshard()  # as a backward would have done it
-        self._learn(passes)
 
     def _learn(self, passes: list[dict[nn.Module, list[int | None]]]) -> None:
         model = self._opt.model
@@ -159,44 +146,25 @@ class OnePass:
         if self._opt._ascent.compiles or any(is_compiled(module) for module in model.modules()):
             self._refuse("is compiled")
 
-    @contextmanager
-    def _without_a_trace(self) -> Iterator["_Buffers"]:
-        """Generators and small buffers are put back."""
-        opt = self._opt
-        random_state, buffers = opt._guard.random_state(), _Buffers(opt.model)
-        try:
-            yield buffers
-        finally:
-            buffers.restore()
-            random_state.replay()
-
-    @contextmanager
-    def _for_nothing(self) -> Iterator[None]:
-        """Losses that are no step's."""
-        self.counts = False
-        try:
-            yield
-        finally:
-            self.counts = True
-
     def _joined(
         self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, accumulate: bool, check: bool
     ) -> Tensor:
         """One forward and one backward of both; of this batch alone if that can't be had."""
         opt = self._opt
-        buffers = _Buffers(opt.model)
-        refusal = self._why_not(riders, batch, ahead, loss, backward) if check else None
+        buffers = SmallBuffers(opt.model)
+        refusal = self._looks.why_not(riders, batch, ahead, loss, backward) if check else None
         if refusal is None:
+            self._checked = True
             goes_backward = False
             try:
-                mine, other = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
+                mine, other = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
                 goes_backward = True
                 backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
                 opt._waiting = self._found(riders)
                 return mine.detach()
             except CannotJoin as reason:
-                if self._are_many() or (accumulate and goes_backward):
-                    where = "among processes" if self._are_many() else "with accumulate=True"
+                if self._looks.are_many() or (accumulate and goes_backward):
+                    where = "among processes" if self._looks.are_many() else "with accumulate=True"
                     raise RuntimeError(
                         f"one_pass() can't go on {where}: the model {reason}, as it did in no step before; "
                         "loop over opt.passes(*batch) instead."
@@ -208,61 +176,6 @@ class OnePass:
         if not accumulate:
             clear_gradients(opt._parameters())
         return _run(batch, loss, backward)
-
-    def _are_many(self) -> bool:
-        workers = self._opt._workers()
-        return workers.replicates or workers.shards
-
-    def _why_not(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> CannotJoin | None:
-        """What keeps the samples from travelling together, in this process or in another; nothing if they can."""
-        found = None
-        try:
-            self._check(riders, batch, ahead, loss, backward)
-        except CannotJoin as reason:
-            found = reason
-        if self._are_many():
-            parameter = self._opt._parameters()[0]
-            refused = torch.tensor(float(found is not None), device=compute_device(parameter))
-            torch.distributed.all_reduce(refused, torch.distributed.ReduceOp.MAX)
-            if refused and found is None:
-                found = CannotJoin("computes a sample from others in another process")
-        return found
-
-    def _check(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> None:
-        """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen."""
-        opt = self._opt
-        reached = []
-        with self._without_a_trace() as buffers, opt._workers().ascent(False), self._for_nothing(), self._set_aside():
-            for number, side in enumerate(("first", "second")):
-                mixed = riders.mixed(side)
-                losses = riders.joint.run(lambda part: _checked(loss(part)), batch, ahead)
-                backward(losses[number])
-                reached.append(mixed.value())
-                clear_gradients(opt._parameters())
-                riders.pass_.forget()
-                if buffers.moved():
-                    raise CannotJoin("has buffers that move with the samples")
-        riders.look_no_more()
-        if any(x != x for x in reached):
-            raise CannotJoin("has a gradient that is not finite", for_good=False)
-        if any(reached):
-            raise CannotJoin("computes a sample from others in its batch")
-        self._checked = True
-
-    @contextmanager
-    def _set_aside(self) -> Iterator[None]:
-        """Gradients of micro-batches before are not there, and come back."""
-        opt = self._opt
-        parameters = opt._parameters()
-        kept = [opt._workers().kept(parameter.grad) for parameter in parameters]
-
-        def undo() -> None:
-            for parameter, gradient in zip(parameters, kept, strict=True):
-                parameter.grad = gradient
-
-        with always(undo):
-            clear_gradients(parameters)
-            yield
 
     # ------------------------------------------------------------ ε from step to step
 
@@ -365,35 +278,8 @@ class OnePass:
             )
 
 
-class _Buffers:
-    """Small buffers of a model as they were, which a forward that is not to count may have moved."""
-
-    @torch.no_grad()
-    def __init__(self, model: nn.Module | None) -> None:
-        buffers = [] if model is None else [b for b in model.buffers() if b.device.type != "meta"]
-        self._buffers = [buffer for buffer in buffers if buffer.numel() <= SMALL]
-        self._before = [buffer.clone() for buffer in self._buffers]
-
-    def moved(self) -> bool:
-        """Whether any is another than it was, counters apart; waits for the device."""
-        pairs = [(a, b) for a, b in zip(self._buffers, self._before, strict=True) if a.is_floating_point()]
-        return any(not torch.equal(a, b) for a, b in pairs)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(before)
-
-
 def _run(part: Any, loss: Loss, backward: Backward) -> Tensor:
     """Forward and backward of one batch; its loss."""
-    value = _checked(loss(part))
+    value = checked(loss(part))
     backward(value)
     return value.detach()
-
-
-def _checked(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim:
-        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise TypeError(f"The loss that one_pass() is given must return a tensor with one value, got {kind}.")
-    return value

@@ -1,0 +1,152 @@
+"""Losses that are computed to look: which modules can be joined, and whether their samples stay apart."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nusam.base_step import Stepping
+from nusam.batch import first_samples, samples_in
+from nusam.distributed.blocks import compute_device
+from nusam.guards.buffers import SMALL
+from nusam.interrupts import always
+from nusam.one_pass.joint import CannotJoin, observed
+from nusam.one_pass.riders import Riders
+from nusam.placement.ledger import clear_gradients
+
+__all__ = ["Backward", "Loss", "Looks", "SmallBuffers", "checked"]
+
+Loss = Callable[[Any], Tensor]
+Backward = Callable[[Tensor], Any]
+
+
+class Looks:
+    """Losses that leave no trace, of the batches of one optimizer."""
+
+    def __init__(self, opt: Stepping) -> None:
+        self._opt = opt
+        self.counts = True
+        """Whether the loss that is computed is that of the step: of the whole batch, in its descent."""
+
+    def modules(self, batch: Any, loss: Loss) -> list[dict[nn.Module, list[int | None]]]:
+        """What a share of the batch and all of it show of the modules."""
+        opt = self._opt
+        assert opt.model is not None
+        passes: list[dict[nn.Module, list[int | None]]] = [{}, {}]
+        with self._without_a_trace(), self.for_nothing():
+            for part, seen in zip((first_samples(batch, opt.ascent_share), batch), passes, strict=True):
+                with observed(opt.model, samples_in(part), seen):
+                    loss(part)
+        opt._workers().reshard()  # as a backward would have done it
+        return passes
+
+    @contextmanager
+    def _without_a_trace(self) -> Iterator["SmallBuffers"]:
+        """Generators and small buffers are put back."""
+        opt = self._opt
+        random_state, buffers = opt._guard.random_state(), SmallBuffers(opt.model)
+        try:
+            yield buffers
+        finally:
+            buffers.restore()
+            random_state.replay()
+
+    @contextmanager
+    def for_nothing(self) -> Iterator[None]:
+        """Losses that are no step's."""
+        self.counts = False
+        try:
+            yield
+        finally:
+            self.counts = True
+
+    def are_many(self) -> bool:
+        """Whether other processes do the same, and must go on doing so."""
+        workers = self._opt._workers()
+        return workers.replicates or workers.shards
+
+    def why_not(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> CannotJoin | None:
+        """What keeps the samples from travelling together, in this process or in another; nothing if they can."""
+        found = None
+        try:
+            self._check(riders, batch, ahead, loss, backward)
+        except CannotJoin as reason:
+            found = reason
+        if self.are_many():
+            parameter = self._opt._parameters()[0]
+            level = 0.0 if found is None else 1.0 + found.for_good
+            refused = torch.tensor(level, device=compute_device(parameter))
+            torch.distributed.all_reduce(refused, torch.distributed.ReduceOp.MAX)
+            if refused:
+                why = "computes a sample from others in another process" if found is None else str(found)
+                found = CannotJoin(why, for_good=bool(refused == 2))
+        return found
+
+    def _check(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> None:
+        """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen."""
+        opt = self._opt
+        reached = []
+        with self._without_a_trace() as buffers, opt._workers().ascent(False), self.for_nothing(), self._set_aside():
+            for number, side in enumerate(("first", "second")):
+                mixed = riders.mixed(side)
+                losses = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
+                backward(losses[number])
+                reached.append(mixed.value())
+                clear_gradients(opt._parameters())
+                riders.pass_.forget()
+                if buffers.moved():
+                    raise CannotJoin("has buffers that move with the samples")
+        riders.look_no_more()
+        if any(x != x for x in reached):
+            raise CannotJoin("has a gradient that is not finite", for_good=False)
+        if any(reached):
+            raise CannotJoin("computes a sample from others in its batch")
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Gradients of micro-batches before are not there, and come back."""
+        opt = self._opt
+        parameters = opt._parameters()
+        kept = [opt._workers().kept(parameter.grad) for parameter in parameters]
+
+        def undo() -> None:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = gradient
+
+        with always(undo):
+            clear_gradients(parameters)
+            yield
+
+
+class SmallBuffers:
+    """Small buffers of a model as they were, which a forward that is not to count may have moved."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module | None) -> None:
+        buffers = [] if model is None else [b for b in model.buffers() if b.device.type != "meta"]
+        self._buffers = [buffer for buffer in buffers if buffer.numel() <= SMALL]
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def moved(self) -> bool:
+        """Whether any is another than it was, counters apart; waits for the device."""
+        pairs = [(a, b) for a, b in zip(self._buffers, self._before, strict=True) if a.is_floating_point()]
+        return any(not torch.equal(a, b) for a, b in pairs)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+
+def checked(value: Any) -> Tensor:
+    """The loss, if it is one.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not isinstance(value, Tensor) or value.ndim:
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TypeError(f"The loss that one_pass() is given must return a tensor with one value, got {kind}.")
+    return value
