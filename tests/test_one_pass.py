@@ -80,7 +80,7 @@ def own(model, tokens):
     return model(tokens)["loss"]
 
 
-def by_hand(model, base, batches, loss, share=SHARE, stale=1, micro_batches=1, matrices=None, delay=0):
+def by_hand(model, base, batches, loss, share=SHARE, stale=1, micro_batches=1, delay=0, carries=None):
     """Two passes a step, the first at the weights before the last update; only the first perturbed steps are fresh."""
     parameters = list(model.parameters())
     waiting = None
@@ -105,8 +105,8 @@ def by_hand(model, base, batches, loss, share=SHARE, stale=1, micro_batches=1, m
             perturbed = step >= delay
             epsilon = (ascent(batches[number]) if waiting is None else waiting) if perturbed else None
             # the very first perturbed pass finds out how the model treats its samples, and carries none
-            carries = perturbed and number > delay and number + 1 < len(batches)
-            waiting = ascent(batches[number + 1]) if carries and stale else None
+            rides = perturbed and number > delay and number + 1 < len(batches) and (carries is None or carries[number])
+            waiting = ascent(batches[number + 1]) if rides and stale else None
             before = [p.detach().clone() for p in parameters]
             with torch.no_grad():
                 for p, e in zip(parameters, epsilon or total, strict=True):
@@ -371,13 +371,42 @@ def test_where_samples_are_not_told_apart_it_takes_two_passes_and_says_so(name, 
     assert_same(model, twin)
 
 
-def test_padding_may_change_the_length_of_a_batch():
-    model = built()
-    batches = [tokens[:, : 3 + number % 3] for number, tokens in enumerate(token_batches(9))]
+class Blocks(nn.Module):
+    """Whose blocks meet one by one, given positions that are as long as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.block, self.head = nn.Embedding(9, 6), Placing(), nn.Linear(6, 9)
+        self.register_buffer("places", torch.arange(5.0)[:, None].cos().expand(5, 6))
+
+    def forward(self, tokens):
+        logits = self.head(self.block(self.table(tokens), places=self.places[: tokens.shape[1]]))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class Placing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, x, places):
+        return x + torch.tanh(self.up(x + places))
+
+
+@pytest.mark.parametrize("kind", [Attentive, Blocks])
+@pytest.mark.parametrize("lengths", [(3, 4, 5), (5, 5, 4), (5, 5, 5, 5, 5, 3)])
+def test_a_step_whose_batches_differ_in_length_carries_nothing_and_says_so_once(kind, lengths):
+    model, expected = built(kind), built(kind)
+    batches = [tokens[:, : lengths[i % len(lengths)]] for i, tokens in enumerate(token_batches(12))]
+    loss = mean if kind is Attentive else lambda model, tokens: model(tokens)
     opt = wrapped(model)
-    with pytest.warns(UserWarning, match="gets samples of shape"):
-        run(opt, model, batches, mean)
+    with pytest.warns(UserWarning, match=r"change from batch to batch; such a step is followed by one of two") as told:
+        run(opt, model, batches, loss)
+    assert len(told) == 1
     assert not opt._one_pass._refused
+    carries = [batches[i].shape == batches[i + 1].shape for i in range(len(batches) - 1)] + [False]
+    by_hand(expected, bases()["SGD"](expected), batches, loss, carries=carries)
+    assert_same(model, expected)
 
 
 @pytest.mark.parametrize("calls", [1, 2])

@@ -220,6 +220,8 @@ def _joined(first: Any, second: Any, rows: Rows) -> Any:
             return torch.cat([first, second])
         if first is second or (first.shape == second.shape and torch.equal(first, second)):
             return first
+        if first.shape != second.shape:  # such as positions or a mask, of as many entries as the longest sample
+            raise CannotJoin("gets tensors whose shapes change from batch to batch", for_good=False)
         raise CannotJoin("gets a tensor without the samples' dimension, which differs from sample to sample")
     if type(first) is not type(second):
         raise CannotJoin("gets arguments of several kinds")

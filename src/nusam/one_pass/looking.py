@@ -18,6 +18,8 @@ from nusam.placement.ledger import clear_gradients
 
 __all__ = ["Backward", "Loss", "Looks", "SmallBuffers", "checked"]
 
+NOT_FINITE = "has a gradient that is not finite"
+
 Loss = Callable[[Any], Tensor]
 Backward = Callable[[Tensor], Any]
 
@@ -76,11 +78,12 @@ class Looks:
             found = reason
         if self.are_many():
             parameter = self._opt._parameters()[0]
-            level = 0.0 if found is None else 1.0 + found.for_good
+            # batches of which some can't travel together will come again, when nobody can ask the others
+            level = 0.0 if found is None else 1.0 + (found.for_good or str(found) != NOT_FINITE)
             refused = torch.tensor(level, device=compute_device(parameter))
             torch.distributed.all_reduce(refused, torch.distributed.ReduceOp.MAX)
             if refused:
-                why = "computes a sample from others in another process" if found is None else str(found)
+                why = "does not in another process" if found is None else str(found)
                 found = CannotJoin(why, for_good=bool(refused == 2))
         return found
 
@@ -100,7 +103,7 @@ class Looks:
                     raise CannotJoin("has buffers that move with the samples")
         riders.look_no_more()
         if any(x != x for x in reached):
-            raise CannotJoin("has a gradient that is not finite", for_good=False)
+            raise CannotJoin(NOT_FINITE, for_good=False)
         if any(reached):
             raise CannotJoin("computes a sample from others in its batch")
 
