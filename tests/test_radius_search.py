@@ -83,6 +83,29 @@ def test_every_trial_is_the_training_by_hand(setup):
         assert trial.score == pytest.approx(sum(expected) / 2)
 
 
+def test_in_one_pass_a_trial_is_that_training_by_hand(setup):
+    setup["model"] = nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 3))
+    options = {"methods": (nusam.NuSAM,), "rhos": (0.3,), "steps": STEPS, "delay": 0.25, "warm_up": 0.25, "seeds": 1}
+    found = nusam.find_rho(**setup, **options, ascent_share=0.5, one_pass=True)
+    torch.manual_seed(0)
+    model = copy.deepcopy(setup["model"])
+    inner = base(model)
+    opt = nusam.NuSAM(inner, rho=0.3, delay=3, model=model, ascent_share=0.5)
+    batches = [*setup["loader"], *setup["loader"], *setup["loader"]][:STEPS]
+    steps = opt.one_pass(batches, partial(loss, model))
+    for taken in range(STEPS):
+        cosine = (1 + math.cos(math.pi * (taken - 3) / 9)) / 2
+        inner.param_groups[0]["lr"] = 0.2 * ((taken + 1) / 4 if taken < 3 else cosine)
+        next(steps)
+        opt.step()
+    with torch.no_grad():
+        expected = -sum(float(loss(model, batch)) for batch in setup["validation"]) / 2
+    assert found.trials[0].scores == pytest.approx([expected], rel=1e-5)
+    two = nusam.find_rho(**setup, **options, ascent_share=0.5)
+    assert abs(two.trials[0].score - found.trials[0].score) > 1e-6
+    assert two.base == found.base
+
+
 def test_nothing_of_the_user_is_touched(setup):
     model = setup["model"]
     before, mode = copy.deepcopy(model.state_dict()), model.training
@@ -204,6 +227,7 @@ def test_radii_may_be_an_array(setup):
         ({"delay": 1.0}, "delay must be a share of the steps"),
         ({"warm_up": -0.1}, "warm_up must be a share of the steps"),
         ({"loader": []}, "The loader gave no batch"),
+        ({"one_pass": True}, "rank-one"),
         ({"validation": []}, "validation gave no batch"),
     ],
 )

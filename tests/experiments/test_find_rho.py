@@ -96,6 +96,29 @@ def test_the_embedded_data(tmp_path, monkeypatch, capsys):
     assert "SAMON" in capsys.readouterr().out
 
 
+def test_one_pass_reaches_the_search(setup, tmp_path, monkeypatch):
+    options = (
+        "--steps",
+        8,
+        "--seeds",
+        1,
+        "--rhos",
+        0.1,
+        "--methods",
+        "nusam",
+        "--ascent-share",
+        0.5,
+        "--out",
+        tmp_path,
+    )
+    scores = []
+    for more in ((), ("--one-pass",)):
+        assert find_rho(monkeypatch, setup, *options, *more) == 0
+        scores.append([trial["scores"] for trial in json.loads((tmp_path / "rho.json").read_text())["trials"]])
+    assert scores[0][0] == scores[1][0]
+    assert scores[0][1] != scores[1][1]
+
+
 def test_a_diverged_trial_has_a_place_in_table_and_figure(tmp_path):
     trials = (Trial("NuSAM", 0.1, (-0.5, -0.4)), Trial("NuSAM", 9.0, (-0.6, -float("inf"))))
     draw(RadiusSearch(Trial("base optimizer", 0.0, (-0.7, -0.6)), trials), tmp_path / "rho.png")
@@ -126,6 +149,7 @@ def test_an_error_in_the_users_own_loss_keeps_its_place(setup, monkeypatch):
         (("{file}:incomplete",), "must return a dict with base, loader, loss, model, validation"),
         (("{file}:setup", "--rhos", "-1"), "rho must be a finite number of at least 0, got -1.0"),
         (("{file}:setup", "--methods", "magic"), "--methods must name some of nusam, nusam-norm, sam, sam-on"),
+        (("{file}:setup", "--one-pass"), "--one-pass is for nusam and nusam-norm, got sam; name other --methods."),
         (("{file}:setup", "--methods", "sam-on", "--steps", "1"), "SAMON has nothing to perturb"),
         (("{file}:adadelta",), "Adadelta has a hyperparameter rho of its own"),
         (("{file}:once",), "loader must give the same batches to every training, got a list_iterator"),

@@ -39,6 +39,18 @@ def test_every_option_reaches_the_recipe():
         assert {name: getattr(cell.recipe, name) for name in given} == given
 
 
+def test_one_pass_is_for_the_runs_that_can_take_it():
+    options = {"methods": ("none", "sam", "nusam", "nusam-norm"), "rhos": (0.1,), "seeds": 1}
+    cells = Sweep(**options, one_pass=True).cells()
+    assert [cell.run.one_pass for cell in cells] == [False, False, True, True]
+    assert [cell.key for cell in cells[:2]] == [cell.key for cell in Sweep(**options).cells()[:2]]
+
+
+def test_one_pass_is_said_in_the_table(sweep):
+    code, said, _ = sweep(*SMALL, "--methods", "nusam", "--ascent-shares", "0.25", "--one-pass", "--jobs", "1")
+    assert (code, "one pass" in said) == (0, True)
+
+
 def test_other_options_are_other_runs(sweep):
     code, said, _ = sweep(*SMALL, "--methods", "none", "sam", "--jobs", "1")
     assert (code, "2 runs, 0 of them finished" in said) == (0, True)
@@ -57,6 +69,7 @@ def test_other_options_are_other_runs(sweep):
         (("--models",), "--models must name some of mixer, vit,"),
         (("--methods", "magic"), "--methods must name some of none, adamw, sam,"),
         (("--methods", "adamw", "--base", "sgd"), "--methods adamw and --base sgd are two base optimizers"),
+        (("--one-pass", "--methods", "none", "sam"), "--one-pass is for nusam and nusam-norm, got none, sam; leave it"),
         (("--rhos",), "--rhos must give at least one radius, got nothing."),
         (("--rhos", "-0.1"), "rho must be finite and at least 0, got -0.1."),
         (("--rhos", "nan"), "rho must be finite and at least 0, got nan."),

@@ -72,6 +72,7 @@ def find_rho(
     delay: float = 0.1,
     warm_up: float = 0.1,
     ascent_share: float = 1.0,
+    one_pass: bool = False,
     seeds: int = 2,
     score: Callable[[nn.Module], float] | None = None,
     report: Callable[[Trial], None] | None = None,
@@ -102,6 +103,8 @@ def find_rho(
         delay: share of the steps that the base optimizer takes alone.
         warm_up: share of the steps over which the learning rate rises.
         ascent_share: of each batch, that the ascents see; the best ρ is larger with a smaller share.
+        one_pass: whether each ascent rides in the descent before it, :meth:`nusam.SharpnessAware.one_pass`; for
+            methods with a rank-one ball.
         seeds: trainings of every method and ρ, with batches in another order and, where the model has any, other
             dropout masks.
         score: judges a trained model, in evaluation mode and without gradients; more is better. The negative mean
@@ -147,6 +150,8 @@ def find_rho(
         if method is not None:
             options = {} if ascent_share == 1 else {"ascent_share": ascent_share}
             optimizer = method(optimizer, rho=rho, delay=int(delay * steps), model=trained, **options)
+            if one_pass:
+                optimizer._begin_one_pass()
         return trained, optimizer
 
     def judge(trained: nn.Module) -> float:
@@ -155,7 +160,9 @@ def find_rho(
     def training(method: Method | None, rho: float, seed: int) -> float:
         trained, optimizer = prepared(method, rho)
         torch.manual_seed(seed)
-        _train(trained, optimizer, loss, _repeated(loader, steps), max(1, int(warm_up * steps)), steps)
+        batches = _repeated(loader, steps)
+        taken = _in_one_pass if one_pass and method is not None else _step_by_step
+        _train(optimizer, taken(trained, optimizer, loss, batches), max(1, int(warm_up * steps)), steps)
         with torch.no_grad():
             found = (score or judge)(trained.eval())
         return found if math.isfinite(found) else -math.inf
@@ -179,25 +186,33 @@ def _name(method: Method) -> str:
     return getattr(method, "__name__", type(method).__name__)
 
 
-def _train(
-    model: nn.Module,
-    optimizer: Optimizer,
-    loss: Callable[[nn.Module, Any], Tensor],
-    batches: Iterator[Any],
-    warm_up: int,
-    steps: int,
-) -> None:
+def _train(optimizer: Optimizer, gradients: Iterator[None], warm_up: int, steps: int) -> None:
     def rate(step: int) -> float:
         rest = (step - warm_up) / max(1, steps - warm_up)
         return (step + 1) / (warm_up + 1) if step < warm_up else (1 + math.cos(math.pi * rest)) / 2
 
     schedule = LambdaLR(optimizer, rate)
+    for _ in gradients:
+        optimizer.step()
+        schedule.step()
+
+
+def _step_by_step(
+    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Any], Tensor], batches: Iterator[Any]
+) -> Iterator[None]:
     for batch in batches:
         optimizer.zero_grad()
         for part in optimizer.passes(batch) if isinstance(optimizer, SharpnessAware) else (batch,):
             loss(model, part).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+        yield
+
+
+def _in_one_pass(
+    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Any], Tensor], batches: Iterator[Any]
+) -> Iterator[None]:
+    assert isinstance(optimizer, SharpnessAware)
+    for _ in optimizer.one_pass(batches, partial(loss, model)):
+        yield
 
 
 def _repeated(loader: Iterable[Any], count: int) -> Iterator[Any]:

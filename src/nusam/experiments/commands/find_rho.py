@@ -15,6 +15,7 @@ from nusam.experiments.limits import at_least, not_negative, some_of
 from nusam.experiments.training.data import Source, load
 from nusam.experiments.training.devices import require_device
 from nusam.experiments.training.methods import BASES
+from nusam.experiments.training.methods import METHODS as KNOWN
 from nusam.experiments.training.models import TITLES, require_fit
 
 __all__ = ["FindRho"]
@@ -50,6 +51,8 @@ class FindRho:
     """Radii that are tried with every method."""
     ascent_share: float = 1.0
     """Of each batch, that the ascents see."""
+    one_pass: bool = False
+    """Let each step's ascent ride in the descent before it (nusam and nusam-norm)."""
     steps: int = 200
     """Of each training."""
     seeds: int = 2
@@ -67,7 +70,8 @@ class FindRho:
 
         if isinstance(given, Source):
             given = built_in(given, self.model, self.base, self.learning_rate, self.device)
-        return RhoSearch(self.methods, self.rhos, self.ascent_share, self.steps, self.seeds, self.out).run(given)
+        search = RhoSearch(self.methods, self.rhos, self.ascent_share, self.one_pass, self.steps, self.seeds, self.out)
+        return search.run(given)
 
     def _source(self) -> Source:
         """What --model learns from, where that is possible."""
@@ -84,6 +88,8 @@ class FindRho:
         for method in self.methods:
             if method not in METHODS:
                 raise Refused(f"--methods must name some of {', '.join(METHODS)}, got {method}.")
+            if self.one_pass and not KNOWN[method].low_rank:
+                raise Refused(f"--one-pass is for nusam and nusam-norm, got {method}; name other --methods.")
         for rho in self.rhos:
             if not (math.isfinite(rho) and rho >= 0):
                 raise Refused(f"rho must be a finite number of at least 0, got {rho}.")

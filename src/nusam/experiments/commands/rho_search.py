@@ -57,6 +57,7 @@ class RhoSearch:
     methods: Sequence[str]
     rhos: Sequence[float]
     ascent_share: float
+    one_pass: bool
     steps: int
     seeds: int
     out: Path
@@ -76,6 +77,7 @@ class RhoSearch:
         methods = [getattr(nusam, KNOWN[method].kind) for method in self.methods]
         try:
             options: Any = {"rhos": self.rhos, "ascent_share": self.ascent_share, "steps": self.steps}
+            options["one_pass"] = self.one_pass
             found = find_rho(**given, **options, methods=methods, seeds=self.seeds, report=tell)
         except (TypeError, ValueError, NotImplementedError) as error:
             if _raised_in_nusam(error):

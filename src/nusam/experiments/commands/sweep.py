@@ -46,6 +46,8 @@ class Sweep:
     """Shares of the steps before the perturbation starts; each method's own unless given."""
     ascent_shares: Values[float] = (1.0,)
     """Shares of each batch that the ascent sees."""
+    one_pass: bool = False
+    """Let the next step's ascent ride in each step's descent, in the runs of nusam and nusam-norm."""
     seeds: int = 2
     """How many, from 0."""
     data: str = "digits"
@@ -110,7 +112,15 @@ class Sweep:
         runs = [
             Run(model, method, 0.0, seed)
             if method == ALONE
-            else Run(model, method, rho, seed, delay, ascent_share=share)
+            else Run(
+                model,
+                method,
+                rho,
+                seed,
+                delay,
+                ascent_share=share,
+                one_pass=self.one_pass and METHODS[method].low_rank,
+            )
             for model, method, rho, delay, share, seed in product(
                 self.models, map(kept_as, self.methods), self.rhos, delays, self.ascent_shares, range(self.seeds)
             )
@@ -133,6 +143,11 @@ class Sweep:
                 raise Refused(f"--{option} must {must} {', '.join(allowed)}, got {unknown[0]}.")
         for method in self.methods:
             require_one_base("methods", method, self.base)
+        if self.one_pass and not any(METHODS[kept_as(method)].low_rank for method in self.methods):
+            raise Refused(
+                f"--one-pass is for nusam and nusam-norm, got {', '.join(self.methods)}; leave it out, or name one of "
+                "them in --methods."
+            )
         if not self.rhos:
             raise Refused("--rhos must give at least one radius, got nothing.")
         if not self.ascent_shares:
@@ -150,7 +165,7 @@ def _table(store: Store, cells: list[Cell]) -> Table:
         run = cell.run
         delay = METHODS[run.method].delay if run.delay is None else run.delay
         rho = f"{run.rho:g}" if run.rho else "–"
-        method = title(run.method, cell.recipe.base)
+        method = title(run.method, cell.recipe.base) + (", one pass" if run.one_pass else "")
         share = "–" if run.method == ALONE else f"{run.ascent_share:g}"
         groups.setdefault((TITLES[run.model], method, rho, f"{delay:.0%}", share), []).append(cell)
     for group, members in groups.items():
