@@ -235,6 +235,7 @@ class SharpnessAware(Stepping):
                 "out, or loop over opt.passes(*batch)."
             )
         self._ascent.serve_from = 0
+        self._looks_ahead = True
         if self._one_pass is None:
             self._one_pass = OnePass(self)
         return self._one_pass

@@ -26,6 +26,7 @@ class Resumable(Targeted):
     _waiting: dict[Tensor, RankOne] | None  # ε of the next step, for radii of 1
     _in_backward: StepInBackward | None
     _first_ascent: int | None  # the step of it, since the start or the last load
+    _looks_ahead = False  # whether steps are taken in one pass, so that an ε may wait
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with our warm starts among the entries of each parameter."""
@@ -93,6 +94,8 @@ class Resumable(Targeted):
         for target in self._targets(factor=1.0):
             state = dict(self._ascent.state_of(target))
             saved[target.parameter] = state
+            if self._looks_ahead:
+                state[AHEAD] = state["u"].new_zeros(_size_ahead(target.parameter))
         for parameter, epsilon in (self._waiting or {}).items():
             numbers = torch.stack([epsilon.sigma, epsilon.norm.to(epsilon.sigma)]).to(epsilon.v)
             saved[parameter] = {**saved.get(parameter, {}), AHEAD: torch.cat([epsilon.v, numbers])}
@@ -105,13 +108,13 @@ class Resumable(Targeted):
             if AHEAD in state:
                 u = self._ascent.states[parameter]["u"]
                 v = state[AHEAD].to(u)
-                if v.shape != (matrix_shape(parameter)[1] + 2,):
+                if v.shape != (_size_ahead(parameter),):
                     raise ValueError(
                         f"The state dict holds an ε of shape {tuple(v.shape)} for a matrix of shape "
                         f"{tuple(matrix_shape(parameter))}; load it into the model it was saved from."
                     )
                 waiting[parameter] = RankOne(u, v[:-2].clone(), v[-2].clone(), v[-1].clone())
-        return waiting or None
+        return waiting if any(float(epsilon.norm) for epsilon in waiting.values()) else None  # else none waited
 
     def _checked_state(self, parameter: Tensor, state: State) -> State:
         """What the ball remembers of the parameter, on its device."""
@@ -132,3 +135,8 @@ class Resumable(Targeted):
     @property
     def _states(self) -> dict[Tensor, State]:
         return self._ascent.states
+
+
+def _size_ahead(parameter: Tensor) -> int:
+    """Of what is saved of an ε that waits."""
+    return matrix_shape(parameter)[1:].numel() + 2

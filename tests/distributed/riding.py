@@ -1,11 +1,15 @@
 """One pass a step in several processes, of which each cuts its own part of the next batch."""
 
+import shutil
+import tempfile
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import nusam
 from collectives import Collectives
@@ -207,3 +211,39 @@ def processes_agree_on_what_a_batch_can_not_do() -> None:
 
 
 CHECKS[2]["one pass agrees among processes"] = processes_agree_on_what_a_batch_can_not_do
+
+
+def goes_on_from_a_checkpoint(engine: str) -> None:
+    """torch.distributed.checkpoint fills what is there: an ε that waits has its place before any does."""
+    parts, part = shares(engine)
+    batches = [batch_of(step, parts, part) for step in range(STEPS)]
+
+    def made() -> tuple[nn.Module, nusam.NuSAM]:
+        model = ENGINES[engine][1](Net(torch.float64))
+        base = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+        return model, nusam.NuSAM(base, RHO, model=model, ascent_share=SHARE)
+
+    straight, opt = made()
+    folder = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(folder)
+    for step, _ in enumerate(opt.one_pass(batches, partial(loss_of, straight))):
+        opt.step()
+        if step == 3:
+            weights, state = get_state_dict(straight, opt)
+            dcp.save({"model": weights, "opt": state}, checkpoint_id=folder[0])
+    second, opt = made()
+    opt._begin_one_pass()  # as frameworks do before they load
+    weights, state = get_state_dict(second, opt)
+    dcp.load({"model": weights, "opt": state}, checkpoint_id=folder[0])
+    set_state_dict(second, opt, model_state_dict=weights, optim_state_dict=state)
+    assert opt._waiting
+    ride(opt, second, batches[4:])
+    for p, q in zip(second.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(full(p), full(q))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+for engine in ("DDP", "FSDP2"):
+    CHECKS[2][f"one pass goes on from a checkpoint: {engine}"] = partial(goes_on_from_a_checkpoint, engine)
