@@ -409,6 +409,28 @@ def test_a_step_whose_batches_differ_in_length_carries_nothing_and_says_so_once(
     assert_same(model, expected)
 
 
+class Decorated(WithItsLoss):
+    """As accelerate prepares a model: one autocast for all calls of its forward, which remembers what was before."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = torch.autocast("cpu", torch.bfloat16)(super().forward)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_an_autocast_that_both_losses_enter_is_left_by_both(around):
+    model, twin = built(Decorated, dtype=torch.float32), built(WithItsLoss, dtype=torch.float32)
+    batches = token_batches(8)
+    opt = wrapped(model, power_iterations=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        for _ in opt.one_pass(batches, lambda batch: own(model, batch)):
+            assert torch.is_autocast_enabled("cpu") == around
+            opt.step()
+    assert not opt._one_pass._refused
+    by_hand(twin, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9), batches, own)
+    assert_same(model, twin, 0.03)
+
+
 @pytest.mark.parametrize("calls", [1, 2])
 def test_what_a_loss_sets_for_the_process_is_its_own(calls):
     """Two losses in turns leave their contexts in any order: each finds what it has set, and nothing is left behind."""

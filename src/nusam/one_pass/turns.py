@@ -40,6 +40,7 @@ class Turns:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
+        self._run = _in_this_setting(self._body)  # not in one that the owner makes meanwhile
         self._to: SimpleQueue[Any] = SimpleQueue()
         self._from: SimpleQueue[Any] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -47,8 +48,7 @@ class Turns:
     def resume(self, answer: Any) -> Call | Done:
         """Hand over what it asked for; what it asks for next, or what it came to. What it raises is raised."""
         if self._thread is None:
-            body = _in_this_setting(self._body)
-            self._thread = threading.Thread(target=body, name="nusam-ahead", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="nusam-ahead", daemon=True)
             self._thread.start()
         else:
             self._to.put(answer)
