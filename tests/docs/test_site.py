@@ -102,7 +102,7 @@ def test_code_on_the_pages_is_the_packages_own(site):
         "v = v / (torch.linalg.vector_norm(v) + tau)",
         "torch._foreach_addcmul_(self._written, self._columns, self._rows, value=-1)",
         "vs = [A.rmatvec(u) for A, u in zip(operators, current, strict=True)]",
-        "shares, _ = _unit([together])",
+        "shares, _ = unit([together])",
     ):
         assert line in text, line
 
