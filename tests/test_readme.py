@@ -86,6 +86,18 @@ def test_the_tables_are_the_recorded_ones():
         assert row in recorded, row
 
 
+def test_the_projected_steps_are_the_recorded_ones():
+    recorded = (ROOT / "benchmarks" / "results" / "communication-projected-cpu.md").read_text()
+    rows = [line.strip("|").split("|") for line in recorded.splitlines() if line.startswith("| LLaMA-7B shape | FSDP2")]
+    seconds = {cells[2].strip(): cells[-1].split()[0] for cells in rows}
+    page = (ROOT / "docs" / "cheap.md").read_text()
+    names = {"νSAM matrix-free": "νSAM, whole batch", "νSAM at 1/8": "νSAM at 1/8, two passes"}
+    for method in ("AdamW", "SAM", "νSAM matrix-free", "νSAM at 1/8", "νSAM at 1/8, one pass"):
+        ratio = float(seconds[method]) / float(seconds["AdamW"])
+        written = "1" if method == "AdamW" else f"{ratio:.2f}"
+        assert f"| {names.get(method, method)} | {seconds[method]} | {written} |" in page
+
+
 def test_every_public_name_has_a_docstring():
     for name in nusam.__all__:
         thing = getattr(nusam, name)
