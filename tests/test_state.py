@@ -243,3 +243,39 @@ def test_a_run_that_was_perturbed_is_quiet(never_perturbed_warning):
     resumed.load_state_dict(saved)
     resumed.state_dict()
     del opt, resumed
+
+
+class ByHand(nn.Module):
+    """Multiplies with weights that no layer of torch's holds, so that nobody knows at first who writes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.randn(5, 6)), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(nn.functional.linear(x, self.weight)))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_resuming_is_bit_exact_for_weights_that_no_known_layer_holds(at):
+    torch.manual_seed(0)
+    model = ByHand()
+    x, y = torch.randn(16, 6), torch.randint(0, 4, (16,))
+
+    def optimizer(model):
+        return nusam.NuSAM(torch.optim.AdamW(model.parameters(), lr=0.01), rho=0.3, model=model)
+
+    def train(model, opt, count):
+        for _ in range(count):
+            for _ in opt.passes():
+                nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+
+    opt = optimizer(model)
+    train(model, opt, at)
+    other = copy.deepcopy(model)
+    resumed = optimizer(other)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(model, opt, 6)
+    train(other, resumed, 6)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

@@ -41,12 +41,12 @@ class Dense(NamedTuple):
 
 
 class RankOne(NamedTuple):
-    """The perturbation u·vᵀ of a matrix, kept as its two vectors."""
+    """The perturbation u·vᵀ of a matrix, kept as its two vectors; of E stacked matrices, as E of each."""
 
-    u: Tensor  # (n,) unit norm
-    v: Tensor  # (m,) carries the radius
-    sigma: Tensor  # () estimate of the gradient's top singular value
-    norm: Tensor  # () Frobenius (= nuclear) norm of ε
+    u: Tensor  # (n,) or (E, n), unit norm
+    v: Tensor  # (m,) or (E, m), carries the radius
+    sigma: Tensor  # () estimate of the gradient's top singular value, the largest of a stack
+    norm: Tensor  # () Frobenius (of one matrix: nuclear) norm of ε
 
 
 Perturbation = Dense | RankOne

@@ -160,6 +160,7 @@ class SharpnessAware(Stepping):
         remembers = [combination] if combination else []
         self._ascent = Ascent(lmo, (0 if everything else WORTH_SERVING) if serves else None, direction, remembers)
         self._both = BothGradients(combination)
+        self._stacks = self._ascent.stacks
         self._pending: dict[Tensor, Perturbation] | None = None
         self._in_backward: StepInBackward | None = None
         self._guard = ModelGuard(model, self.ascent_share == 1)

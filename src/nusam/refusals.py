@@ -28,7 +28,6 @@ WRITTEN = "written in the passes themselves"
 class Checked(Resumable):
     """An optimizer that refuses what it can't serve, and holds what had a gradient against what had an ε."""
 
-    placement: str
     _ledger: Ledger
     _written: WrittenWeights
     _holders: Holders

@@ -14,6 +14,7 @@ from nusam.directions import Direction
 from nusam.distributed.data_parallel import DataParallel, unwrapped
 from nusam.guards.checks import check_radius
 from nusam.layers.convolutions import kernels_of
+from nusam.layers.experts import stacks_of
 from nusam.lmo import LMO, Nuclear
 from nusam.wrapper import Wrapper
 
@@ -39,10 +40,12 @@ class Targeted(Wrapper):
     rho_schedule: Callable[[int], float] | None
     model: nn.Module | None
     targets: Targets
+    placement: str
     seed: int
     m_sam: Any
     _progress: "Progress"
     _target_list: "_TargetList | None"
+    _stacks: set[Tensor]  # parameters that are a matrix for each expert
     _kernels: set[Tensor] | None = None  # of the model's convolutions, where these count as matrices
 
     direction: Direction
@@ -65,7 +68,9 @@ class Targeted(Wrapper):
 
     def perturbation_numel(self) -> int:
         """Floats that ε needs: Σ(n+m) over the matrices for νSAM (Table 1), every perturbed weight for SAM."""
-        return sum(self.lmo.numel(target.parameter) for target in self._targets(factor=1.0))
+        parameters = [target.parameter for target in self._targets(factor=1.0)]
+        stacked = sum(p.shape[0] * sum(p.shape[1:]) for p in parameters if p in self._stacks)
+        return stacked + sum(self.lmo.numel(p) for p in parameters if p not in self._stacks)
 
     def coverage(self) -> Coverage:
         """How many trainable entries are perturbed, once the delay is over, and by name what is not.
@@ -84,6 +89,8 @@ class Targeted(Wrapper):
         return f"{type(self).__name__} perturbs a {self._target}"
 
     def _perturbs(self, parameter: Tensor) -> bool:
+        if parameter in self._stacks:
+            return True
         if not self.lmo.selects(parameter):
             return False
         return self._kernels is None or parameter.ndim == 2 or parameter in self._kernels
@@ -92,6 +99,19 @@ class Targeted(Wrapper):
         """Which parameters of more than two dimensions are matrices: without a model all that the ball selects."""
         if self.model is not None and isinstance(self.lmo, Nuclear) and self.lmo.convolutions:
             self._kernels = set(map(self._workers().stored, kernels_of(self.model)))
+
+    def _find_stacks(self) -> None:
+        """Which parameters are a stack of matrices, each with a radius of its own."""
+        self._stacks.clear()
+        own_radii = isinstance(self.lmo, Nuclear) and not self.lmo.joint
+        if self.model is None or not own_radii or self.placement == "forward":
+            return
+        chooses, names = self.targets, self._names()
+
+        def named(parameter: nn.Parameter) -> bool:
+            return callable(chooses) and chooses(names[parameter], parameter)
+
+        self._stacks.update(stacks_of(unwrapped(self.model), named if callable(chooses) else None))
 
     def _radii(self) -> list[float]:
         """ρ of every group at this step: its own times the schedule's factor."""
@@ -133,6 +153,7 @@ class Targeted(Wrapper):
     def _candidates(self) -> list[Candidate]:
         """Every parameter that the optimizer holds, and those beside it that may be perturbed."""
         self._find_kernels()
+        self._find_stacks()
         groups, turned = self.param_groups, turns_round(self.base_optimizer)
         signs = [-1.0 if turned != bool(group.get("maximize", False)) else 1.0 for group in groups]
         everything = [

@@ -16,7 +16,7 @@ from nusam.directions import Direction
 from nusam.distributed.blocks import complete, is_sharded, local, local_state, route
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
-from nusam.lmo import LMO, Nuclear, Perturbation, RankOne
+from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
 from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration
 from nusam.targets import Target
 
@@ -70,10 +70,15 @@ class Ascent(Serving):
                 workers.average([target.parameter for target in targets])
                 in_summands = False
             keep()
+            stacks = [target for target in targets if target.parameter in self.stacks]
+            if stacks and in_summands:
+                workers.average([target.parameter for target in stacks])
+            targets = [target for target in targets if target.parameter not in self.stacks]
             if in_summands or (sharded and not whole_pairs):
                 found = self._from_parts(targets, pass_, workers, in_summands, age)
             else:
                 found = self._from_here(targets, pass_, seed, sharded, age)
+            found |= self._of_stacks(stacks)
         self.measure(found)
         return found
 
@@ -97,6 +102,19 @@ class Ascent(Serving):
         epsilons = self.lmo(directed, radii, states, seed, *more)
         epsilons = self.direction.shaped(epsilons, parameters, here, together)
         return {target.parameter: epsilon for target, epsilon in zip(targets, epsilons, strict=True)}
+
+    def _of_stacks(self, targets: Sequence[Target]) -> dict[Tensor, Perturbation]:
+        """ε of every matrix of a stack, by its gradient; 0 for that of an expert without one."""
+        found: dict[Tensor, Perturbation] = {}
+        for target in targets:
+            gradient, state = target.parameter.grad, self.state_of(target)
+            if gradient is not None:
+                rows: list[State] = [{"u": u} for u in state["u"]]
+                epsilons = self.lmo(list(gradient), [target.radius] * len(rows), rows, 0)
+                us, vs, sigmas, norms = map(torch.stack, zip(*cast(list[RankOne], epsilons), strict=True))
+                state["u"] = us
+                found[target.parameter] = RankOne(us, vs, sigmas.amax(), torch.linalg.vector_norm(norms))
+        return found
 
     def measure(self, found: Mapping[Tensor, Perturbation]) -> None:
         """What the metrics say of a step's ε."""

@@ -50,6 +50,7 @@ class Serving:
 
     def __init__(self, lmo: LMO, serve_from: int | None, remembers: Sequence[Remembers] = ()) -> None:
         self.lmo = lmo
+        self.stacks: set[Tensor] = set()  # parameters that are a matrix for each expert
         self._remembers = remembers
         self.serve_from = serve_from
         self.states: dict[Tensor, State] = {}
@@ -73,6 +74,8 @@ class Serving:
 
     def fresh_state(self, parameter: Tensor, seed: int) -> State:
         """What is remembered of a parameter before its first ascent."""
+        if parameter in self.stacks:
+            return {"u": torch.stack([self.lmo.init_state(M, seed ^ e)["u"] for e, M in enumerate(parameter.detach())])}
         state = self.lmo.init_state(parameter, seed)
         for other in self._remembers:
             state |= other.init_state(parameter)

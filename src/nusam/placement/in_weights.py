@@ -65,6 +65,8 @@ def _here(parameter: Tensor, epsilon: Perturbation) -> Perturbation:
 
 def _factors(epsilon: RankOne, parameter: Tensor) -> tuple[Tensor, Tensor]:
     """What multiplies to ε entry by entry, in the shape of a parameter that may lie in memory in any order."""
+    if epsilon.u.ndim == 2:  # a stack of matrices
+        return epsilon.u.unsqueeze(-1), epsilon.v.unsqueeze(-2)
     others = parameter.shape[1:]
     return epsilon.u.view(-1, *[1] * len(others)), epsilon.v.view(1, *others)
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
+import torch
 from torch import Tensor, nn
 
 from nusam.guards.watch import Watch, is_here
@@ -34,9 +35,10 @@ class WrittenWeights:
         self._check = False
         self._ascended = False
         self._watch: Watch | None = None
+        self._placed: _Watched | None = None  # of the running descent
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_watch": None}
+        return {**self.__dict__, "_watch": None, "_placed": None}
 
     def before_ascent(self, parameters: Iterable[Tensor], check: bool, tree: ModuleTree | None = None) -> None:
         """Begin to watch; with ``check`` by norms too, which waits for the device afterwards."""
@@ -90,21 +92,21 @@ class WrittenWeights:
             parameters: what is perturbed.
             perturbations: by how much.
             bit_exact: whether all of them are kept by a copy.
-            unknown: those of them that no known layer holds; a copy keeps them too in a step that checks.
+            unknown: those of them that no known layer holds; a step that checks has a copy of them at hand.
             others: parameters that may be unperturbed, and are kept all the same where the ascent has written them.
             unreached: those that the ascent was to perturb and did not reach, kept too in a step that checks.
         """
         perturbed = set(parameters)
         copied = perturbed if bit_exact else perturbed & self._written
-        if self._check:
-            copied = copied | (perturbed & unknown)
+        dense = any(isinstance(epsilon, Dense) for epsilon in perturbations)
+        spared = [p for p in parameters if p in unknown and p not in copied] if self._check and not dense else []
         written = self._written | unreached if self._check else self._written
         kept = [p for p in others if p in written and p not in perturbed] if self._ascended else []
-        dense = any(isinstance(epsilon, Dense) for epsilon in perturbations)
-        self._subtracted = set() if dense else perturbed - copied
+        self._subtracted = set() if dense else perturbed - copied - {*spared}
         watched = [] if dense else [p for p in parameters if p in self._watchable and p not in self._written]
         placed = in_weights(parameters, perturbations, copied, kept)
-        return _Watched(placed, lambda: self._begin(watched))
+        self._placed = _Watched(placed, lambda: self._begin(watched), spared)
+        return self._placed
 
     def _begin(self, watched: Sequence[Tensor]) -> None:
         self._watch = Watch(watched, self._check)
@@ -116,6 +118,9 @@ class WrittenWeights:
         if watch is not None:
             written = {*watch.stirred(), *(watch.changed() if self._check else [])}
         self._written |= written
+        if self._placed is not None:
+            self._placed.keep(written)
+            self._placed = None
         late, self._late = self._late | (written & self._subtracted), set()
         self._check = self._ascended = False
         if late:
@@ -129,17 +134,34 @@ class WrittenWeights:
 
 
 class _Watched(InWeights):
-    """Watches from the moment that ε has been added."""
+    """Watches from the moment that ε has been added.
 
-    def __init__(self, placed: InWeights, begin: Callable[[], None]) -> None:
+    Of some weights it has a copy at hand, which counts only if it turns out that they were written, or if nobody got
+    to see that: an ε that is taken back in the same way in every step leaves a resumed run the same to the bit.
+    """
+
+    def __init__(self, placed: InWeights, begin: Callable[[], None], spared: Sequence[Tensor]) -> None:
         self._placed, self._begin = placed, begin
+        self._spared = spared
+        self._copies: dict[Tensor, Tensor] = {}
 
+    @torch.no_grad()
     def add(self) -> None:
+        self._copies = {parameter: parameter.detach().clone() for parameter in self._spared}
         self._placed.add()
         self._begin()
 
+    def keep(self, written: AbstractSet[Tensor]) -> None:
+        """Restore by their copies those that were written, and no others."""
+        self._copies = {parameter: copy for parameter, copy in self._copies.items() if parameter in written}
+
+    @torch.no_grad()
     def remove(self) -> None:
         self._placed.remove()
+        if self._copies:
+            torch._foreach_copy_(list(self._copies), list(self._copies.values()))
+            torch.clear_autocast_cache()
+            self._copies = {}
 
 
 def _with_maximal_norm(tree: ModuleTree) -> Iterator[Tensor]:
