@@ -200,13 +200,19 @@ def test_table1_stands_beside_the_paper(tmp_path):
     large, base = rows["ViT-L/16", "νSAM"], rows["ViT-B/16", "νSAM"]
     assert (large["floats of ε"], large["paper"]) == (395_240, "395k floats")
     assert (base["floats of ε"], base["paper"]) == (149_224, "saves more than 99.8%")
-    assert base["saved"] == pytest.approx(0.99828, abs=1e-5)
+    assert base["saved"] == "99.83%"
+    assert rows["ViT-L/16", "SAM-ON"]["saved"] == "99.97%"
     assert rows["ViT-B/16", "SAM"]["floats of ε"] == 86_567_656
     assert rows["ViT-B/16", "SAM"]["paper"] is None  # not in the text
     assert {row["source"] for row in result.rows if row["method"] in ("SSAM", "FSAM")} == {"published"}
-    assert rows["ViT-L/16", "SAM"]["bytes over SGD"] == 1.5
-    assert result.findings.count("agrees") == 3
-    assert "does not" not in result.findings
+    assert rows["ViT-L/16", "SAM"]["bytes over SGD"] == "1.5000"
+    # (2·304,326,632 + 395,240) / (3·304,326,632) of SAM's floats with SGD
+    assert large["below SAM, SGD"] == f"{100 * (1 - (2 * 304_326_632 + 395_240) / (3 * 304_326_632)):.2f}%" == "33.29%"
+    assert result.findings.count("agrees") == 6
+    # 288 to 574 times is less than three orders of magnitude
+    (unlike,) = [line for line in result.findings.splitlines() if "does not agree" in line]
+    assert "3 orders of magnitude" in unlike
+    assert "288 to 574" in unlike
     result.write(tmp_path)
     assert read_all(tmp_path) == [result]
 
