@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import nusam
 from nusam.experiments.training.building import build
@@ -47,6 +48,18 @@ def test_methods_share_split_weights_and_order_until_the_delay_is_over(method, d
     perturbed = epochs(Run("mixer", method, 0.1, seed=1), recipe, digits)
     assert perturbed[0] == alone[0]
     assert perturbed[1] != alone[1]
+
+
+def test_a_runs_seed_reaches_its_warm_starts():
+    starts = []
+    for number in (0, 1, 0):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        run = Run("mixer", "nusam", 0.1, number)
+        opt = METHODS["nusam"].wrap(torch.optim.SGD(model.parameters(), lr=0.1), run, 10, model)
+        starts.append(opt.state_dict()["state"][0]["nusam_u"])
+    assert torch.equal(starts[0], starts[2])
+    assert not torch.allclose(starts[0], starts[1])
 
 
 def test_training_learns(digits):

@@ -61,7 +61,7 @@ class Method:
         options = {**self.options, **({"power_iterations": run.power_iterations} if self.low_rank else {})}
         kind: Callable[..., nusam.SharpnessAware] = getattr(nusam, self.kind)
         delay, share = self.delay_steps(run, steps), run.ascent_share
-        return kind(base, rho=run.rho, delay=delay, ascent_share=share, model=model, **options)
+        return kind(base, rho=run.rho, delay=delay, ascent_share=share, model=model, seed=run.seed, **options)
 
 
 # νSAM's ρ is the radius of each matrix, SAM's that of all parameters together, so their ranges differ. SAM-ON gets
