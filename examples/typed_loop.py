@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import nusam
-from nusam.lmo import LMO, Dense, Perturbation, State
+from nusam.combinations import SurrogateGap
+from nusam.directions import Averaged
+from nusam.lmo import L2, LMO, Dense, Perturbation, State
 
 
 class Blockwise(LMO):
@@ -94,6 +96,26 @@ def main() -> None:
     custom = network()
     ball = nusam.SharpnessAware(torch.optim.SGD(custom.parameters(), lr=0.3), Blockwise(), rho=0.01)
     print(f"a ball of one's own: loss {train(custom, ball):.3f}")
+
+    for method in (nusam.ASAM, nusam.FriendlySAM, nusam.GSAM, nusam.SSAM, nusam.USAM, nusam.VaSSO, nusam.WSAM):
+        other = network()
+        print(
+            f"{method.__name__}: loss {train(other, method(torch.optim.SGD(other.parameters(), lr=0.3), rho=0.02)):.3f}"
+        )
+    noisy = network()
+    noise = nusam.RWP(torch.optim.SGD(noisy.parameters(), lr=0.3), sigma=0.02, mixture=0.5)
+    print(f"random weights, mixed: loss {train(noisy, noise):.3f}")
+    sparing = network()
+    seldom = nusam.LookSAM(torch.optim.SGD(sparing.parameters(), lr=0.3), rho=0.02, every=4)
+    print(f"an ascent in every fourth step: loss {train_by_closure(sparing, seldom):.3f}")
+    own = nusam.SharpnessAware(
+        torch.optim.SGD(network().parameters(), lr=0.3),
+        L2(),
+        0.02,
+        direction=Averaged(0.5),
+        combination=SurrogateGap(0.2),
+    )
+    print(f"an average, and a surrogate gap: {type(own.direction).__name__}, {type(own.combination).__name__}")
 
     lean = network()
     frugal = nusam.NuSAM(torch.optim.AdamW(lean.parameters(), lr=3e-3), model=lean, ascent="matrix-free")
