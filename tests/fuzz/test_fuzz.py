@@ -200,3 +200,11 @@ def test_a_layer_that_the_descent_alone_reaches_may_write_its_weight(start, befo
         run.take()
     run.take(Plan(off=(("ascent", 0),)))
     run.take()
+
+
+@pytest.mark.parametrize("how", ["halves", "passes"])
+def test_a_large_matrix_in_two_reentrant_checkpoints_is_named_where_the_ascent_can_not_be_repeated(start, how):
+    run = start(Spec(2, ("twice", ("reentrant", LINEAR))), Options(frees=True))
+    for _ in range(3):
+        run.take(how=how)
+    assert bool(run.told) == (how == "halves")

@@ -275,7 +275,9 @@ class Trial:
 
     def _called_repeatedly(self, plan: Plan) -> set[str]:
         """Matrices that a pass may use another number of times than other passes."""
-        return set(matrices(self.model)) if plan.forwards > 1 or plan.extras or self.plan != plan else set()
+        in_pieces = self.options.frees and "reentrant" in kinds(self.spec)  # of which the first is gone
+        several = plan.forwards > 1 or plan.extras or self.plan != plan or in_pieces
+        return set(matrices(self.model)) if several else set()
 
     def _without(self, said: list[sentences.Said], how: str, metrics: dict[str, float]) -> frozenset[str]:
         """What had no ε, as a warning of this step or an earlier one said."""
