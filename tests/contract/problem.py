@@ -34,6 +34,7 @@ class Run:
         overflow: number of the forward pass (from 0) whose loss overflows, or None.
         folder: where to save after the last step and to resume from.
         resume: whether to go on from what a run saved in ``folder``.
+        method: by its name in nusam.
     """
 
     steps: int = 20
@@ -48,6 +49,7 @@ class Run:
     overflow: int | None = None
     folder: Path | None = None
     resume: bool = False
+    method: str = "NuSAM"
 
     def rate(self, step: int) -> float:
         """The factor on the learning rate of a step."""
@@ -130,8 +132,9 @@ class Trained:
         return torch.optim.SGD([{"params": matrices}, {"params": rest}], lr=LR, momentum=MOMENTUM)
 
     def wrap(self, base: Optimizer, model: nn.Module) -> nusam.SharpnessAware:
-        """νSAM around a base optimizer, noting the steps that it takes."""
-        self.opt = nusam.NuSAM(base, rho=RHO, delay=self.run.delay, ascent_share=self.run.share, model=model)
+        """The method around a base optimizer, noting the steps that it takes."""
+        kind = getattr(nusam, self.run.method)
+        self.opt = kind(base, RHO, delay=self.run.delay, ascent_share=self.run.share, model=model)
         self.opt.register_step_post_hook(self._note)
         return self.opt
 

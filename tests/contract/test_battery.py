@@ -67,6 +67,15 @@ def test_twenty_steps_equal_the_plain_loop(loop):
     assert_equal_runs(loop.train(Run()), PlainLoop().train(Run()))
 
 
+@each([loop for loop in OTHERS if type(loop).__name__ != "TimmLoop"])  # whose registry has νSAM, SAM and SAM-ON
+@pytest.mark.parametrize("method", ["ASAM", "FriendlySAM", "GSAM", "LookSAM", "RWP", "SSAM"])
+def test_other_methods_equal_the_plain_loop(loop, method):
+    run = Run(steps=10, micro_batches=2 if "accumulation" in loop.can else 1, method=method)
+    trained, plain = loop.train(run), PlainLoop().train(run)
+    assert_equal_runs(trained, plain)
+    assert trained.model.forwards == plain.model.forwards
+
+
 @each(OTHERS)
 def test_clipping_is_of_the_descent_gradient_once(loop):
     run = Run(clip=0.1)
