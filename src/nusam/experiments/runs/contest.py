@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.spec import Outcome, Recipe, Run
-from nusam.experiments.runs.store import Cell, Store
 
 __all__ = ["Contender", "Contest", "Setting", "interval", "mean_and_error", "mean_and_half_width"]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from nusam.experiments.errors import Refused
+from nusam.experiments.runs.progress import Bars, describe
+from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.augmentation import require_images
 from nusam.experiments.training.data import Source, load, with_wrong_labels
 from nusam.experiments.training.devices import jobs_on
-from nusam.experiments.errors import Refused
 from nusam.experiments.training.models import require_fit
-from nusam.experiments.runs.progress import Bars, describe
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Report, Run
-from nusam.experiments.runs.store import Cell, Store
 
 if TYPE_CHECKING:
     import torch

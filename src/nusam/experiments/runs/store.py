@@ -13,8 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nusam.experiments.training.devices import device_name
 from nusam.experiments.errors import Refused
+from nusam.experiments.training.devices import device_name
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
 
 if TYPE_CHECKING:

@@ -9,15 +9,15 @@ from typing import Any
 import torch.distributed as dist
 from rich.console import Console
 
+from nusam.experiments.files import write_whole, writing_to
+from nusam.experiments.runs.progress import Bars
 from nusam.experiments.training.checkpoint import Checkpoint
 from nusam.experiments.training.data import Source
 from nusam.experiments.training.devices import device_name
-from nusam.experiments.files import write_whole, writing_to
-from nusam.experiments.training.machine import Machine, launched
-from nusam.experiments.runs.progress import Bars
-from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Report, Run
-from nusam.experiments.training.scalars import Scalars
 from nusam.experiments.training.loop import Stopped, train
+from nusam.experiments.training.machine import Machine, launched
+from nusam.experiments.training.scalars import Scalars
+from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Report, Run
 
 __all__ = ["Watched"]
 

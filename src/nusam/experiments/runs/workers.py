@@ -10,10 +10,10 @@ from multiprocessing.process import BaseProcess
 import torch
 from torch import Tensor
 
-from nusam.experiments.training.data import Source
 from nusam.experiments.errors import Refused
-from nusam.experiments.training.spec import Outcome, Recipe, Report, Run
+from nusam.experiments.training.data import Source
 from nusam.experiments.training.loop import train
+from nusam.experiments.training.spec import Outcome, Recipe, Report, Run
 
 __all__ = ["Workers"]
 
