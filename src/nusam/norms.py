@@ -11,6 +11,7 @@ __all__ = [
     "are_alike",
     "largest_entry",
     "multiply_each",
+    "norm_of",
     "unit",
 ]
 
@@ -84,3 +85,9 @@ def _unit_of_many_kinds(
 
 def largest_entry(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, float("inf")) if x.numel() else x.new_zeros(())
+
+
+def norm_of(x: Tensor) -> Tensor:
+    """‖x‖₂ in the working dtype."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=working_dtype(x))
+    return norm

@@ -208,3 +208,11 @@ def test_a_large_matrix_in_two_reentrant_checkpoints_is_named_where_the_ascent_c
     for _ in range(3):
         run.take(how=how)
     assert bool(run.told) == (how == "halves")
+
+
+@pytest.mark.parametrize("options", [Options(), IN_FORWARD])
+def test_a_gradient_that_cancels_says_nothing_of_a_matrix(start, options):
+    run = start(Spec(2, ("batch norm",), table="plain"), options)  # the gradients of a batch norm's input add up to 0
+    for _ in range(6):
+        run.take()
+    assert not run.refused

@@ -53,6 +53,7 @@ class Findings:
         self.waiting: LayerGradient | None = None  # the one use, small enough to be multiplied with others
         self.pair: tuple[Tensor, Tensor] | None = None  # Gv and v of the one use
         self.checked: Tensor | None = None  # Gᵀr by the layers, summed over uses
+        self.scale: Tensor | None = None  # Σ‖X‖‖D‖ over those uses, of which a gradient that cancels leaves rounding
         self.gradient_checked: Tensor | None = None  # Gᵀr by the gradient, where that was freed
         self.gradient_pair: TopPair | None = None  # and what it gave
         self.block = whole(shape)  # of the matrix, what the layer multiplies with here

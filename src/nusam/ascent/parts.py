@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nusam.ascent.products import Sum
@@ -88,9 +87,3 @@ class Nothing:
 
     def rmatvec(self, u: Tensor) -> Tensor:
         return u.new_zeros(self.m)
-
-
-def norm_of(x: Tensor) -> Tensor:
-    """‖x‖₂ in the working dtype."""
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=working_dtype(x))
-    return norm

@@ -10,6 +10,7 @@ from nusam.ascent.function import as_multiplied, layer_with_products
 from nusam.ascent.products import LayerGradient, Rows
 from nusam.distributed.blocks import block, is_sharded, layout, local
 from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, tapped
+from nusam.norms import norm_of
 from nusam.power_iteration import Explicit, Matrix, as_matrix, normalized, products
 
 __all__ = ["Job", "Record"]
@@ -109,6 +110,10 @@ class Record(Findings):
         self._multiply(G, (kind, X, D, n))
 
     def _multiply(self, G: Matrix, use: tuple[type[Kind], Tensor, Tensor, int]) -> None:
+        if self.r is not None:
+            _, X, D, _ = use
+            scale = norm_of(D) * norm_of(X) if X.is_floating_point() else norm_of(D)
+            self.scale = scale if self.scale is None else self.scale + scale
         if self.r is not None and not self.job.keeps:
             product = G.rmatvec(self.r)
             self.checked = product if self.checked is None else self.checked + product

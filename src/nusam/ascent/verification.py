@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.ascent.parts import by_gradient, by_layers, norm_of
+from nusam.ascent.parts import by_gradient, by_layers
 from nusam.ascent.record import Record
 from nusam.distributed.blocks import averaged, is_sharded
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
+from nusam.norms import norm_of
 from nusam.power_iteration import Explicit, as_matrix
 
 __all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
@@ -23,6 +24,7 @@ ONE_USE = "one use"  # the products of a single use of its layer are those of it
 SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
 OTHERWISE = "otherwise"  # it has uses that no layer sees, for good
 
+_ROUNDING = 64.0  # rounding units of what was summed, below which a gradient that cancels says nothing
 IN_A_GRAPH = "used repeatedly in a graph"
 
 
@@ -135,9 +137,10 @@ def compared(records: Sequence[Record], workers: DataParallel, everyone: DataPar
         together.max_(facts)  # all processes must come to one verdict
     rows = torch.stack([torch.cat([size, fact.to(device)]) for size, fact in zip(sizes, facts, strict=True)]).tolist()
     verdicts = {}
-    for record, (difference, size, tolerance, *known) in zip(reached, rows, strict=True):
-        if math.isfinite(size) and size > 0:
-            verdicts[record.parameter] = _verdict(record, difference <= tolerance * size, *map(round, known))
+    for record, (difference, size, tolerance, rounding, *known) in zip(reached, rows, strict=True):
+        if math.isfinite(size) and size > rounding:
+            agrees = difference <= tolerance * size + rounding
+            verdicts[record.parameter] = _verdict(record, agrees, *map(round, known))
     return verdicts
 
 
@@ -145,7 +148,10 @@ def _facts(record: Record) -> Tensor:
     """What this process saw of the matrix, the more the less it is to be trusted."""
     seen = (record.completed, record.wanted_elsewhere, record.in_pieces, record.is_altered)
     known = [_tolerance(record), *map(float, seen)]
-    return torch.cat([record.u.new_tensor(known), record.count().reshape(1).to(record.u.dtype)]).float()
+    rounding = record.u.new_zeros(1) if record.scale is None else _ROUNDING * record.scale.reshape(1).to(record.u)
+    rounding = rounding * torch.finfo(record.u.dtype).eps
+    facts = record.u.new_tensor(known)
+    return torch.cat([facts[:1], rounding, facts[1:], record.count().reshape(1).to(record.u.dtype)]).float()
 
 
 def _verdict(
