@@ -10,7 +10,7 @@ from torch import nn
 import nusam
 
 
-class Experts(nn.Module):
+class Mixture(nn.Module):
     """A stack of matrices in one parameter, as mixture-of-experts layers hold them."""
 
     def __init__(self, experts=4, n=5, m=6):
@@ -54,7 +54,7 @@ def X(model):
 
 @pytest.mark.filterwarnings("ignore:.*less than a tenth")
 @pytest.mark.parametrize("with_model", [True, False])
-@pytest.mark.parametrize("build", [convolutional, Experts])
+@pytest.mark.parametrize("build", [convolutional, Mixture])
 @pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.NuSAMNorm, nusam.SAM, nusam.GaussSAM])
 def test_it_counts_what_a_step_moves(kind, build, with_model):
     model = build()
@@ -71,7 +71,7 @@ def test_it_counts_what_a_step_moves(kind, build, with_model):
 
 
 def test_convolutions_and_stacks_of_experts_are_named_with_their_shapes():
-    model = Experts()
+    model = Mixture()
     left_out = nusam.NuSAM(sgd(model), model=model).coverage().left_out
     assert left_out["stack"] == "(4, 5, 6): NuSAM perturbs a 2-D parameter only"
     model = convolutional()
@@ -99,7 +99,7 @@ def test_every_other_reason_has_its_words():
 
 
 def test_delay_and_schedule_do_not_count():
-    model = Experts()
+    model = Mixture()
     options = {"delay": 100, "rho_schedule": lambda step: 0.0}
     assert nusam.NuSAM(sgd(model), **options).coverage() == nusam.NuSAM(sgd(model)).coverage()
     assert nusam.SAM(sgd(model), rho=0.0).coverage().share == 0
@@ -118,7 +118,7 @@ LITTLE = "NuSAM perturbs a 2-D parameter only, which is 10 of the 135 entries ha
 
 @pytest.mark.parametrize("delay", [0, 2])
 def test_a_method_that_reaches_little_says_so_once_at_the_first_perturbed_step(delay):
-    model, x = Experts(), torch.randn(8, 6)
+    model, x = Mixture(), torch.randn(8, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt = nusam.NuSAM(sgd(model), delay=delay)
@@ -136,8 +136,8 @@ def test_a_method_that_reaches_little_says_so_once_at_the_first_perturbed_step(d
 
 
 def test_what_was_meant_says_nothing():
-    model, x = Experts(), torch.randn(8, 6)
-    frozen, vectors = Experts(), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2000))
+    model, x = Mixture(), torch.randn(8, 6)
+    frozen, vectors = Mixture(), nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2000))
     frozen.stack.requires_grad_(False)
     alone = [model.head.weight]
     groups = [{"params": [model.stack], "rho": 0.0}, {"params": alone}]

@@ -24,10 +24,11 @@ def answers(tmp_path_factory):
     return ask
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("processes", "name"),
-    [pytest.param(n, name, marks=[pytest.mark.slow] * (n > 2)) for n in CHECKS for name in CHECKS[n]],
+    [(n, name) for n in CHECKS for name in CHECKS[n]],
 )
 def test_in_processes(processes, name, answers):
     answer = answers(processes)[name]

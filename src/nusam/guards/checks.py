@@ -123,8 +123,6 @@ def check_base_optimizer(base: Any) -> None:
         )
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}.")
-    if any(is_lazy(parameter) for group in base.param_groups for parameter in group["params"]):
-        raise ValueError("base_optimizer holds a lazy layer's parameter, not shaped yet; run the model once before it.")
     inside = list(chain(base))
     for one in inside:
         if hasattr(one, "base_optimizer"):
@@ -136,6 +134,8 @@ def check_base_optimizer(base: Any) -> None:
             f"base_optimizer {type(base).__name__} has no defaults, which every torch.optim.Optimizer has; wrap the "
             "optimizer inside it instead."
         )
+    if any(is_lazy(parameter) for group in base.param_groups for parameter in group["params"]):
+        raise ValueError("base_optimizer holds a lazy layer's parameter, not shaped yet; run the model once before it.")
     if any("rho" in one.defaults for one in inside):
         raise TypeError(
             f"base_optimizer {type(base).__name__} has a hyperparameter rho of its own, which would be taken for the "
