@@ -56,7 +56,7 @@ def trained_alone(method, base, accumulate, dtype, steps):
 
 def equals_one_process(engine, method, base, accumulate, dtype=torch.float64, tolerance=1e-10, **options):
     """Train here together and alone on the joint batch; every weight must come out the same."""
-    steps = STEPS if dist.get_world_size() == 2 else 8  # four processes on two cores are slow
+    steps = STEPS
     alone = trained_alone(method, base, accumulate, dtype, steps)
     together = ENGINES[engine][1](Net(dtype))
     opt = build(method, together, base, **options)
