@@ -252,6 +252,19 @@ def test_an_exception_leaves_nothing_behind(method, where):
         train_step(model, opt, step)
 
 
+def test_an_ascent_that_no_descent_followed_does_not_count_later():
+    model, _, _ = twins()
+    opt = nusam.LookSAM(BASES["sgd"](model.parameters()), RHO, every=4)
+    for step in range(4):
+        train_step(model, opt, step)
+    with opt.ascent():
+        loss_of(model, 4).backward()
+    opt.step()  # the descent is left out
+    before = {p: s["v"].clone() for p, s in opt._states.items()}
+    train_step(model, opt, 5)
+    assert all(torch.equal(opt._states[p]["v"], v) for p, v in before.items())
+
+
 @pytest.mark.parametrize(("every", "expected"), [(1, 20), (4, 13), (5, 12), (50, 11)])
 def test_look_back_runs_no_pass_that_it_does_not_need(every, expected):
     """A peer's runs its closure for both passes in every step, and so saves nothing."""

@@ -27,11 +27,6 @@ class BothGradients:
         self.combination = combination
         self._clean: dict[Tensor, Tensor] = {}
 
-    @property
-    def has_clean(self) -> bool:
-        """Whether an ascent has left g for the next descent."""
-        return bool(self._clean)
-
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_clean": {}}
 
@@ -40,13 +35,16 @@ class BothGradients:
         if self.combination is not None:
             self._clean = {p: local(p.grad).detach().clone() for p in parameters if p.grad is not None}
 
+    def forget(self) -> None:
+        """The next descent follows no ascent, whatever an earlier one has left."""
+        self._clean = {}
+
     @contextmanager
     def combined(
         self,
         parameters: Sequence[Tensor],
         workers: DataParallel,
         accumulate: bool,
-        is_perturbed: bool,
         state_of: Callable[[Tensor], State],
     ) -> Iterator[None]:
         """A descent; then ``grad`` is what the combination makes of it, added to earlier micro-batches' if told."""
@@ -55,16 +53,16 @@ class BothGradients:
             clear_gradients(parameters)
         try:
             yield
-            self._combine(parameters, is_perturbed, state_of)
+            self._combine(parameters, state_of)
         finally:
-            self._clean = {}
+            self.forget()
             for parameter, earlier in zip(parameters, kept, strict=True):
                 if earlier is not None:
                     parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
 
     @torch.no_grad()
-    def _combine(self, parameters: Sequence[Tensor], is_perturbed: bool, state_of: Callable[[Tensor], State]) -> None:
-        combination = self.combination
+    def _combine(self, parameters: Sequence[Tensor], state_of: Callable[[Tensor], State]) -> None:
+        combination, is_perturbed = self.combination, bool(self._clean)
         assert combination is not None
         reached = [p for p in parameters if p.grad is not None and (p in self._clean or not is_perturbed)]
         if not reached:

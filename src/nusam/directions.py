@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nusam.lmo import Dense, Perturbation, State
+from nusam.lmo import Dense, Perturbation, State, measured
 from nusam.power_iteration import ALONE, Together
 
 __all__ = ["Adaptive", "Averaged", "Direction", "Friendly", "RowNoise", "Sparse"]
@@ -110,7 +110,7 @@ class Adaptive(Direction):
         states: Sequence[State],
         together: Together = ALONE,
     ) -> list[Perturbation]:
-        return _measured([self._scaled(_entries(e), w) for e, w in zip(epsilons, parameters, strict=True)], together)
+        return measured([self._scaled(_entries(e), w) for e, w in zip(epsilons, parameters, strict=True)], together)
 
     def _scaled(self, x: Tensor, w: Tensor) -> Tensor:
         return x * (w.abs() + self.eta) if w.ndim >= 2 else x
@@ -156,7 +156,7 @@ class Sparse(Direction):
         states: Sequence[State],
         together: Together = ALONE,
     ) -> list[Perturbation]:
-        return _measured([_entries(e) * s["mask"] for e, s in zip(epsilons, states, strict=True)], together)
+        return measured([_entries(e) * s["mask"] for e, s in zip(epsilons, states, strict=True)], together)
 
 
 class RowNoise(Direction):
@@ -179,10 +179,3 @@ class RowNoise(Direction):
 
 def _entries(epsilon: Perturbation) -> Tensor:
     return epsilon.epsilon if isinstance(epsilon, Dense) else torch.outer(epsilon.u, epsilon.v)
-
-
-def _measured(epsilons: list[Tensor], together: Together) -> list[Perturbation]:
-    """Each with its norm, of which this process may know a part."""
-    squares = [torch.linalg.vector_norm(epsilon).square() for epsilon in epsilons]
-    together.sum_(squares)
-    return [Dense(epsilon, square.sqrt()) for epsilon, square in zip(epsilons, squares, strict=True)]

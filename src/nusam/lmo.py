@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nusam.norms import are_alike, largest_entry, multiply_each, unit
+from nusam.norms import are_alike, largest_entry, multiply_each, norm_of, unit
 from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration, working_dtype
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Spectral",
     "Unnormalized",
     "matrix_shape",
+    "measured",
 ]
 
 
@@ -234,9 +235,7 @@ class Unnormalized(LMO):
         together.max_(maxima)
         dead = ~torch.stack([x.to(maxima[0].device) for x in maxima]).isfinite().all()
         epsilons = [(G * radius).masked_fill_(dead.to(G.device), 0) for G, radius in zip(gradients, radii, strict=True)]
-        squares = [torch.linalg.vector_norm(epsilon, dtype=working_dtype(epsilon)).square() for epsilon in epsilons]
-        together.sum_(squares)
-        return [Dense(epsilon, square.sqrt()) for epsilon, square in zip(epsilons, squares, strict=True)]
+        return measured(epsilons, together)
 
 
 class Linf(LMO):
@@ -283,6 +282,13 @@ def unpacked_shape(parameter: Tensor) -> torch.Size:
     """The shape of what a parameter holds, which bitsandbytes packs two entries to a byte."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.shape if packed is None else torch.Size(packed.shape)
+
+
+def measured(epsilons: list[Tensor], together: Together) -> list[Perturbation]:
+    """Each with its norm, of which this process may know a part."""
+    squares = [norm_of(epsilon).square() for epsilon in epsilons]
+    together.sum_(squares)
+    return [Dense(epsilon, square.sqrt()) for epsilon, square in zip(epsilons, squares, strict=True)]
 
 
 def matrix_shape(parameter: Tensor) -> torch.Size:

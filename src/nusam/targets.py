@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -106,12 +107,8 @@ class Targeted(Wrapper):
         own_radii = isinstance(self.lmo, Nuclear) and not self.lmo.joint
         if self.model is None or not own_radii or self.placement == "forward":
             return
-        chooses, names = self.targets, self._names()
-
-        def named(parameter: nn.Parameter) -> bool:
-            return callable(chooses) and chooses(names[parameter], parameter)
-
-        self._stacks.update(stacks_of(unwrapped(self.model), named if callable(chooses) else None))
+        named = partial(_chosen, self.targets, self._names()) if callable(self.targets) else None
+        self._stacks.update(stacks_of(unwrapped(self.model), named))
 
     def _radii(self) -> list[float]:
         """ρ of every group at this step: its own times the schedule's factor."""
@@ -188,6 +185,10 @@ class Targeted(Wrapper):
 
     def _workers(self) -> DataParallel:
         return DataParallel(self.model, self.m_sam)
+
+
+def _chosen(chooses: Callable[[str, nn.Parameter], bool], names: dict[Tensor, str], parameter: nn.Parameter) -> bool:
+    return chooses(names[parameter], parameter)
 
 
 class _TargetList:

@@ -121,6 +121,7 @@ class TwoPasses(Checked):
             self._ascended = []
             self._guard.forget_ascent()
             self._written.forget_ascent()
+            self._both.forget()
             if self.active:
                 self._draw()
         perturbations = self._pending or {}
@@ -184,13 +185,11 @@ class TwoPasses(Checked):
             self._close_ledger({parameter: forward[parameter] for parameter in pairs})
 
     def _combined(self, workers: DataParallel, accumulate: bool) -> AbstractContextManager[None]:
-        is_perturbed = self._both.has_clean
         seeds = {p: mixed(self.seed, i) for i, p in enumerate(self._parameters())}
         return self._both.combined(
             self._parameters(),
             workers,
             accumulate,
-            is_perturbed,
             lambda p: self._ascent.state_of(Target(p, 0.0, seeds[p])),
         )
 
