@@ -76,6 +76,7 @@ class Oracle:
         kept = [p.grad if accumulate else None for p in parameters]
         self._clear(parameters)
         started, drawn = _Kept(self.model), _generators()
+        versions = {name: p._version for name, p in self.named.items()}
         try:
             loss = run(self.model, "ascent")
             epsilon = self._perturbation(without)
@@ -84,7 +85,9 @@ class Oracle:
                 p.grad = gradient
         self.advanced = True
         moved = _Kept(self.model)
-        weights = [(p, p.detach().clone()) for p in self.named.values()]
+        # one that neither ε nor the ascent has written is written for the first time in the descent, and may keep that
+        restored = epsilon.keys() | {name for name, p in self.named.items() if p._version != versions[name]}
+        weights = [(self.named[name], self.named[name].detach().clone()) for name in restored]
         if self.guarded:
             started.restore()
             _replay(drawn)

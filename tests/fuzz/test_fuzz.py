@@ -193,11 +193,13 @@ def test_a_matrix_that_the_optimizer_does_not_hold_is_idle(start):
     run.take()
 
 
-@pytest.mark.parametrize("before", [0, 1])
-def test_a_layer_that_the_descent_alone_reaches_may_write_its_weight(start, before):
-    run = start(Spec(2, ("seq", ("residual", ("clamped",)))))
+@pytest.mark.parametrize("method", ["NuSAM", "SAM", "SAMON"])
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("first", ["reached", "not reached"])
+def test_a_layer_that_the_descent_alone_reaches_may_write_its_weight(start, first, before, method):
+    run = start(Spec(2, ("seq", ("residual", ("clamped",)), ("layer norm",))), Options(method=method))
     for _ in range(before):
-        run.take()
+        run.take(Plan(off=(("", 0),)) if first == "not reached" else None)
     run.take(Plan(off=(("ascent", 0),)))
     run.take()
 

@@ -22,11 +22,14 @@ __all__ = ["WrittenWeights"]
 class WrittenWeights:
     """Finds out which weights a copy must keep, and puts ε into the weights accordingly.
 
-    Once written, a weight is kept by a copy for good; what the forward leaves at the unperturbed weights stays.
+    Once written, a weight is kept by a copy whenever it is perturbed. One without an ε is kept where the ascent has
+    written it, so that two passes write it once; what the forward leaves at the unperturbed weights stays.
     """
 
     def __init__(self) -> None:
         self._written: set[Tensor] = set()
+        self._unseen: set[Tensor] = set()  # of those, which the host does not see written
+        self._in_ascent: set[Tensor] = set()  # written in this step's
         self._parameters: list[Tensor] = []
         self._watchable: set[Tensor] = set()
         self._watched: list[Tensor] = []
@@ -50,8 +53,6 @@ class WrittenWeights:
         self._check, self._ascended = check, False
         if check and tree is not None:
             self._written.update(_with_maximal_norm(tree))
-        if check:
-            self._watched = [parameter for parameter in parameters if parameter in self._watchable - self._written]
         self._watch = Watch(self._watched, check)
 
     def after_ascent(self) -> None:
@@ -59,10 +60,13 @@ class WrittenWeights:
         watch, self._watch = self._watch, None
         self._ascended = True
         if watch is not None:
-            self._written.update(watch.stirred())
+            stirred = set(watch.stirred())
+            self._written |= stirred
             changed = set(watch.changed()) if self._check else set()
             self._late |= (changed - self._written) & self._subtracted
             self._written |= changed
+            self._unseen |= changed - stirred
+            self._in_ascent = stirred | changed
 
     @property
     def checks(self) -> bool:
@@ -94,14 +98,14 @@ class WrittenWeights:
             bit_exact: whether all of them are kept by a copy.
             unknown: those of them that no known layer holds; a step that checks has a copy of them at hand.
             others: parameters that may be unperturbed, and are kept all the same where the ascent has written them.
-            unreached: those that the ascent was to perturb and did not reach, kept too in a step that checks.
+            unreached: those that the ascent was to perturb and did not reach, and so has not written.
         """
         perturbed = set(parameters)
         copied = perturbed if bit_exact else perturbed & self._written
         dense = any(isinstance(epsilon, Dense) for epsilon in perturbations)
         spared = [p for p in parameters if p in unknown and p not in copied] if self._check and not dense else []
-        written = self._written | unreached if self._check else self._written
-        kept = [p for p in others if p in written and p not in perturbed] if self._ascended else []
+        written = self._in_ascent | (self._unseen - unreached) if self._ascended else set()
+        kept = [p for p in others if p in written and p not in perturbed]
         self._subtracted = set() if dense else perturbed - copied - {*spared}
         watched = [] if dense else [p for p in parameters if p in self._watchable and p not in self._written]
         placed = in_weights(parameters, perturbations, copied, kept)
