@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import nusam
 from recording import record
-from speed import RHO, adamw, alternate
+from speed import RHO, adamw, alone, alternate, in_two_passes
 
 NETWORKS = {  # name: size of its images, and of a batch of them
     "resnet18": (64, 32),
@@ -29,32 +29,16 @@ def steps_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[s
             loss = F.cross_entropy(model(x).float(), y)
         loss.backward()
 
-    def alone(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        def step() -> None:
-            optimizer.zero_grad()
-            backward()
-            optimizer.step()
-
-        return step
-
-    def ours(opt: nusam.SharpnessAware) -> Callable[[], None]:
-        def step() -> None:
-            for _ in opt.passes():
-                backward()
-            opt.step()
-
-        return step
-
     def nu_sam(**options: object) -> Callable[[], None]:
-        return ours(nusam.NuSAM(adamw(model), RHO, model=model, **options))
+        return in_two_passes(nusam.NuSAM(adamw(model), RHO, model=model, **options), backward)
 
     return {
-        "AdamW": alone(adamw(model)),
+        "AdamW": alone(adamw(model), backward),
         "νSAM, matrices alone": nu_sam(),
         "νSAM": nu_sam(convolutions=True),
         "νSAM in the forward": nu_sam(convolutions=True, placement="forward"),
         "νSAM by gradients": nu_sam(convolutions=True, ascent="gradient"),
-        "SAM": ours(nusam.SAM(adamw(model), RHO, model=model)),
+        "SAM": in_two_passes(nusam.SAM(adamw(model), RHO, model=model), backward),
     }
 
 

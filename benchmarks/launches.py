@@ -4,7 +4,6 @@
 """
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import nusam
 from recording import record
+from speed import alone, in_one_pass, in_two_passes
 
 RHO = 0.01
 
@@ -64,42 +64,21 @@ def main() -> None:
         return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
     def ours(opt: nusam.SharpnessAware) -> Callable[[], None]:
-        def step() -> None:
-            for _ in opt.passes():
-                backward()
-            opt.step()
+        return in_two_passes(opt, backward)
 
-        return step
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
-    def alone(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        def step() -> None:
-            optimizer.zero_grad()
-            backward()
-            optimizer.step()
-
-        return step
-
-    def in_one_pass(opt: nusam.SharpnessAware) -> Callable[[], None]:
-        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-            return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-        gradients = opt.one_pass(itertools.repeat((x, y)), loss)
-
-        def step() -> None:
-            next(gradients)
-            opt.step()
-
-        return step
-
+    riding = nusam.NuSAM(base(), RHO, model=model, ascent_share=1 / 8)
     serve = {"ascent": "matrix-free"}
     steps = {
-        "SGD": alone(base()),
+        "SGD": alone(base(), backward),
         "SAM by hand": by_hand(model, base(), backward),
         "SAM": ours(nusam.SAM(base(), RHO, model=model)),
         "νSAM by gradients": ours(nusam.NuSAM(base(), RHO, model=model, ascent="gradient")),
         "νSAM matrix-free": ours(nusam.NuSAM(base(), RHO, model=model, **serve)),
         "νSAM matrix-free, ε in the forward": ours(nusam.NuSAM(base(), RHO, model=model, placement="forward", **serve)),
-        "νSAM in one pass, 1/8": in_one_pass(nusam.NuSAM(base(), RHO, model=model, ascent_share=1 / 8)),
+        "νSAM in one pass, 1/8": in_one_pass(riding, loss, (x, y)),
     }
     synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import itertools
 from collections.abc import Callable
 
 import timm
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 import models
 import nusam
 from recording import record
-from speed import RHO, adamw, alternate
+from speed import RHO, adamw, alone, alternate, in_one_pass, in_two_passes
 
 SHARES = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16}
 
@@ -22,41 +21,20 @@ SHARES = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16}
 def steps_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], None]]:
     """One step of each, all on the same weights: their updates are far too small to matter."""
 
-    def alone(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        def step() -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-        return step
-
-    def ours(opt: nusam.SharpnessAware) -> Callable[[], None]:
-        def step() -> None:
-            for xs, ys in opt.passes(x, y):
-                F.cross_entropy(model(xs), ys).backward()
-            opt.step()
-
-        return step
-
     def loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    def in_one_pass(opt: nusam.SharpnessAware) -> Callable[[], None]:
-        gradients = opt.one_pass(itertools.repeat((x, y)), loss)
+    def backward(xs: torch.Tensor = x, ys: torch.Tensor = y) -> None:
+        loss((xs, ys)).backward()
 
-        def step() -> None:
-            next(gradients)
-            opt.step()
-
-        return step
-
-    steps = {"AdamW": alone(adamw(model))}
+    steps = {"AdamW": alone(adamw(model), backward)}
     for name, share in SHARES.items():
         opt = nusam.NuSAM(adamw(model), RHO, model=model, ascent_share=share)
-        steps[f"νSAM in one pass {name}"] = in_one_pass(opt)
+        steps[f"νSAM in one pass {name}"] = in_one_pass(opt, loss, (x, y))
     for name, share in SHARES.items():
-        steps[f"νSAM {name}"] = ours(nusam.NuSAM(adamw(model), RHO, model=model, ascent_share=share))
-        steps[f"SAM {name}"] = ours(nusam.SAM(adamw(model), RHO, model=model, ascent_share=share))
+        for title, method in (("νSAM", nusam.NuSAM), ("SAM", nusam.SAM)):
+            opt = method(adamw(model), RHO, model=model, ascent_share=share)
+            steps[f"{title} {name}"] = in_two_passes(opt, backward, x, y)
     return steps
 
 

@@ -4,9 +4,11 @@
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytorch_optimizer
 import torch
@@ -22,6 +24,39 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-5)
 
 
+def alone(optimizer: torch.optim.Optimizer, backward: Callable[..., None]) -> Callable[[], None]:
+    """A step of the base optimizer."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        backward()
+        optimizer.step()
+
+    return step
+
+
+def in_two_passes(opt: nusam.SharpnessAware, backward: Callable[..., None], *batch: Any) -> Callable[[], None]:
+    """A step whose passes go through the batch, if one is given."""
+
+    def step() -> None:
+        for part in opt.passes(*batch):
+            backward(*(part if batch else ()))
+        opt.step()
+
+    return step
+
+
+def in_one_pass(opt: nusam.SharpnessAware, loss: Callable[[Any], torch.Tensor], batch: Any) -> Callable[[], None]:
+    """A step whose ascent came with the step before."""
+    gradients = opt.one_pass(itertools.repeat(batch), loss)
+
+    def step() -> None:
+        next(gradients)
+        opt.step()
+
+    return step
+
+
 def steps_of(problem: models.Problem, device: str) -> dict[str, Callable[[], None]]:
     """One step of each method, all on the same weights: their updates are far too small to matter."""
     model = problem.model
@@ -30,22 +65,6 @@ def steps_of(problem: models.Problem, device: str) -> dict[str, Callable[[], Non
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = problem.loss(model)
         loss.backward()
-
-    def base(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        def step() -> None:
-            optimizer.zero_grad()
-            backward()
-            optimizer.step()
-
-        return step
-
-    def ours(opt: nusam.SharpnessAware) -> Callable[[], None]:
-        def step() -> None:
-            for _ in opt.passes():
-                backward()
-            opt.step()
-
-        return step
 
     def peer(optimizer: pytorch_optimizer.SAM) -> Callable[[], None]:
         def step() -> None:
@@ -58,11 +77,11 @@ def steps_of(problem: models.Problem, device: str) -> dict[str, Callable[[], Non
         return step
 
     return {
-        "AdamW": base(adamw(model)),
+        "AdamW": alone(adamw(model), backward),
         "pytorch_optimizer SAM": peer(pytorch_optimizer.SAM(model.parameters(), torch.optim.AdamW, rho=RHO, lr=1e-5)),
-        "SAM": ours(nusam.SAM(adamw(model), RHO, model=model)),
-        "νSAM by gradients": ours(nusam.NuSAM(adamw(model), RHO, model=model, ascent="gradient")),
-        "νSAM matrix-free": ours(nusam.NuSAM(adamw(model), RHO, model=model)),
+        "SAM": in_two_passes(nusam.SAM(adamw(model), RHO, model=model), backward),
+        "νSAM by gradients": in_two_passes(nusam.NuSAM(adamw(model), RHO, model=model, ascent="gradient"), backward),
+        "νSAM matrix-free": in_two_passes(nusam.NuSAM(adamw(model), RHO, model=model), backward),
     }
 
 
