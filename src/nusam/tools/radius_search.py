@@ -1,10 +1,9 @@
-"""Which ρ to take: short trainings of copies of a model, one for every method and radius."""
+"""Which ρ to take, and whether any helps: short trainings of copies of a model, one for every method and radius."""
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -12,31 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from nusam.guards.checks import check_base_optimizer, check_count, check_radius, check_share
+from nusam.guards.checks import check_count, check_radius, check_share
 from nusam.methods import SAM, NuSAM
-from nusam.optimizer import SharpnessAware
+from nusam.tools.trainings import Method, Trained, Trainings
+from nusam.tools.verdict import Gain, Trial, Verdict, gain_over, per_step
 
 __all__ = ["RadiusSearch", "Trial", "find_rho"]
 
-Method = Callable[..., SharpnessAware]
-RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One method with one radius; the base optimizer alone has ρ = 0."""
-
-    method: str
-    rho: float
-    scores: tuple[float, ...]
-    """By seed; −∞ for a training that ended in a loss that is not finite."""
-
-    @property
-    def score(self) -> float:
-        """Mean over the seeds."""
-        return fmean(self.scores)
+RHOS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
+FURTHER = 6  # radii at most that are added for a method: six doublings
+ALONE = "base optimizer"
 
 
 @dataclass(frozen=True)
@@ -46,17 +31,32 @@ class RadiusSearch:
     base: Trial
     """The base optimizer alone."""
     trials: tuple[Trial, ...]
-    """By method, then by ρ."""
+    """By method, then by share, then by ρ."""
+    at_equal_seconds: Mapping[tuple[str, float], Trial] = field(default_factory=dict)
+    """The base optimizer alone for as many seconds as a method takes, by method and share; with ``confirm`` only."""
+    verdict: Verdict | None = None
+    """The best of all trials on new seeds; with ``confirm`` only."""
 
     def suggestion(self, method: str) -> Trial:
         """The trial with the best mean score; of equal ones, the smallest ρ."""
-        return max((trial for trial in self.trials if trial.method == method), key=lambda trial: trial.score)
+        return _best(trial for trial in self.trials if trial.method == method)
 
     @property
     def suggestions(self) -> dict[str, float]:
-        """ρ by method; 0 where every radius did worse than the base optimizer alone."""
+        """ρ by method; 0 where every radius did worse than the base optimizer alone, in as many steps."""
         best = {trial.method: self.suggestion(trial.method) for trial in self.trials}
         return {method: trial.rho if trial.score > self.base.score else 0.0 for method, trial in best.items()}
+
+    def gain(self, trial: Trial) -> Gain:
+        """Over the base optimizer at equal seconds, or in as many steps if that was not tried.
+
+        The seeds are those by which the best trial is picked: of that one it says too much.
+        """
+        return gain_over(trial, self.at_equal_seconds.get((trial.method, trial.ascent_share), self.base))
+
+    def bracketed(self, trial: Trial) -> bool:
+        """Whether a smaller and a larger ρ of the same method and share did worse."""
+        return not any(_open(trial, self.trials))
 
 
 def find_rho(
@@ -67,13 +67,14 @@ def find_rho(
     validation: Iterable[Any],
     *,
     methods: Sequence[Method] = (NuSAM, SAM),
-    rhos: Sequence[float] = RHOS,
+    rhos: Sequence[float] | None = None,
     steps: int = 200,
     delay: float = 0.1,
     warm_up: float = 0.1,
-    ascent_share: float = 1.0,
+    ascent_share: float | Sequence[float] = 1.0,
     one_pass: bool = False,
     seeds: int = 2,
+    confirm: int = 0,
     score: Callable[[nn.Module], float] | None = None,
     report: Callable[[Trial], None] | None = None,
 ) -> RadiusSearch:
@@ -84,6 +85,11 @@ def find_rho(
     of a seed see the same batches in the same order, if the loader shuffles by torch's global generator. The model,
     and the global generator of the CPU, are left as they were found. It costs about
     ``2 · len(methods) · len(rhos) · seeds · steps`` passes, and memory for one more model with its optimizer.
+
+    With ``confirm`` it ends in a verdict. The base optimizer alone is given as many seconds as each method takes. The
+    trial that gains most over it is trained again on so many new seeds, and so is the base optimizer, at equal
+    seconds; ``str(found.verdict)`` says in one sentence what came out. That costs a training of each method and share
+    and ``2 · confirm`` more, and keeps the weights and the optimizer of two trainings in the CPU's memory.
 
     Read the scores beside the suggestion: neighbouring radii often differ by less than two seeds do, and the best ρ of
     a short training is not always that of a long one. Where several are equally good, take a small one.
@@ -97,16 +103,20 @@ def find_rho(
         validation: held-out batches.
         methods: classes such as :class:`nusam.NuSAM`, functions, or partials of either, called with
             ``(base_optimizer, rho=, delay=, model=)``, and with ``ascent_share=`` if that is below 1; known by their
-            ``__name__``.
-        rhos: radii that are tried with every method, each positive.
+            ``__name__``. What takes a ``sigma`` and no ``rho``, as :class:`nusam.RWP` does, gets that.
+        rhos: radii that are tried with every method, each positive, and no others. Unless given, 0.0125 to 0.4 by
+            factors of 2, and up to six more, half of the smallest or twice the largest, until the best has worse ones
+            on both sides.
         steps: of each training.
         delay: share of the steps that the base optimizer takes alone.
         warm_up: share of the steps over which the learning rate rises.
-        ascent_share: of each batch, that the ascents see; the best ρ is larger with a smaller share.
+        ascent_share: of each batch, that the ascents see; or several shares, each to be tried. The best ρ is larger
+            with a smaller share.
         one_pass: whether each ascent rides in the descent before it, :meth:`nusam.SharpnessAware.one_pass`; for
             methods with a rank-one ball.
         seeds: trainings of every method and ρ, with batches in another order and, where the model has any, other
             dropout masks.
+        confirm: further seeds, for a verdict; at least 2, and 4 or more for an interval that is of use.
         score: judges a trained model, in evaluation mode and without gradients; more is better. The negative mean
             of the loss over the batches of ``validation`` unless given.
         report: told of every trial as it ends.
@@ -116,20 +126,20 @@ def find_rho(
             loader can't serve several trainings, or a method can't wrap it; in one sentence, and but for a loader
             without batches before the first training.
     """
-    rhos = list(rhos)
-    if not methods or not rhos:
-        raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
-    for rho in rhos:
-        check_radius(rho)
-        if rho == 0:
-            raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
-    rhos = sorted(map(float, rhos))
-    check_share(ascent_share)
+    radii = _checked_radii(RHOS if rhos is None else rhos, methods)
+    shares = list(ascent_share) if isinstance(ascent_share, Iterable) else [ascent_share]
+    if not shares or len(set(shares)) < len(shares):
+        raise ValueError(f"ascent_share must be a number or several different ones, got {ascent_share!r}.")
+    for share in shares:
+        check_share(share)
     check_count("steps", steps, least=1)
     check_count("seeds", seeds, least=1)
-    for name, share in (("delay", delay), ("warm_up", warm_up)):
-        if not 0 <= share < 1:
-            raise ValueError(f"{name} must be a share of the steps, at least 0 and below 1, got {share!r}.")
+    check_count("confirm", confirm)
+    if confirm == 1:
+        raise ValueError("confirm must be 0 or at least 2, got 1, which has no interval; give 4 or more.")
+    for name, part in (("delay", delay), ("warm_up", warm_up)):
+        if not 0 <= part < 1:
+            raise ValueError(f"{name} must be a share of the steps, at least 0 and below 1, got {part!r}.")
     for name, batches in (("loader", loader), ("validation", validation)):
         if isinstance(batches, Iterator):
             raise TypeError(
@@ -137,95 +147,157 @@ def find_rho(
                 "run through once; hand over a DataLoader or a list."
             )
     named = {_name(method): method for method in methods}
-    if len(named) < len(methods):
-        twice = Counter(map(_name, methods)).most_common(1)[0][0]
+    if len({ALONE, *named}) <= len(methods):
+        twice = Counter([ALONE, *map(_name, methods)]).most_common(1)[0][0]
         raise ValueError(f"Two methods are called {twice}; give one of them a __name__ of its own.")
-
-    def prepared(method: Method | None, rho: float) -> tuple[nn.Module, Optimizer]:
-        trained = copy.deepcopy(model)
-        if not model.training:
-            trained.train()
-        optimizer = base(trained)
-        check_base_optimizer(optimizer)
-        if method is not None:
-            options = {} if ascent_share == 1 else {"ascent_share": ascent_share}
-            optimizer = method(optimizer, rho=rho, delay=int(delay * steps), model=trained, **options)
-            if one_pass:
-                optimizer._begin_one_pass()
-        return trained, optimizer
 
     def judge(trained: nn.Module) -> float:
         return -fmean(_values(trained, loss, validation))
 
-    def training(method: Method | None, rho: float, seed: int) -> float:
-        trained, optimizer = prepared(method, rho)
-        torch.manual_seed(seed)
-        batches = _repeated(loader, steps)
-        taken = _in_one_pass if one_pass and method is not None else _step_by_step
-        _train(optimizer, taken(trained, optimizer, loss, batches), max(1, int(warm_up * steps)), steps)
-        with torch.no_grad():
-            found = (score or judge)(trained.eval())
-        return found if math.isfinite(found) else -math.inf
-
-    def trial(name: str, method: Method | None, rho: float) -> Trial:
-        tried = Trial(name, rho, tuple(training(method, rho, seed) for seed in range(seeds)))
-        if report:
-            report(tried)
-        return tried
-
+    trainings = Trainings(model, base, loss, loader, steps, delay, warm_up, one_pass)
+    search = _Search(trainings, named, score or judge, report or (lambda trial: None))
     with torch.random.fork_rng(devices=[]):
         for method in methods:
-            prepared(method, rhos[0])  # what is refused is refused before anything is trained
-        alone = trial("base optimizer", None, 0.0)
-        return RadiusSearch(alone, tuple(trial(name, method, rho) for name, method in named.items() for rho in rhos))
+            for share in shares:
+                trainings.prepared(method, radii[0], share)  # what is refused is refused before anything is trained
+        return search.run(radii, shares, range(seeds), range(seeds, seeds + confirm), bracket=rhos is None)
+
+
+def _checked_radii(rhos: Sequence[float], methods: Sequence[Method]) -> list[float]:
+    rhos = list(rhos)
+    if not methods or not rhos:
+        raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
+    for rho in rhos:
+        check_radius(rho)
+        if rho == 0:
+            raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
+    return sorted(map(float, rhos))
+
+
+@dataclass(frozen=True)
+class _Search:
+    trainings: Trainings
+    methods: Mapping[str, Method]
+    judge: Callable[[nn.Module], float]
+    report: Callable[[Trial], None]
+
+    def run(
+        self, radii: Sequence[float], shares: Sequence[float], seeds: range, new_seeds: range, bracket: bool
+    ) -> RadiusSearch:
+        alone = self.trial(ALONE, 0.0, seeds)
+        bases, lines = [alone], []
+        at_equal_seconds: dict[tuple[str, float], Trial] = {}
+        for name in self.methods:
+            for share in shares:
+                line = [self.trial(name, rho, seeds, share) for rho in radii]
+                if bracket:
+                    self.extend(line, alone, seeds)
+                lines.append(line)
+                if new_seeds:
+                    steps = self.steps_at_equal_seconds(line, bases)
+                    longer = alone if steps == alone.steps else self.trial(ALONE, 0.0, seeds, steps=steps)
+                    bases.append(longer)
+                    at_equal_seconds[name, share] = longer
+        search = RadiusSearch(alone, tuple(trial for line in lines for trial in line), at_equal_seconds)
+        if not new_seeds:
+            return search
+        picked = max(search.trials, key=lambda trial: search.gain(trial).mean)
+        line = next(line for line in lines if picked in line)
+        verdict = self.confirm(picked, line, bases, new_seeds, len(search.trials))
+        return RadiusSearch(alone, search.trials, at_equal_seconds, verdict)
+
+    def extend(self, line: list[Trial], alone: Trial, seeds: range) -> None:
+        """Go on beyond the ends of a line of radii until its best has worse ones on both sides."""
+        for _ in range(FURTHER):
+            best = _best(line)
+            below, above = _open(best, line)
+            diverged = not math.isfinite(best.score)
+            if not (below or above) or (diverged and not math.isfinite(alone.score)):
+                return
+            rho = line[0].rho / 2 if below else line[-1].rho * 2
+            line.insert(0 if below else len(line), self.trial(best.method, rho, seeds, best.ascent_share))
+
+    def steps_at_equal_seconds(self, line: Sequence[Trial], bases: Sequence[Trial]) -> int:
+        """Of the base optimizer; a method is never cheaper than that but by the clock's noise."""
+        return max(self.trainings.steps, math.ceil(self.trainings.steps * _price(line, bases)))
+
+    def confirm(
+        self, picked: Trial, line: Sequence[Trial], bases: Sequence[Trial], seeds: range, tried: int
+    ) -> Verdict:
+        kept: dict[str, tuple[float, tuple[dict[str, Any], dict[str, Any]]]] = {}
+        sizes = set()
+
+        def keep(name: str, trained: Trained, score: float) -> None:
+            sizes.add((name, trained.size()))
+            if name not in kept or score > kept[name][0]:
+                kept[name] = score, trained.states()
+
+        steps = self.steps_at_equal_seconds(line, bases)
+        trial = self.trial(picked.method, picked.rho, seeds, picked.ascent_share, keep=keep)
+        base = self.trial(ALONE, 0.0, seeds, steps=steps, keep=keep)
+        alike = len(sizes) == 2 and len(set(trial.scores)) == len(set(base.scores)) == 1
+        helps = not alike and gain_over(trial, base).helps
+        weights, state = kept[picked.method if helps else ALONE][1]
+        below, above = _open(picked, line)
+        return Verdict(
+            trial,
+            base,
+            price=max(1.0, _price(line, bases)),
+            tried=tried,
+            beyond=line[0].rho / 2 if below else line[-1].rho * 2 if above else None,
+            alike=alike,
+            weights=weights,
+            optimizer_state=state,
+            wrap=self.trainings.wrap(self.methods[picked.method], picked.rho, picked.ascent_share),
+        )
+
+    def trial(
+        self,
+        name: str,
+        rho: float,
+        seeds: range,
+        share: float = 1.0,
+        steps: int = 0,
+        keep: Callable[[str, Trained, float], None] | None = None,
+    ) -> Trial:
+        scores, seconds = [], []
+        steps = steps or self.trainings.steps
+        for seed in seeds:
+            trained = self.trainings.run(self.methods.get(name), rho, share, seed, steps)
+            with torch.no_grad():
+                found = float(self.judge(trained.model.eval()))
+            scores.append(found if math.isfinite(found) else -math.inf)
+            seconds.append(trained.seconds)
+            if keep:
+                keep(name, trained, scores[-1])
+        tried = Trial(name, rho, tuple(scores), share, steps, tuple(seconds))
+        self.report(tried)
+        return tried
+
+
+def _best(trials: Iterable[Trial]) -> Trial:
+    return max(trials, key=lambda trial: trial.score)
+
+
+def _open(best: Trial, trials: Iterable[Trial]) -> tuple[bool, bool]:
+    """Whether no smaller, and whether no larger ρ of its method and share was tried that did worse."""
+    worse = [
+        trial.rho
+        for trial in trials
+        if (trial.method, trial.ascent_share) == (best.method, best.ascent_share) and trial.score < best.score
+    ]
+    return not any(rho < best.rho for rho in worse), not any(rho > best.rho for rho in worse)
+
+
+def _price(line: Sequence[Trial], bases: Sequence[Trial]) -> float:
+    alone = per_step(bases)
+    return per_step(line) / alone if alone > 0 else 1.0
 
 
 def _name(method: Method) -> str:
     while isinstance(method, partial) and "__name__" not in method.__dict__:
         method = method.func
     return getattr(method, "__name__", type(method).__name__)
-
-
-def _train(optimizer: Optimizer, gradients: Iterator[None], warm_up: int, steps: int) -> None:
-    def rate(step: int) -> float:
-        rest = (step - warm_up) / max(1, steps - warm_up)
-        return (step + 1) / (warm_up + 1) if step < warm_up else (1 + math.cos(math.pi * rest)) / 2
-
-    schedule = LambdaLR(optimizer, rate)
-    for _ in gradients:
-        optimizer.step()
-        schedule.step()
-
-
-def _step_by_step(
-    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Any], Tensor], batches: Iterator[Any]
-) -> Iterator[None]:
-    for batch in batches:
-        optimizer.zero_grad()
-        for part in optimizer.passes(batch) if isinstance(optimizer, SharpnessAware) else (batch,):
-            loss(model, part).backward()  # type: ignore[no-untyped-call]
-        yield
-
-
-def _in_one_pass(
-    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Any], Tensor], batches: Iterator[Any]
-) -> Iterator[None]:
-    assert isinstance(optimizer, SharpnessAware)
-    for _ in optimizer.one_pass(batches, partial(loss, model)):
-        yield
-
-
-def _repeated(loader: Iterable[Any], count: int) -> Iterator[Any]:
-    """So many batches."""
-    while count:
-        before = count
-        for batch in loader:
-            yield batch
-            count -= 1
-            if not count:
-                return
-        if count == before:
-            raise ValueError("The loader gave no batch; hand over one that can be run through several times.")
 
 
 def _values(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]) -> list[float]:

@@ -1,0 +1,151 @@
+"""Short trainings of copies of a model, which differ in method, radius and seed alone."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from nusam.guards.checks import check_base_optimizer
+from nusam.optimizer import SharpnessAware
+
+__all__ = ["Method", "Trained", "Trainings"]
+
+Method = Callable[..., SharpnessAware]
+
+
+class Trained(NamedTuple):
+    """What a training leaves."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    seconds: float
+
+    def states(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State dicts of model and optimizer, on the CPU, with the learning rate of before the schedule."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.pop("initial_lr", group["lr"])
+        return _on_cpu(self.model.state_dict()), _on_cpu(self.optimizer.state_dict())
+
+    def size(self) -> float:
+        """Of the weights all together: two trainings that agree in it, and in their score, went the same way."""
+        return math.fsum(float(p.detach().abs().float().sum()) for p in self.model.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """What all of them have in common; see :func:`nusam.find_rho`."""
+
+    model: nn.Module
+    base: Callable[[nn.Module], Optimizer]
+    loss: Callable[[nn.Module, Any], Tensor]
+    loader: Iterable[Any]
+    steps: int
+    delay: float
+    warm_up: float
+    one_pass: bool
+
+    def wrap(self, method: Method, rho: float, share: float) -> Callable[..., SharpnessAware]:
+        """The method with everything but the base optimizer and the model."""
+        options: dict[str, Any] = {} if share == 1 else {"ascent_share": share}
+        return partial(method, **{_radius_of(method): rho}, delay=int(self.delay * self.steps), **options)
+
+    def prepared(self, method: Method | None, rho: float, share: float) -> tuple[nn.Module, Optimizer]:
+        """A copy of the model, and its optimizer; None is the base optimizer alone."""
+        trained = copy.deepcopy(self.model)
+        if not self.model.training:
+            trained.train()
+        optimizer = self.base(trained)
+        check_base_optimizer(optimizer)
+        if method is not None:
+            optimizer = self.wrap(method, rho, share)(optimizer, model=trained)
+            if self.one_pass:
+                optimizer._begin_one_pass()
+        return trained, optimizer
+
+    def run(self, method: Method | None, rho: float, share: float, seed: int, steps: int) -> Trained:
+        """Train for so many steps."""
+        trained, optimizer = self.prepared(method, rho, share)
+        torch.manual_seed(seed)
+        batches = _repeated(self.loader, steps)
+        taken = _in_one_pass if self.one_pass and method is not None else _step_by_step
+        gradients = taken(trained, optimizer, self.loss, batches)
+        began = _now(trained)
+        _train(optimizer, gradients, max(1, int(self.warm_up * steps)), steps)
+        return Trained(trained, optimizer, _now(trained) - began)
+
+
+def _radius_of(method: Method) -> str:
+    """The argument that is the radius: sigma where there is no rho, as of :class:`nusam.RWP`."""
+    try:
+        parameters = inspect.signature(method).parameters
+    except ValueError:  # of what has none
+        return "rho"
+    return "sigma" if "sigma" in parameters and "rho" not in parameters else "rho"
+
+
+def _now(model: nn.Module) -> float:
+    """Seconds, once the model's device has done all that it was asked for."""
+    for kind in {parameter.device.type for parameter in model.parameters()} - {"cpu", "meta"}:
+        torch.accelerator.synchronize(kind)
+    return perf_counter()
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        mine = copy.copy(value)  # with the versions of the model's parts, an attribute of its state dict
+        mine.update({key: _on_cpu(entry) for key, entry in value.items()})
+        return mine
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
+
+
+def _train(optimizer: Optimizer, gradients: Iterator[None], warm_up: int, steps: int) -> None:
+    def rate(step: int) -> float:
+        rest = (step - warm_up) / max(1, steps - warm_up)
+        return (step + 1) / (warm_up + 1) if step < warm_up else (1 + math.cos(math.pi * rest)) / 2
+
+    schedule = LambdaLR(optimizer, rate)
+    for _ in gradients:
+        optimizer.step()
+        schedule.step()
+
+
+def _step_by_step(
+    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Any], Tensor], batches: Iterator[Any]
+) -> Iterator[None]:
+    for batch in batches:
+        optimizer.zero_grad()
+        for part in optimizer.passes(batch) if isinstance(optimizer, SharpnessAware) else (batch,):
+            loss(model, part).backward()  # type: ignore[no-untyped-call]
+        yield
+
+
+def _in_one_pass(
+    model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Any], Tensor], batches: Iterator[Any]
+) -> Iterator[None]:
+    assert isinstance(optimizer, SharpnessAware)
+    for _ in optimizer.one_pass(batches, partial(loss, model)):
+        yield
+
+
+def _repeated(loader: Iterable[Any], count: int) -> Iterator[Any]:
+    """So many batches."""
+    while count:
+        before = count
+        for batch in loader:
+            yield batch
+            count -= 1
+            if not count:
+                return
+        if count == before:
+            raise ValueError("The loader gave no batch; hand over one that can be run through several times.")
