@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import nusam
 from nusam.experiments.commands.main import main
 from nusam.experiments.commands.rho_search import draw
 from nusam.tools.radius_search import RadiusSearch, Trial
+from nusam.tools.verdict import Verdict
 
 SETUP = """
 import torch
@@ -154,6 +157,8 @@ def test_an_error_in_the_users_own_loss_keeps_its_place(setup, monkeypatch):
         (("{file}:adadelta",), "Adadelta has a hyperparameter rho of its own"),
         (("{file}:once",), "loader must give the same batches to every training, got a list_iterator"),
         (("{file}:asking",), "asking must take no arguments (missing a required argument: 'size'); give them defaults"),
+        (("{file}:setup", "--confirm", "1"), "--confirm must be 0 or at least 2, got 1"),
+        (("{file}:setup", "--ascent-share", "0.5", "0"), "ascent share must be above 0 and at most 1, got 0.0"),
         (("--model", "huge"), "--model must be one of mixer"),
         (("{file}:setup", "--steps", "1", "--out", "/proc/nowhere"), "can't be written to"),
     ],
@@ -162,3 +167,50 @@ def test_what_it_refuses(setup, monkeypatch, capsys, arguments, sentence):
     given = [argument.replace("{file}", setup.removesuffix(":setup")) for argument in arguments]
     assert find_rho(monkeypatch, *given) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_verdict_is_said_saved_drawn_and_gone_on_from(setup, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shuffled = Path(setup.removesuffix(":setup"))
+    loader = "torch.utils.data.DataLoader(list(zip(x[:48], x[:48, :3].argmax(1))), 8, shuffle=True)"
+    shuffled.write_text(SETUP.replace("batches[:6]", loader))
+    options = ("--steps", 12, "--seeds", 1, "--rhos", 0.05, 0.2, "--methods", "nusam", "--ascent-share", 1, 0.125)
+    assert find_rho(monkeypatch, setup, *options, "--confirm", 3, "--out", out) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    recorded = json.loads((out / "rho.json").read_text())
+    assert recorded["verdict"]["sentence"] in said
+    assert [trial["ascent_share"] for trial in recorded["trials"]] == [1, 1, 1, 0.125, 0.125]
+    assert len(recorded["verdict"]["trial"]["scores"]) == len(recorded["verdict"]["base"]["scores"]) == 3
+    assert len(recorded["base at equal seconds"]) == 2
+    assert (out / "rho.png").stat().st_size > 5_000
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert f"best.pt, from which {best['what']} goes on" in said
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    model.load_state_dict(best["model"])
+    opt = torch.optim.SGD(model.parameters(), lr=0.5)
+    if recorded["verdict"]["helps"]:
+        opt = nusam.NuSAM(opt, model=model)
+    opt.load_state_dict(best["optimizer"])
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+def test_the_default_radii_go_on_until_the_best_has_worse_neighbours(setup, tmp_path, monkeypatch):
+    options = ("--steps", 2, "--seeds", 1, "--methods", "nusam", "--confirm", 0, "--out", tmp_path)
+    assert find_rho(monkeypatch, setup, *options) == 0
+    recorded = json.loads((tmp_path / "rho.json").read_text())
+    rhos = [trial["rho"] for trial in recorded["trials"][1:]]
+    scores = [trial["scores"][0] for trial in recorded["trials"][1:]]
+    assert {0.0125, 0.025, 0.05, 0.1, 0.2, 0.4} <= set(rhos)
+    assert len(rhos) == 12 or 0 < scores.index(max(scores)) < len(rhos) - 1
+    assert recorded["verdict"] is None
+
+
+@pytest.mark.parametrize("diverging", [False, True])
+@pytest.mark.parametrize("alike", [False, True])
+def test_every_verdict_has_a_figure(diverging, alike, tmp_path):
+    score = -float("inf") if diverging else 0.5
+    trials = (Trial("NuSAM", 0.1, (0.4, 0.5)), Trial("NuSAM", 0.2, (score, score), 0.125))
+    base = Trial("base optimizer", 0.0, (0.1, 0.2), steps=9)
+    verdict = Verdict(trials[1], base, 1.2, 2, None, alike, {}, {}, nusam.NuSAM)
+    draw(RadiusSearch(base, trials, {("NuSAM", 1.0): base, ("NuSAM", 0.125): base}, verdict), tmp_path / "rho.svg")
+    assert (tmp_path / "rho.svg").read_text().startswith("<?xml")

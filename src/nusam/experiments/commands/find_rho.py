@@ -21,12 +21,12 @@ from nusam.experiments.training.models import TITLES, require_fit
 __all__ = ["FindRho"]
 
 METHODS = ("nusam", "nusam-norm", "sam", "sam-on")
-RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # as nusam.find_rho tries them
+RHOS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)  # as nusam.find_rho tries them
 
 
 @dataclass(frozen=True)
 class FindRho:
-    """Suggest ρ for every method by short trainings, and draw the scores.
+    """Say by short trainings which ρ to take, and whether that helps.
 
     FILE.py:FUNCTION names a function without arguments that returns a dict with arguments of nusam.find_rho: model,
     base, loss, loader, validation, and score if the loss is not what counts; methods, radii, steps and seeds are
@@ -48,19 +48,22 @@ class FindRho:
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")] = ("nusam", "sam")
     """nusam, nusam-norm, sam, sam-on."""
     rhos: Annotated[tuple[float, ...], tyro.conf.arg(metavar="RHO ...")] = RHOS
-    """Radii that are tried with every method."""
-    ascent_share: float = 1.0
-    """Of each batch, that the ascents see."""
+    """Radii that are tried with every method, and no others; of the default, further ones until the best has worse
+    neighbours."""
+    ascent_share: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE ...")] = (1.0,)
+    """Of each batch, that the ascents see; several are all tried."""
     one_pass: bool = False
     """Let each step's ascent ride in the descent before it (nusam and nusam-norm)."""
     steps: int = 200
     """Of each training."""
     seeds: int = 2
     """Trainings of every method and radius."""
+    confirm: int = 4
+    """Further seeds, on which the best is compared with the base optimizer at equal seconds; 0 is no verdict."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ...; where the model of a setup lies is its own business."""
     out: Path = Path("runs/find-rho")
-    """Folder for rho.png and rho.json."""
+    """Folder for rho.png, rho.json and best.pt, the weights and the optimizer of the best training."""
 
     def __call__(self) -> int:
         """Run it; the exit code."""
@@ -70,7 +73,16 @@ class FindRho:
 
         if isinstance(given, Source):
             given = built_in(given, self.model, self.base, self.learning_rate, self.device)
-        search = RhoSearch(self.methods, self.rhos, self.ascent_share, self.one_pass, self.steps, self.seeds, self.out)
+        search = RhoSearch(
+            self.methods,
+            None if self.rhos == RHOS else self.rhos,
+            self.ascent_share,
+            self.one_pass,
+            self.steps,
+            self.seeds,
+            self.confirm,
+            self.out,
+        )
         return search.run(given)
 
     def _source(self) -> Source:
@@ -93,8 +105,12 @@ class FindRho:
         for rho in self.rhos:
             if not (math.isfinite(rho) and rho >= 0):
                 raise Refused(f"rho must be a finite number of at least 0, got {rho}.")
-        some_of(ascent_share=self.ascent_share)
+        for share in self.ascent_share:
+            some_of(ascent_share=share)
         at_least(1, steps=self.steps, seeds=self.seeds)
+        at_least(0, confirm=self.confirm)
+        if self.confirm == 1:
+            raise Refused("--confirm must be 0 or at least 2, got 1, which has no interval; give 4 or more.")
 
 
 def _of_user(setup: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
@@ -20,14 +19,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nusam
 from nusam.experiments.errors import Refused
-from nusam.experiments.files import write_whole
-from nusam.experiments.pages.looks import LOOKS
+from nusam.experiments.files import save_whole, write_whole
+from nusam.experiments.pages.radius_figure import draw
 from nusam.experiments.training.building import build
 from nusam.experiments.training.data import Source
+from nusam.experiments.training.loop import accuracy
 from nusam.experiments.training.methods import BASES
 from nusam.experiments.training.methods import METHODS as KNOWN
 from nusam.experiments.training.splits import split
-from nusam.tools.radius_search import RadiusSearch, Trial, find_rho
+from nusam.tools.radius_search import RadiusSearch, find_rho
+from nusam.tools.verdict import Trial, Verdict
 
 __all__ = ["RhoSearch", "built_in", "draw"]
 
@@ -47,19 +48,24 @@ def built_in(source: Source, model: str, base: str, learning_rate: float, device
         "loss": loss,
         "loader": DataLoader(train, 32, shuffle=True),
         "validation": DataLoader(held_out, 128),
+        "score": lambda model: 100 * accuracy(model, data.validation),
     }
 
 
 @dataclass(frozen=True)
 class RhoSearch:
-    """What the options of the command say, whatever is trained; ``out`` gets rho.json and rho.png."""
+    """What the options of the command say, whatever is trained.
+
+    ``out`` gets rho.json, rho.png and, of a verdict, best.pt.
+    """
 
     methods: Sequence[str]
-    rhos: Sequence[float]
-    ascent_share: float
+    rhos: Sequence[float] | None
+    ascent_shares: Sequence[float]
     one_pass: bool
     steps: int
     seeds: int
+    confirm: int
     out: Path
 
     def run(self, given: dict[str, Any]) -> int:
@@ -71,22 +77,28 @@ class RhoSearch:
         console = Console(markup=False)
 
         def tell(trial: Trial) -> None:
-            rho = f", ρ = {trial.rho:g}" if trial.rho else ""
-            console.print(f"{trial.method}{rho}: {trial.score:.4f}", highlight=False)
+            steps = f", {trial.steps} steps" if trial.steps != self.steps else ""
+            console.print(f"{trial.label}{steps}: {trial.score:.4f}", highlight=False)
 
         methods = [getattr(nusam, KNOWN[method].kind) for method in self.methods]
         try:
-            options: Any = {"rhos": self.rhos, "ascent_share": self.ascent_share, "steps": self.steps}
-            options["one_pass"] = self.one_pass
-            found = find_rho(**given, **options, methods=methods, seeds=self.seeds, report=tell)
+            options: Any = {"rhos": self.rhos, "ascent_share": self.ascent_shares, "steps": self.steps}
+            options |= {"one_pass": self.one_pass, "seeds": self.seeds, "confirm": self.confirm}
+            found = find_rho(**given, **options, methods=methods, report=tell)
         except (TypeError, ValueError, NotImplementedError) as error:
             if _raised_in_nusam(error):
                 raise Refused(str(error)) from error
             raise  # out of the setup's own loss or model, where only a traceback helps
         console.print(_table(found))
         self._save(found)
-        console.print(f"Saved as {self.out / 'rho.png'} and rho.json.", highlight=False)
+        if found.verdict:
+            console.print(f"\n{found.verdict}\n\n{_basis(found.verdict)}", highlight=False)
+        best = f", rho.json and best.pt, from which {self._kept(found.verdict)} goes on" if found.verdict else ""
+        console.print(f"Saved as {self.out / 'rho.png'}{best or ' and rho.json'}.", highlight=False)
         return 0
+
+    def _kept(self, verdict: Verdict) -> str:
+        return (verdict.trial if verdict.helps else verdict.base).label
 
     def _save(self, found: RadiusSearch) -> None:
         try:
@@ -94,16 +106,46 @@ class RhoSearch:
             content = {
                 "command": " ".join(["nusam", *sys.argv[1:]]),
                 "suggestions": found.suggestions,
-                # JSON has no infinity, which the score of a diverged training is
-                "trials": [
-                    {**asdict(t), "scores": [s if math.isfinite(s) else None for s in t.scores]}
-                    for t in (found.base, *found.trials)
-                ],
+                "verdict": found.verdict and _told(found.verdict),
+                "trials": [_plain(trial) for trial in (found.base, *found.trials)],
+                "base at equal seconds": [_plain(trial) for trial in found.at_equal_seconds.values()],
             }
             write_whole(self.out / "rho.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
             draw(found, self.out / "rho.png")
+            if found.verdict:
+                states = {"model": found.verdict.weights, "optimizer": found.verdict.optimizer_state}
+                save_whole(self.out / "best.pt", {"what": self._kept(found.verdict), **states})
         except OSError as error:
             raise Refused(f"--out {self.out} can't be written to ({error.strerror}); name another folder.") from error
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity, which the score of a diverged training is."""
+    return number if math.isfinite(number) else None
+
+
+def _plain(trial: Trial) -> dict[str, Any]:
+    return {**asdict(trial), "scores": [_finite(score) for score in trial.scores]}
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "sentence": str(verdict),
+        "helps": verdict.helps,
+        "bracketed": verdict.bracketed,
+        "gain": _finite(verdict.gain.mean),
+        "half of its 95% interval": _finite(verdict.gain.half_width),
+        "price": verdict.price,
+        "trial": _plain(verdict.trial),
+        "base": _plain(verdict.base),
+    }
+
+
+def _basis(verdict: Verdict) -> str:
+    return (
+        f"Over {len(verdict.trial.scores)} seeds that took no part in the choice, in pairs, with the 95% interval; the "
+        f"base optimizer took {verdict.base.steps} steps in the seconds of {verdict.trial.steps}."
+    )
 
 
 def _raised_in_nusam(error: Exception) -> bool:
@@ -113,40 +155,21 @@ def _raised_in_nusam(error: Exception) -> bool:
 
 def _table(found: RadiusSearch) -> Table:
     table = Table(title="Score of short trainings", box=HORIZONTALS, pad_edge=False)
-    for column in ("method", "best ρ", "its score", "base optimizer alone", "take"):
+    gain = "gain at equal seconds" if found.verdict else "gain"
+    for column in ("method", "best ρ", "score", "base alone", gain, "take"):
         table.add_column(column)
-    for method, rho in found.suggestions.items():
-        best = found.suggestion(method)
+    lines: dict[tuple[str, float], list[Trial]] = {}
+    for trial in found.trials:
+        lines.setdefault((trial.method, trial.ascent_share), []).append(trial)
+    for trials in lines.values():
+        best = max(trials, key=lambda trial: trial.score)
+        over = found.gain(best)
         if not math.isfinite(max(best.score, found.base.score)):
             take = "no training ended in a finite score: lower the learning rate"
+        elif over.mean > 0:
+            take = f"ρ = {best.rho:g}" + ("" if found.bracketed(best) else ", not bracketed")
         else:
-            take = f"ρ = {rho:g}" if rho else "none of these: the base optimizer alone did better"
-        table.add_row(method, f"{best.rho:g}", f"{best.score:.4f}", f"{found.base.score:.4f}", take)
+            take = "none of these"
+        name, scores = best.label.partition(",")[0], (f"{best.score:.4f}", f"{found.base.score:.4f}")
+        table.add_row(name, f"{best.rho:g}", *scores, str(over), take)
     return table
-
-
-def draw(found: RadiusSearch, path: Path) -> None:
-    """Mean score over ρ, a line for each method with a dot for each seed, and the base optimizer alone as a level."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    for method, (colour, dashes) in zip(found.suggestions, list(LOOKS.values())[1:], strict=False):
-        trials = [trial for trial in found.trials if trial.method == method]
-        rhos = [trial.rho for trial in trials]
-        axes.plot(rhos, [_drawn(trial.score) for trial in trials], color=colour, linestyle=dashes, label=method)
-        for seed in range(len(found.base.scores)):
-            axes.plot(rhos, [_drawn(trial.scores[seed]) for trial in trials], ".", color=colour, alpha=0.6)
-    axes.axhline(_drawn(found.base.score), color="#000000", linestyle=(0, (1, 1)), label="base optimizer alone")
-    every = [trial.rho for trial in found.trials]
-    axes.set_xscale("log")
-    axes.set_xlim(min(every) / 1.2, max(every) * 1.2)
-    axes.set_xlabel("ρ")
-    axes.set_ylabel("score on held-out data")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def _drawn(score: float) -> float:
-    """A gap in the line for a training that diverged."""
-    return score if math.isfinite(score) else math.nan
