@@ -41,6 +41,8 @@ class FindRho:
     """As of nusam train."""
     data_root: Path = Path("data")
     """Folder of the data's files."""
+    image_size: int = 0
+    """As of nusam train."""
     base: str = "adamw"
     """Base optimizer: sgd, adam, adamw or adafactor."""
     learning_rate: float = 4e-3
@@ -92,7 +94,7 @@ class FindRho:
                 raise Refused(f"--{option} must be one of {', '.join(allowed)}, got {getattr(self, option)}.")
         not_negative(learning_rate=self.learning_rate)
         require_device(self.device)
-        source = load(self.data, self.data_root)
+        source = load(self.data, self.data_root, image_size=self.image_size)
         require_fit(self.model, source.image_size, source.channels)
         return source
 
@@ -108,7 +110,7 @@ class FindRho:
         for share in self.ascent_share:
             some_of(ascent_share=share)
         at_least(1, steps=self.steps, seeds=self.seeds)
-        at_least(0, confirm=self.confirm)
+        at_least(0, confirm=self.confirm, image_size=self.image_size)
         if self.confirm == 1:
             raise Refused("--confirm must be 0 or at least 2, got 1, which has no interval; give 4 or more.")
 

@@ -50,6 +50,8 @@ class Train:
     movie-reviews and tsv (files in --data-root) and glue-sst2, -mrpc, -qqp, -mnli, -qnli, -rte."""
     data_root: Path = Path("data")
     """Folder of the data's files; of folder, with train/CLASS/*.png and test/CLASS/*.png."""
+    image_size: int = 0
+    """Of folder: resize the images to so many pixels on a side, and cut out the middle; 0 takes them as they are."""
     download: bool = False
     """Fetch what is missing."""
     train_size: int | None = None
@@ -90,7 +92,8 @@ class Train:
         self._check()
         run, recipe = self._wanted()
         require_device(self.device)
-        source = with_wrong_labels(load(self.data, self.data_root, self.train_size, self.download), self.wrong_labels)
+        source = load(self.data, self.data_root, self.train_size, self.download, self.image_size)
+        source = with_wrong_labels(source, self.wrong_labels)
         require_images(self.augment, self.data, source.channels)
         require_fit(self.model, source.image_size, source.channels)
         with writing_to(self.out):
@@ -121,10 +124,11 @@ class Train:
 
     def _identity(self, run: Run, recipe: Recipe, source: Source) -> dict[str, dict[str, object]]:
         """What a checkpoint must be of to be gone on from."""
+        scaled = {"image_size": self.image_size} if self.image_size else {}
         return {
             "run": asdict(run),
             "recipe": asdict(recipe),
-            "data": {"data": self.data, "title": source.title, "train_size": self.train_size},
+            "data": {"data": self.data, "title": source.title, "train_size": self.train_size, **scaled},
             "machine": {"precision": self.precision, "compile": self.compile, "parallel": self.parallel},
         }
 
@@ -146,4 +150,4 @@ class Train:
                 f"--one-pass is for nusam and nusam-norm without --accumulate, got {self.method} and "
                 f"{self.accumulate} micro-batches; leave it out."
             )
-        at_least(0, train_size=self.train_size)
+        at_least(0, train_size=self.train_size, image_size=self.image_size)

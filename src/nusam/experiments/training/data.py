@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nusam.experiments.errors import Refused
-from nusam.experiments.training import text
-from nusam.experiments.training.class_sizes import require_two_of_each
+from nusam.experiments.training import image_folders, text
+from nusam.experiments.training.class_sizes import require_two_of_each, with_every_class
 
 __all__ = ["DATASETS", "Labels", "Pixels", "Source", "Tokens", "load", "shuffled", "with_wrong_labels"]
 
@@ -66,7 +66,13 @@ class Source:
         return {"train": self.train_size, "validation": validation, "test": len(self.test_labels)}
 
 
-def load(name: str, root: Path, train_size: int | None = None, download: bool | None = None) -> Source:
+def load(
+    name: str,
+    root: Path,
+    train_size: int | None = None,
+    download: bool | None = None,
+    image_size: int | None = None,
+) -> Source:
     """Read a data set.
 
     Args:
@@ -74,13 +80,19 @@ def load(name: str, root: Path, train_size: int | None = None, download: bool | 
         root: the folder of its files; digits need none.
         train_size: training images; a few hundred unless given, and with 0 all but those for validation.
         download: fetch what is missing, where the data set has a home; None of a command without that option.
+        image_size: pixels on a side, to which images of one's own are resized and cut; 0 leaves them as they are, and
+            so does None, of a command without that option.
 
     Raises:
         Refused: if the name is unknown, or its files are not there, can't be fetched or can't be read.
     """
     if name not in DATASETS:
         raise Refused(f"--data must be one of {', '.join(DATASETS)}, got {name}.")
+    if image_size and name != "folder":
+        raise Refused(f"--image-size is for images of your own (--data folder), got {name}; leave it out.")
     try:
+        if name == "folder":
+            return _folder(root, train_size, download, image_size)
         return DATASETS[name](root, train_size, download)
     except _UNREACHABLE as error:
         raise Refused(
@@ -185,40 +197,54 @@ def _of_torchvision(name: str, root: Path, download: bool | None) -> list[Any]:
             raise
 
 
-def _folder(root: Path, train_size: int | None, download: bool | None) -> Source:
-    return _folders("folder", root, root.name, train_size)
+def _folder(root: Path, train_size: int | None, download: bool | None, image_size: int | None = None) -> Source:
+    return _folders("folder", root, root.resolve().name, train_size, image_size=image_size)
 
 
-def _folders(name: str, root: Path, title: str, train_size: int | None, download: bool | None = None) -> Source:
-    if not ((root / "train").is_dir() and (root / "test").is_dir()):
-        others = " or cifar-10-batches-py" if name == "cifar10" else ""
-        raise Refused(
-            f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
-            f"--data-root, which is {root}, and found neither; point --data-root to them{_or_fetch(name, download)}."
-        )
-    from torchvision import datasets
-
-    folders = [datasets.ImageFolder(str(root / part)) for part in ("train", "test")]
-    if folders[0].classes != folders[1].classes:
-        raise Refused(f"--data {name} needs the same classes in {root}/train and {root}/test; complete them.")
-    require_two_of_each(name, [folders[0].classes[target] for target in folders[0].targets])
+def _folders(
+    name: str,
+    root: Path,
+    title: str,
+    train_size: int | None,
+    download: bool | None = None,
+    image_size: int | None = None,
+) -> Source:
+    _require_train_and_test(name, root, download)
+    train, test = (image_folders.found(name, root / part) for part in ("train", "test"))
+    for here, there in ((train, test), (test, train)):
+        if missing := [label for label in here.classes if label not in there.classes]:
+            raise Refused(
+                f"--data {name} needs the same classes in {root}/train and {root}/test, and {there.path} has no "
+                f"{missing[0]}; complete them."
+            )
+    require_two_of_each(name, [train.classes[target] for target in train.targets])
     every = train_size == 0
-    train = _decoded(folders[0], None if every else (train_size or TRAIN) + VALIDATION)
-    test = _decoded(folders[1], None if every else TEST)
-    sizes = sorted({image.shape[1::-1] for image in train[0] + test[0]})
-    if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
-        shown = " and ".join(f"{width} × {height}" for width, height in sizes[:2])
-        raise Refused(
-            f"--data {name} needs square images, all of one size, and {root} has some of {shown} pixels; crop or scale "
-            "them."
-        )
-    stacked = ((np.stack(images).transpose(0, 3, 1, 2), labels) for images, labels in (train, test))
-    return _subset(title, train_size, *stacked)
+    targets = np.array(train.targets, np.int64)
+    most = len(targets) if every else (train_size or TRAIN) + VALIDATION
+    drawn = with_every_class(shuffled(len(targets), seed=0), targets, min(most, len(targets)), least=2)[:most]
+    tested = shuffled(len(test.targets), seed=0)[: None if every else TEST]
+    files = [train.files[index] for index in drawn] + [test.files[index] for index in tested]
+    pixels = image_folders.pixels(name, root, files, image_size)
+    parts = (
+        (pixels[: len(drawn)], targets[drawn]),
+        (pixels[len(drawn) :], np.array(test.targets, np.int64)[tested]),
+    )
+    return _subset(title, train_size, *parts, classes=len(train.classes))
 
 
-def _decoded(folder: Any, most: int | None) -> tuple[list[Pixels], Labels]:
-    chosen = shuffled(len(folder), seed=0)[:most]
-    return [np.asarray(folder[index][0]) for index in chosen], np.array(folder.targets)[chosen]
+def _require_train_and_test(name: str, root: Path, download: bool | None) -> None:
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        return
+    others = " or cifar-10-batches-py" if name == "cifar10" else ""
+    below = sorted(root.iterdir()) if root.is_dir() else []
+    deeper = [folder for folder in below if (folder / "train").is_dir() and (folder / "test").is_dir()]
+    seen = [folder.name for folder in below if folder.is_dir() and not folder.name.startswith(".")]
+    has = f"only {', '.join(seen[:3])}" if {"train", "test"} & set(seen) else "neither"
+    there = f", such as {deeper[0]}" if deeper else ""
+    raise Refused(
+        f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
+        f"--data-root, which is {root}, and found {has}; point --data-root to them{there}{_or_fetch(name, download)}."
+    )
 
 
 def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool | None) -> Source:
@@ -233,17 +259,21 @@ def _sentences(name: str, title: str, root: Path, train_size: int | None, downlo
     return _subset(title, train_size, *parts)
 
 
-def _subset(title: str, train_size: int | None, train: tuple[Any, Any], test: tuple[Any, Any]) -> Source:
+def _subset(
+    title: str, train_size: int | None, train: tuple[Any, Any], test: tuple[Any, Any], *, classes: int = 0
+) -> Source:
     every = len(train[1])
     size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
-    pool = shuffled(every, seed=0)[: size + VALIDATION]
+    labels = train[1].astype(np.int64)
+    pooled = min(size + VALIDATION, every)
+    pool = with_every_class(shuffled(every, seed=0), labels, pooled, least=2)[:pooled]
     held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
     return Source(
         title,
-        classes=int(train[1].max()) + 1,
+        classes=classes or int(labels.max()) + 1,
         train_size=size,
         pool=train[0][pool],
-        pool_labels=train[1][pool].astype(np.int64),
+        pool_labels=labels[pool],
         test=test[0][held_out],
         test_labels=test[1][held_out].astype(np.int64),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nusam.experiments.training.class_sizes import with_every_class
 from nusam.experiments.training.data import Labels, Pixels, Source, Tokens, shuffled
 
 __all__ = ["Dataset", "Images", "split"]
@@ -31,8 +32,11 @@ class Dataset:
 
 
 def split(source: Source, seed: int, device: torch.device | str) -> Dataset:
-    """Training and validation images are drawn from the pool by the seed; the test images are always the same."""
-    order = shuffled(len(source.pool_labels), seed)
+    """Training and validation images are drawn from the pool by the seed; the test images are always the same.
+
+    Every class is among those for training, if there are as many as classes.
+    """
+    order = with_every_class(shuffled(len(source.pool_labels), seed), source.pool_labels, source.train_size)
 
     def images(pixels: Pixels | Tokens, labels: Labels) -> Images:
         given = torch.from_numpy(pixels).to(device)

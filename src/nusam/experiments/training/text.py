@@ -76,8 +76,9 @@ def tsv(root: Path) -> tuple[Labelled, Labelled]:
         raise Refused(f"--data tsv needs the files train.tsv and test.tsv in --data-root, which is {root}.")
     for name in names:
         path = root / name
-        lines = path.read_text("utf-8-sig").split("\n")
-        rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
+        lines = _read(path).split("\n")
+        split = ((number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip())
+        rows = [(number, [part.strip() for part in parts]) for number, parts in split]
         if not rows:
             raise Refused(f"{path} is empty; a class, a tab and a sentence are needed on each line.")
         for number, row in rows:
@@ -86,6 +87,9 @@ def tsv(root: Path) -> tuple[Labelled, Labelled]:
                     f"{path}, line {number}, has {len(row) - 1} tabs; a class, a tab and a sentence are needed, or "
                     "two sentences with a tab between."
                 )
+            if not all(row):
+                what = "class" if not row[0] else "sentence"
+                raise Refused(f"{path}, line {number}, has an empty {what}; complete it, or remove the line.")
             columns = columns or len(row)
             if len(row) != columns:
                 raise Refused(
@@ -95,12 +99,22 @@ def tsv(root: Path) -> tuple[Labelled, Labelled]:
         labels = [row[0] for _, row in rows]
         if name == "train.tsv":
             classes = {label: index for index, label in enumerate(sorted(set(labels)))}
-            require_two_of_each("tsv", labels)
+            require_two_of_each(
+                "tsv", labels, ", or remove its line if that is a header (the class stands before the tab)"
+            )
         elif unknown := set(labels) - classes.keys():
             raise Refused(f"{path} has the class {min(unknown)}, which train.tsv lacks; complete one of them.")
         numbers = np.array([classes[label] for label in labels], np.int64)
         parts.append((_tokenized([tuple(row[1:]) for _, row in rows]), numbers))
     return parts[0], parts[1]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise Refused(f"{path}, line {line}, is not UTF-8; save the file in that encoding.") from error
 
 
 def glue(name: str) -> tuple[Labelled, Labelled]:

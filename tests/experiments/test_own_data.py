@@ -1,0 +1,319 @@
+"""nusam train on what people have: folders of images and tables of sentences, with all that is odd about them."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from nusam.experiments.commands.main import main
+from nusam.experiments.errors import Refused
+from nusam.experiments.training.class_sizes import with_every_class
+from nusam.experiments.training.data import load, shuffled
+from nusam.experiments.training.splits import split
+
+from .test_text import FOUR, vocabulary
+
+__all__ = ["vocabulary"]
+
+
+def picture(seed, size, mode="RGB"):
+    """Noise, coarse enough that where it was cut shows."""
+    drawn = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(drawn).resize(size, Image.Resampling.NEAREST).convert(mode)
+
+
+def write(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Two classes that train, and beside them whatever a folder of one's own may have."""
+    root = tmp_path / "my pictures"
+    sizes = [(32, 32), (40, 30), (31, 57), (128, 64), (16, 16), (33, 33)]
+    for part, each in (("train", 12), ("test", 3)):
+        for label, name in enumerate(("Cats & dogs", "eel")):
+            for number in range(each):
+                mode = ("RGB", "L", "RGBA", "P", "1", "CMYK", "LA")[number % 7]
+                suffix = (
+                    ".jpg" if mode == "CMYK" else (".png", ".PNG", ".Webp", ".BMP")[number % (2 if "A" in mode else 4)]
+                )
+                suffix = ".TIFF" if mode == "P" else suffix
+                image = picture(100 * label + number, sizes[number % 6], mode)
+                write(root / part / name / f"{number}{suffix}", image)
+        write(root / part / "rare" / "of 2025" / "deeper" / "a.JPEG", picture(7, (50, 20)))
+        write(root / part / "rare" / "b.jpeg", picture(8, (20, 50)))
+        for hidden in (
+            ".DS_Store",
+            "eel/._0.png",
+            "eel/.thumbnails/0.png",
+            ".ipynb_checkpoints/x.png",
+            "eel/Thumbs.db",
+        ):
+            (root / part / hidden).parent.mkdir(exist_ok=True)
+            (root / part / hidden).write_bytes(b"no image")
+        (root / part / "eel" / "notes.txt").write_text("caught in May")
+        (root / part / "README.md").write_text("mine")
+    return root
+
+
+def run(monkeypatch, capsys, *arguments):
+    """The exit code and what was said."""
+    monkeypatch.setattr(sys, "argv", ["nusam", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    return end.value.code, said.out + said.err
+
+
+def test_an_odd_folder_trains_from_one_end_to_the_other(odd, tmp_path, monkeypatch, capsys):
+    line = ("train", "--data", "folder", "--data-root", odd, "--epochs", 2, "--out", tmp_path / "out")
+    code, said = run(monkeypatch, capsys, *line)
+    assert code == 2
+    assert "crop or scale them, or let --image-size 32 do it." in " ".join(said.split())
+    code, said = run(monkeypatch, capsys, *line, "--image-size", 32)
+    assert code == 0, said
+    outcome = json.loads((tmp_path / "out" / "outcome.json").read_text())
+    assert outcome["data"] == {"data": "folder", "title": "my pictures", "train_size": None, "image_size": 32}
+    code, said = run(monkeypatch, capsys, *line, "--image-size", 16, "--resume")
+    assert code == 2
+    assert "image size 32 and not 16" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("size", [8, 32, 60])
+def test_images_are_resized_and_centred_as_torchvision_does(odd, size):
+    source = load("folder", odd, train_size=0, image_size=size)
+    assert (source.channels, source.image_size, source.classes) == (3, size, 3)
+    for part, found, labels in (
+        ("train", source.pool, source.pool_labels),
+        ("test", source.test, source.test_labels),
+    ):
+        expected = [
+            (
+                np.asarray(Compose([Resize(size), CenterCrop(size)])(Image.open(path).convert("RGBA").convert("RGB"))),
+                label,
+            )
+            for label, name in enumerate(sorted(("Cats & dogs", "eel", "rare")))
+            for path in sorted((odd / part / name).rglob("*"))
+            if path.is_file() and not any(p.startswith(".") for p in path.relative_to(odd).parts)
+            if path.suffix not in (".db", ".txt")
+        ]
+        assert len(found) == len(expected)
+        key = sorted((pixels.transpose(2, 0, 1).tobytes(), label) for pixels, label in expected)
+        assert sorted((pixels.tobytes(), label) for pixels, label in zip(found, labels, strict=True)) == key
+
+
+def test_a_plain_folder_is_what_image_folder_makes_of_it(tmp_path):
+    for part in ("train", "test"):
+        for label, name in enumerate(("a", "b", "c")):
+            for number in range(5):
+                write(tmp_path / part / name / f"{number}.png", picture(10 * label + number, (8, 8)))
+    source = load("folder", tmp_path, train_size=0)
+    theirs = ImageFolder(tmp_path / "test")
+    order = shuffled(len(theirs), 0)
+    order = order[shuffled(len(order), 0)]
+    assert np.array_equal(source.test, np.stack([np.asarray(theirs[i][0]).transpose(2, 0, 1) for i in order]))
+    assert source.test_labels.tolist() == [theirs.targets[i] for i in order]
+
+
+def damaged(kind):
+    """Bytes that are no whole image."""
+    file = io.BytesIO()
+    picture(0, (64, 64)).save(file, "PNG" if kind.startswith("png") else "JPEG")
+    whole = file.getvalue()
+    return {
+        "empty": b"",
+        "text": b"<html>404 Not Found</html>",
+        "jpeg cut": whole[: len(whole) // 2],
+        "jpeg header": whole[:20],
+        "png cut": whole[: len(whole) // 2],
+        "png flipped": whole[:60] + bytes(40) + whole[100:],
+        "png header": whole[:16],
+    }[kind]
+
+
+@pytest.mark.parametrize("place", ["train/eel/bad one.jpg", "test/rare/deep/bad.PNG"])
+@pytest.mark.parametrize("kind", ["empty", "text", "jpeg cut", "jpeg header", "png cut", "png flipped", "png header"])
+def test_a_corrupt_file_is_named(odd, kind, place):
+    (odd / place).parent.mkdir(exist_ok=True)
+    (odd / place).write_bytes(damaged(kind))
+    with pytest.raises(Refused) as refusal:
+        load("folder", odd, image_size=32)
+    said = str(refusal.value)
+    assert said.startswith(f"{odd / place} could not be read as an image (")
+    assert said.endswith("); replace it, or remove it.")
+    assert said.count(". ") == 0
+    assert "\n" not in said
+
+
+def test_a_link_to_nowhere_is_named(odd):
+    (odd / "train" / "eel" / "gone.png").symlink_to(odd / "nowhere.png")
+    with pytest.raises(Refused, match=r"eel/gone\.png could not be read as an image"):
+        load("folder", odd, image_size=32)
+
+
+def test_an_image_too_large_to_open_is_named(odd, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(Refused, match=r"could not be read as an image .*limit"):
+        load("folder", odd, image_size=32)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_what_would_lose_its_bits_is_named(odd, mode):
+    deep = Image.fromarray(np.full((32, 32), 40_000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    path = odd / "train" / "eel" / "scan.tif"
+    write(path, deep)
+    with pytest.raises(
+        Refused, match=r"scan\.tif has more than 8 bits for a pixel \(mode .*\), .*; save it with 8 bits"
+    ):
+        load("folder", odd, image_size=32)
+
+
+@pytest.mark.parametrize("name", ["movie.gif", "phone.HEIC", "new.avif"])
+def test_an_image_of_a_kind_that_is_not_read_is_not_passed_over(odd, name):
+    (odd / "train" / "eel" / name).write_bytes(b"image")
+    with pytest.raises(Refused, match=rf"eel/{name} is no image that can be read, which are \.jpg, .*; convert it, or"):
+        load("folder", odd, image_size=32)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("content", [None, "notes.txt", ".hidden.png"])
+def test_a_class_without_images_is_named(odd, part, content):
+    for each in ("train", "test"):
+        (odd / each / "unicorn").mkdir()
+        write(odd / each / "unicorn" / "0.png", picture(0, (8, 8)))
+        write(odd / each / "unicorn" / "1.png", picture(1, (8, 8)))
+    for file in (odd / part / "unicorn").iterdir():
+        file.unlink()
+    if content:
+        (odd / part / "unicorn" / content).write_text("")
+    with pytest.raises(Refused) as refusal:
+        load("folder", odd, image_size=32)
+    said = str(refusal.value)
+    assert "found no image (.jpg, " in said
+    assert said.endswith(f"in the class {odd / part / 'unicorn'}; add some, or remove the folder.")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_that_one_part_lacks_is_named(odd, part):
+    other = "test" if part == "train" else "train"
+    write(odd / part / "fox" / "0.png", picture(0, (8, 8)))
+    with pytest.raises(Refused, match=rf"needs the same classes in .*, and .*{other} has no fox; complete them"):
+        load("folder", odd, image_size=32)
+
+
+def test_a_folder_above_the_right_one_is_told_the_way(odd):
+    with pytest.raises(Refused, match=r"found neither; point --data-root to them, such as .*my pictures\.$"):
+        load("folder", odd.parent)
+    with pytest.raises(Refused, match=r"needs the folders train and test, .* and found neither; point --data-root"):
+        load("folder", odd / "train")
+    (odd / "test").rename(odd / "Test")
+    with pytest.raises(Refused, match=r"and found only Test, train; point --data-root"):
+        load("folder", odd)
+    (odd / "Test").rename(odd / "test")
+    (odd / "train").rename(odd.parent / "elsewhere")
+    (odd / "train").mkdir()
+    with pytest.raises(Refused, match=r"needs a folder of images for each class in .*train, and found none; add them"):
+        load("folder", odd)
+
+
+def test_a_root_without_a_name_of_its_own_has_a_title(odd, monkeypatch):
+    monkeypatch.chdir(odd)
+    assert load("folder", Path("."), image_size=8).title == "my pictures"
+
+
+def test_a_rare_class_is_trained_with_whatever_the_seed(odd):
+    source = load("folder", odd, image_size=8)
+    for seed in range(20):
+        assert set(split(source, seed, "cpu").train.labels.tolist()) == {0, 1, 2}
+
+
+def test_a_rare_class_is_among_the_few_that_are_taken_of_many(odd, monkeypatch):
+    monkeypatch.setattr("nusam.experiments.training.data.VALIDATION", 4)
+    for size in (3, 4, 6):
+        source = load("folder", odd, train_size=size, image_size=8)
+        assert source.classes == 3
+        assert (np.bincount(source.pool_labels, minlength=3) >= 2).all()
+        for seed in range(5):
+            assert set(split(source, seed, "cpu").train.labels.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_order_is_changed_only_where_a_class_is_missing(seed):
+    drawn = np.random.default_rng(seed)
+    classes, total = int(drawn.integers(2, 6)), int(drawn.integers(8, 40))
+    labels = np.concatenate([np.arange(classes), drawn.integers(0, 2, total)])
+    order, count = drawn.permutation(len(labels)), int(drawn.integers(1, len(labels) + 1))
+    for least in (1, 2):
+        found = with_every_class(order, labels, count, least)
+        assert sorted(found) == sorted(order)
+        wanted = np.minimum(np.bincount(labels), least)
+        if wanted.sum() > count or (np.bincount(labels[order[:count]], minlength=classes) >= wanted).all():
+            assert np.array_equal(found, order)
+        else:
+            assert (np.bincount(labels[found[:count]], minlength=classes) >= wanted).all()
+
+
+def test_image_size_is_for_images_of_ones_own(odd, tmp_path, monkeypatch, capsys):
+    for command in ("train", "find-rho"):
+        line = (command, "--data", "digits", "--image-size", 16, "--out", tmp_path / "out")
+        code, said = run(monkeypatch, capsys, *line)
+        assert code == 2
+        assert "--image-size is for images of your own (--data folder), got digits; leave it out." in said
+    assert run(monkeypatch, capsys, "train", "--data", "folder", "--data-root", odd, "--image-size", -1)[0] == 2
+    code, said = run(monkeypatch, capsys, "train", "--data", "folder", "--data-root", odd, "--image-size", 30)
+    assert code == 2
+    assert "scale them to a multiple of 4" in said
+
+
+def test_find_rho_takes_the_folder_too(odd, tmp_path, monkeypatch, capsys):
+    line = ("find-rho", "--data", "folder", "--data-root", odd, "--image-size", 16, "--steps", 2, "--seeds", 1)
+    code, said = run(monkeypatch, capsys, *line, "--rhos", 0.1, "--methods", "nusam", "--confirm", 0, "--out", tmp_path)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("train", "sentence"),
+    [
+        (FOUR.replace("fine", "caf\xe9").encode("latin-1"), r"train\.tsv, line 1, is not UTF-8; save the file in that"),
+        (FOUR.encode() + b"no\tna\xefve\n", r"train\.tsv, line 5, is not UTF-8"),
+        (FOUR.encode("utf-16"), r"train\.tsv, line 1, is not UTF-8"),
+        (b"label\tsentence\n" + FOUR.encode(), "label has one; add more, or remove its line if that is a header"),
+        (b"fine\tyes\ndull\tno\n", "dull has one; .* if that is a header .the class stands before the tab.,?"),
+        (FOUR.encode() + b"yes\t \n", r"line 5, has an empty sentence; complete it, or remove the line"),
+        (FOUR.encode() + b"\tfine\n", r"line 5, has an empty class; complete it, or remove the line"),
+        (FOUR.encode() + b"yes,fine\n", "line 5, has 0 tabs"),
+    ],
+)
+def test_an_odd_table_is_refused_in_one_sentence(tmp_path, vocabulary, train, sentence):
+    (tmp_path / "train.tsv").write_bytes(train)
+    (tmp_path / "test.tsv").write_text(FOUR)
+    with pytest.raises(Refused, match=sentence) as refusal:
+        load("tsv", tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_line_endings_and_blanks_around_a_class_make_no_other_class(tmp_path, vocabulary, ending):
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_bytes(("\ufeff" + FOUR.replace("no\t", " no \t").replace("\n", ending)).encode())
+    source = load("tsv", tmp_path)
+    assert source.classes == 2
+    assert source.pool.shape[1] == 3
+
+
+def test_a_table_trains_from_one_end_to_the_other(tmp_path, vocabulary, monkeypatch, capsys):
+    torch.manual_seed(0)
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_text(FOUR * 5)
+    line = ("train", "--data", "tsv", "--data-root", tmp_path, "--model", "bert-tiny", "--epochs", 1)
+    code, said = run(monkeypatch, capsys, *line, "--rho", 0.01, "--out", tmp_path / "out")
+    assert code == 0, said
