@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -317,3 +319,22 @@ def test_a_table_trains_from_one_end_to_the_other(tmp_path, vocabulary, monkeypa
     line = ("train", "--data", "tsv", "--data-root", tmp_path, "--model", "bert-tiny", "--epochs", 1)
     code, said = run(monkeypatch, capsys, *line, "--rho", 0.01, "--out", tmp_path / "out")
     assert code == 0, said
+
+
+def test_the_pages_commands_run(odd, tmp_path, vocabulary, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text()
+    commands = re.findall(r"^nusam (.*)$", page, flags=re.MULTILINE)
+    assert len(commands) == 4
+    monkeypatch.chdir(tmp_path)
+    odd.rename("pictures")
+    Path("reviews").mkdir()
+    example = [line.strip() for line in page.splitlines() if line.startswith("    ") and "\t" in line]
+    assert len(example) == 2
+    for name in ("train.tsv", "test.tsv"):
+        Path("reviews", name).write_text("\n".join(4 * example))
+    for command in commands:
+        line = shlex.split(command, comments=True)
+        line[:] = ["bert-tiny" if word == "minilm" else word for word in line]
+        short = ("--steps", 2, "--seeds", 1, "--confirm", 2) if line[0] == "find-rho" else ("--epochs", 1)
+        code, said = run(monkeypatch, capsys, *line, *short)
+        assert code == 0, said
