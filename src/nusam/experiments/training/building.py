@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, unfold
 
 from nusam.experiments.errors import Refused
 from nusam.experiments.training.models import PRETRAINED, SHAPES, require_fit
@@ -44,9 +44,33 @@ def build(name: str, image_size: int, channels: int, classes: int) -> nn.Module:
     }
     if not shape.heads:
         mixer: Callable[..., nn.Module] = MlpMixer
-        return mixer(num_blocks=shape.depth, **common)
+        model = mixer(num_blocks=shape.depth, **common)
+        if not shape.otherwise:
+            stem = model.get_submodule("stem.proj")
+            assert isinstance(stem, nn.Conv2d)
+            model.stem = PatchEmbedding(stem)
+        return model
+    pool = {"class_token": False, "global_pool": "avg"} if shape.otherwise else {"global_pool": "token"}
     vit: Callable[..., nn.Module] = VisionTransformer
-    return vit(depth=shape.depth, num_heads=shape.heads, class_token=False, global_pool="avg", **common)
+    return vit(depth=shape.depth, num_heads=shape.heads, **pool, **common)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel's size, as what it is: one matrix that all patches are multiplied with.
+
+    Images of [batch, channels, height, width] become tokens of [batch, patches, width of the model].
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.size = convolution.kernel_size
+        self.proj = nn.Linear(convolution.weight[0].numel(), convolution.out_channels)
+        self.proj.load_state_dict({"weight": convolution.weight.flatten(1), "bias": convolution.bias})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The tokens, row by row."""
+        projected: Tensor = self.proj(unfold(images, self.size, stride=self.size).mT)
+        return projected
 
 
 def _pretrained(name: str, channels: int, classes: int) -> nn.Module:

@@ -10,7 +10,12 @@ __all__ = ["PRETRAINED", "SHAPES", "SMALL", "TITLES", "Shape", "require_fit"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model: the image is cut into ``patches`` × ``patches``, or into patches of ``patch`` pixels."""
+    """Of a model: the image is cut into ``patches`` × ``patches``, or into patches of ``patch`` pixels.
+
+    As in the paper (§5.1, "original configuration"), a Mixer embeds its patches by a matrix, which νSAM perturbs, and a
+    ViT has a class token, which its head reads. ``otherwise``: timm's Mixer, whose stem is a convolution, and a ViT
+    whose head reads the mean of its tokens.
+    """
 
     title: str
     width: int
@@ -18,11 +23,14 @@ class Shape:
     heads: int = 0  # none is an MLP-Mixer
     patches: int = 0
     patch: int = 0
+    otherwise: bool = False
 
 
 SHAPES = {
     "mixer": Shape("Mixer", 64, 2, patches=4),
     "vit": Shape("ViT", 64, 2, heads=4, patches=4),
+    "mixer-conv": Shape("Mixer, convolution as stem", 64, 2, patches=4, otherwise=True),
+    "vit-mean": Shape("ViT, no class token", 64, 2, heads=4, patches=4, otherwise=True),
     "vit-s/4": Shape("ViT-S/4", 384, 12, heads=6, patch=4),
     "vit-b/4": Shape("ViT-B/4", 768, 12, heads=12, patch=4),
     "mixer-s/4": Shape("Mixer-S/4", 512, 8, patch=4),
