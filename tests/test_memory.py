@@ -1,5 +1,7 @@
 """What ε costs: counted against the paper's figures, and against what the allocator holds."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,35 @@ def test_the_papers_counts(name, numel):
         total = sum(p.numel() for p in model.parameters())
         assert total == 86_567_656
         assert 1 - numel / total > 0.998  # "saving more than 99.8%", abstract
+
+
+def readings_of_vit_large():
+    """Floats of ε of a ViT-L/16 by what counts as a matrix, by hand."""
+    width, hidden, blocks, classes, positions, patch = 1024, 4096, 24, 1000, 197, 3 * 16 * 16
+    rest_of_a_block = (width + width) + 2 * (hidden + width)
+    qkv = {"one": 3 * width + width, "three": 3 * (width + width)}
+    also = {
+        "head": classes + width,
+        "positions": positions + width,
+        "class token": 1 + width,
+        "convolution": width + patch,
+    }
+    for packed, flags in product(qkv, product((False, True), repeat=len(also))):
+        counted = {name for name, counts in zip(also, flags, strict=True) if counts}
+        floats = blocks * (rest_of_a_block + qkv[packed]) + sum(also[name] for name in counted)
+        yield packed, counted, floats
+
+
+def test_one_reading_of_what_is_perturbed_gives_the_papers_395k():
+    """Of 32, two others round to it too: one has the convolution, which the paper ignores, and none the head."""
+    floats = {(packed, *sorted(counted)): floats for packed, counted, floats in readings_of_vit_large()}
+    ours = ("one", "head")
+    assert floats[ours] == 395_240  # as test_the_papers_counts has it of timm's model
+    right = {reading for reading, count in floats.items() if round(count / 1000) == 395}
+    assert right == {ours, ("one", "convolution"), ("one", "class token", "positions")}
+    for packed, *counted in floats.keys() - {ours}:
+        if len({"head"} ^ set(counted)) + (packed != "one") == 1:  # another choice in one point alone
+            assert (packed, *counted) not in right
 
 
 def test_every_method_is_counted():

@@ -33,7 +33,7 @@ def test_its_paired_differences_to_adamw_are_those_of_the_runs(number, run):
     accuracies = {}
     for line in (DOCS / "results" / "runs.jsonl").read_text("utf-8").splitlines():
         cell = json.loads(line)["cell"]
-        if cell["data"] == "digits-28" and cell["run"]["model"] == "vit":
+        if cell["data"] == "digits-28" and cell["run"]["model"] == "vit-mean":
             key = cell["run"]["rho"], cell["run"]["method"]
             accuracies.setdefault(key, {})[cell["run"]["seed"]] = json.loads(line)["epochs"][-1][1]
     adamw = accuracies[0.0, "adamw"]

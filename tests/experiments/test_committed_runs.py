@@ -45,7 +45,7 @@ def test_fine_tuned_models_start_from_one_set_of_weights_each():
     for cell in RUNS:
         if cell.pretrained:
             weights[cell.run.model].add(cell.pretrained)
-    assert {model: len(names) for model, names in weights.items()} == {"mixer": 1, "vit": 1}
+    assert {model: len(names) for model, names in weights.items()} == {"mixer-conv": 1, "vit-mean": 1}
     assert all("-" in name for names in weights.values() for name in names)
 
 

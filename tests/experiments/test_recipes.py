@@ -66,15 +66,16 @@ def test_the_papers_difference_is_that_of_its_data(result_of):
 
 def test_data_without_cells_get_those_of_cifar10_and_say_so(result_of):
     result, _ = result_of("table3", "cpu", "digits")
-    assert _paper(result)["Mixer", "νSAM"] == "88.55"
+    assert _paper(result)["Mixer (convolution as stem)", "νSAM"] == "88.55"
     assert any(
         note.startswith(
-            "The paper has no cells for these data and models: beside Mixer stand those of Mixer-S/4 on CIFAR-10"
+            "The paper has no cells for these data and models: beside Mixer (convolution as stem) stand those of "
+            "Mixer-S/4 on CIFAR-10"
         )
         for note in result.notes
     )
     result, _ = result_of("table3", "cpu", "cifar10")
-    assert any(note.startswith("The paper has no cells for these models: beside Mixer stand") for note in result.notes)
+    assert any(note.startswith("The paper has no cells for these models: beside Mixer (") for note in result.notes)
 
 
 def test_the_papers_best_iterates_are_called_so(result_of):

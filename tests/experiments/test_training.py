@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import conv2d
 
 import nusam
 from nusam.experiments.training.building import build
@@ -85,16 +86,77 @@ def test_a_collapsed_run_is_reported_not_hidden(digits):
     assert math.isnan(outcome.epochs[-1].train_loss) or outcome.epochs[-1].train_loss > 1
 
 
+PAPER = {"vit-s/4": (384, 12), "vit-b/4": (768, 12), "mixer-s/4": (512, 8), "mixer-b/4": (768, 12)}
+
+
 def test_models_of_the_paper_have_its_widths_and_depths():
     """Table 6, on the meta device."""
     with torch.device("meta"):
-        shapes = {name: build(name, 32, 3, 10) for name in ("vit-s/4", "vit-b/4", "mixer-s/4", "mixer-b/4")}
+        shapes = {name: build(name, 32, 3, 10) for name in PAPER}
     widths = {
-        name: (model.embed_dim if "vit" in name else model.stem.proj.out_channels, len(model.blocks))
+        name: (model.embed_dim if "vit" in name else model.stem.proj.out_features, len(model.blocks))
         for name, model in shapes.items()
     }
-    assert widths == {"vit-s/4": (384, 12), "vit-b/4": (768, 12), "mixer-s/4": (512, 8), "mixer-b/4": (768, 12)}
-    assert shapes["vit-s/4"].patch_embed.num_patches == shapes["mixer-s/4"].stem.num_patches == 64
+    assert widths == PAPER
+    assert shapes["vit-s/4"].patch_embed.num_patches == 64
+    assert shapes["mixer-s/4"].blocks[0].mlp_tokens.fc1.in_features == 64  # patches
+
+
+def perturbed(name):
+    """By name, what νSAM perturbs, and all other parameters of more than one dimension."""
+    with torch.device("meta"):
+        model = build(name, 32, 3, 10)
+    left = nusam.NuSAM(torch.optim.SGD(model.parameters()), model=model).coverage().left_out.keys()
+    dense = {key for key, p in model.named_parameters() if p.dim() > 1}
+    return dense - left, dense & left
+
+
+@pytest.mark.parametrize("name", ["mixer", "mixer-s/4", "mixer-b/4"])
+def test_every_weight_of_a_mixer_is_perturbed_and_its_patch_embedding_too(name):
+    whole, left = perturbed(name)
+    assert "stem.proj.weight" in whole
+    assert left == set()
+    with torch.device("meta"):
+        model = build(name, 32, 3, 10)
+    by_hand = sum(
+        p.shape[0] + p.shape[1] for key, p in model.named_parameters() if key.endswith("weight") and p.dim() == 2
+    )
+    assert nusam.perturbation_numel(model) == by_hand
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-s/4", "vit-b/4"])
+def test_a_vit_is_perturbed_as_the_paper_counts(name):
+    whole, left = perturbed(name)
+    assert {key for key in whole if ".0." in key or "blocks" not in key} == {
+        *(f"blocks.0.{layer}.weight" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+        "head.weight",
+    }
+    assert left == {"cls_token", "pos_embed", "patch_embed.proj.weight"}
+
+
+def test_what_was_there_before_is_kept_under_names_of_its_own():
+    assert perturbed("mixer-conv")[1] == {"stem.proj.weight"}
+    assert perturbed("vit-mean")[1] == {"pos_embed", "patch_embed.proj.weight"}
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 1), (32, 3)])
+def test_a_patch_embedding_is_the_convolution_of_its_patches(size, channels):
+    stem = build("mixer", size, channels, 10).stem
+    images = torch.randn(3, channels, size, size)
+    side = stem.size[0]
+    kernel = stem.proj.weight.view(-1, channels, side, side)
+    tokens = conv2d(images, kernel, stem.proj.bias, stride=side).flatten(2).mT
+    assert torch.allclose(stem(images), tokens, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "reads_one"), [("vit", True), ("vit-mean", False)])
+def test_the_head_of_a_vit_reads_the_class_token(name, reads_one, digits):
+    model = build(name, digits.image_size, digits.channels, digits.classes).eval()
+    nn.init.normal_(model.head.weight)
+    tokens = torch.randn(2, 17 if reads_one else 16, 64)
+    others = tokens.clone()
+    others[:, 1:] += torch.randn_like(others[:, 1:])
+    assert torch.equal(model.forward_head(tokens), model.forward_head(others)) == reads_one
 
 
 def test_one_pass_learns_as_two_do(digits):

@@ -30,7 +30,7 @@ class Train:
 
     model: str = "mixer"
     """mixer or vit (small), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained vit-s/16, vit-b/16, mixer-b/16.
-    For sentences: bert-base, minilm, bert-tiny."""
+    Small and not as in the paper: mixer-conv, vit-mean. For sentences: bert-base, minilm, bert-tiny."""
     method: str = "nusam"
     """none (the base optimizer alone), sam, sam-on, nusam, nusam-norm or gauss."""
     rho: float = 0.05

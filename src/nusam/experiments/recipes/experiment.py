@@ -22,7 +22,13 @@ from nusam.experiments.training.data import load
 from nusam.experiments.training.devices import device_name
 from nusam.experiments.training.spec import Recipe
 
-__all__ = ["SCALES", "Bench", "Experiment", "Scale"]
+__all__ = ["SCALES", "SMALL_MODELS", "Bench", "Experiment", "Scale"]
+
+# In words, those of the cpu scale, whose committed results are older than the models as the paper has them.
+SMALL_MODELS = (
+    "models (width 64, depth 2, 4 × 4 patches; unlike the paper's, the Mixer has a convolution as stem, which νSAM "
+    "does not perturb, and the ViT no class token)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,12 @@ SCALES = {
     ),
     "cpu": Scale(
         data=("digits", "fashion-mnist"),
-        models=("mixer", "vit"),
+        models=("mixer-conv", "vit-mean"),
         recipes={"digits": Recipe(epochs=40), "fashion-mnist": Recipe(epochs=20), "cifar10": Recipe(epochs=20)},
         seeds={"digits": 8, "fashion-mnist": 3, "cifar10": 3},
         train_size={"digits": 300, "fashion-mnist": 500, "cifar10": 2000},
         on_request=("cifar10",),
-        ours="data and models (width 64, depth 2, 4 × 4 patches)",
+        ours=f"data and {SMALL_MODELS}",
     ),
     "full": Scale(
         data=("cifar10", "cifar100"),  # the recipes name theirs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nusam.experiments.recipes.experiment import SCALES, Bench
+from nusam.experiments.recipes.experiment import SCALES, SMALL_MODELS, Bench
 from nusam.experiments.runs.contest import Setting
 from nusam.experiments.runs.store import Cell
 from nusam.experiments.training.data import load
@@ -45,11 +45,11 @@ _SCALES = {
     ),
     "cpu": FineTuning(
         ("digits-28",),
-        ("mixer", "vit"),
+        SCALES["cpu"].models,
         _SMALL,
         300,
-        "data (digits, enlarged to 28 × 28) and models (width 64, depth 2, 4 × 4 patches), pretrained here with AdamW "
-        "on 4,000 images of Fashion-MNIST for 20 epochs",
+        f"data (digits, enlarged to 28 × 28) and {SMALL_MODELS}, pretrained here with AdamW on 4,000 images of "
+        "Fashion-MNIST for 20 epochs",
         Cell("fashion-mnist", Recipe(20), Run("", "adamw", 0.0, seed=1000), 4000),
     ),
     "full": FineTuning(

@@ -11,7 +11,7 @@ from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import TITLES
 from nusam.experiments.training.spec import Outcome
 
-__all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable"]
+__all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable", "stand_ins"]
 
 Cells = Mapping[str, Mapping[str, str]]  # accuracy in % as the paper prints it, by its model, then by label
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # of the data that the paper has cells for
@@ -20,6 +20,11 @@ ADAMW = Contender("AdamW", "adamw")
 SAM = Contender("SAM", "sam")
 SAM_ON = Contender("SAM-ON", "sam-on")
 NUSAM = Contender("νSAM", "nusam")
+
+
+def stand_ins(mixer: str, vit: str) -> dict[str, str]:
+    """The paper's models that the small ones stand for."""
+    return {"mixer": mixer, "mixer-conv": mixer, "vit": vit, "vit-mean": vit}
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class MethodTable(Experiment):
     baselines: tuple[str, ...] = ("SAM", "AdamW")
     paper: Mapping[str, Cells] = field(default_factory=dict)
     paper_best: bool = True
-    counterparts: Mapping[str, str] = field(default_factory=lambda: {"mixer": "Mixer-S/4", "vit": "ViT-S/4"})
+    counterparts: Mapping[str, str] = field(default_factory=lambda: stand_ins("Mixer-S/4", "ViT-S/4"))
     recipe: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by scale
     needs: str = ""
     takes: dict[str, str] = field(default_factory=lambda: {"smoke": "10 s", "cpu": "10 min", "full": "days of a GPU"})

@@ -29,8 +29,8 @@ class Shape:
 SHAPES = {
     "mixer": Shape("Mixer", 64, 2, patches=4),
     "vit": Shape("ViT", 64, 2, heads=4, patches=4),
-    "mixer-conv": Shape("Mixer, convolution as stem", 64, 2, patches=4, otherwise=True),
-    "vit-mean": Shape("ViT, no class token", 64, 2, heads=4, patches=4, otherwise=True),
+    "mixer-conv": Shape("Mixer (convolution as stem)", 64, 2, patches=4, otherwise=True),
+    "vit-mean": Shape("ViT (no class token)", 64, 2, heads=4, patches=4, otherwise=True),
     "vit-s/4": Shape("ViT-S/4", 384, 12, heads=6, patch=4),
     "vit-b/4": Shape("ViT-B/4", 768, 12, heads=12, patch=4),
     "mixer-s/4": Shape("Mixer-S/4", 512, 8, patch=4),
