@@ -84,6 +84,35 @@ def test_the_papers_best_iterates_are_called_so(result_of):
     assert any("differences and verdicts here are of the last" in note for note in result.notes)
 
 
+def test_the_cells_of_table_3_are_not_called_best_iterates(result_of):
+    for scale, of in (("cpu", "digits"), ("full", "cifar100")):
+        result, _ = result_of("table3", scale, of)
+        assert "paper" in result.columns
+        assert not any("best iterate" in column for column in result.columns if column.startswith("paper"))
+        assert any(note.startswith("The paper says of Table 2 that its cells are of the best") for note in result.notes)
+
+
+def test_glue_is_fine_tuned_as_geiping_and_goldstein_do(result_of):
+    assert len(recipe_of("table5").data("full")) == 8
+    result, asked = result_of("table5", "full", "glue-stsb")
+    recipes = {cell.recipe for cell in asked}
+    assert {(r.epochs, r.beta2, r.batch_size, r.learning_rate, r.warm_up) for r in recipes} == {
+        (5, 0.98, 32, 4e-5, 0.1)
+    }
+    assert {curve.y_title for curve in result.curves} == {"mean of Pearson's and Spearman's correlation × 100"}
+    assert {curve.y_title for curve in result_of("table5", "full", "glue-cola")[0].curves} == {
+        "Matthews correlation × 100"
+    }
+
+
+@pytest.mark.parametrize(("name", "says"), [("table2", True), ("fig3", True), ("table4", False), ("table13", False)])
+def test_what_differs_from_the_recipe_it_is_after_is_listed(result_of, pretrained, name, says):
+    result, _ = result_of(name, "full", "cifar10")
+    notes = [note for note in result.notes if note.startswith("Gani et al.")]
+    assert len(notes) == says
+    assert all(words in notes[0] for words in ("100 epochs", "label smoothing", "CutMix") if says)
+
+
 def _ours(result):
     (note,) = (note for note in result.notes if note.startswith("Ours: "))
     return note
@@ -96,17 +125,24 @@ def _ours(result):
             "table4",
             "cpu",
             "digits-28",
-            ["learning rate 0.001", "batch size 32"],
-            ["epochs,", "weight decay", "warm-up"],
+            ["learning rate 0.001", "batch size 32", "no warm-up", "no augmentation"],
+            ["epochs,", "weight decay"],
         ),
         ("table4", "full", "cifar100", ["batch size 128"], ["learning rate", "10 epochs", "seeds,", "Gani"]),
         ("fig5", "cpu", "digits-28", ["learning rate 0.001", "none is chosen"], ["0.004", "validation accuracy"]),
         ("table3", "cpu", "digits", ["40 epochs", "learning rate 0.004", "over 2 of the 8 seeds"], []),
-        ("table2", "full", "cifar100", ["300 epochs", "weight decay 0.05", "Gani"], ["AutoAugment"]),
+        (
+            "table2",
+            "full",
+            "cifar100",
+            ["300 epochs", "weight decay 0.05", "after Gani"],
+            ["AutoAugment"],
+        ),
         ("fig2", "cpu", "digits", ["none is chosen", "no augmentation"], ["validation accuracy"]),
         ("fig3", "cpu", "digits", ["40 epochs", "over all 8 seeds"], []),
         ("fig3", "full", "cifar10", ["over all 3 seeds"], ["epochs", "3 seeds,"]),
         ("table5", "cpu", "movie-reviews", ["learning rate 0.0001", "3 epochs"], ["batch size", "candidates"]),
+        ("table5", "full", "glue-cola", ["choice of ρ"], ["epochs", "β₂", "weight decay", "accuracy)", "candidates"]),
         ("table13", "full", "cifar100", ["batch size 128"], ["candidates", "validation accuracy"]),
     ],
 )

@@ -10,9 +10,10 @@ import torch
 
 from nusam.experiments.commands.main import main
 from nusam.experiments.errors import Refused
-from nusam.experiments.training import text
+from nusam.experiments.training import loop, text
 from nusam.experiments.training.building import build
-from nusam.experiments.training.data import load
+from nusam.experiments.training.data import load, with_wrong_labels
+from nusam.experiments.training.spec import Recipe, Run
 
 transformers = pytest.importorskip("transformers")
 
@@ -98,6 +99,23 @@ def test_glue_comes_from_the_hub(tmp_path, vocabulary, monkeypatch):
     assert asked == [("nyu-mll/glue", "qnli")]
     assert labels.tolist() == [0, 1]
     assert tokens[1].tolist() == ids(vocabulary, "a film", "good")
+
+
+def test_the_scores_of_glue_are_learned_and_judged_as_scores(tmp_path, vocabulary, monkeypatch):
+    words = ["the plot", "a film", "good", "dull"]
+    part = {"sentence1": words * 20, "sentence2": words[::-1] * 20, "label": [0.0, 5.0, 2.5, 3.75] * 20}
+    hub = SimpleNamespace(load_dataset=lambda *name: {"train": part, "validation": part})
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    source = load("glue-stsb", tmp_path)
+    assert (source.classes, source.metric, source.pool_labels.dtype) == (1, "correlations", "float32")
+    assert set(source.test_labels.tolist()) == {0.0, 2.5, 3.75, 5.0}
+    recipe = Recipe(40, learning_rate=3e-3, base="adam", beta2=0.98)
+    run = Run("bert-tiny", "adamw", 0.0, 0)
+    outcome = loop.train(run, recipe, source, torch.device("cpu"), lambda epoch: None)
+    assert outcome.epochs[-1].train_loss < outcome.epochs[0].train_loss
+    assert outcome.test_accuracy > 0.7
+    with pytest.raises(Refused, match="draws classes anew, and glue-stsb has scores; leave it out"):
+        with_wrong_labels(source, 0.1)
 
 
 @pytest.mark.parametrize(

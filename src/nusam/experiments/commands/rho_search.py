@@ -14,7 +14,6 @@ from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import nusam
@@ -26,6 +25,7 @@ from nusam.experiments.training.data import Source
 from nusam.experiments.training.loop import accuracy
 from nusam.experiments.training.methods import BASES
 from nusam.experiments.training.methods import METHODS as KNOWN
+from nusam.experiments.training.scoring import loss as loss_of
 from nusam.experiments.training.splits import split
 from nusam.tools.radius_search import RadiusSearch, find_rho
 from nusam.tools.verdict import Trial, Verdict
@@ -40,7 +40,7 @@ def built_in(source: Source, model: str, base: str, learning_rate: float, device
     train, held_out = (TensorDataset(part.pixels, part.labels) for part in (data.train, data.validation))
 
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-        return cross_entropy(model(batch[0]), batch[1])
+        return loss_of(model(batch[0]), batch[1])
 
     return {
         "model": build(model, source.image_size, source.channels, source.classes).to(device),

@@ -47,7 +47,7 @@ class Train:
     """Decides the data split, the initial weights and the order."""
     data: str = "digits"
     """digits, or fashion-mnist, cifar10, cifar100 or folder where their files are in --data-root; sentences are
-    movie-reviews and tsv (files in --data-root) and glue-sst2, -mrpc, -qqp, -mnli, -qnli, -rte."""
+    movie-reviews and tsv (files in --data-root) and glue-cola, -sst2, -mrpc, -qqp, -stsb, -mnli, -qnli, -rte."""
     data_root: Path = Path("data")
     """Folder of the data's files; of folder, with train/CLASS/*.png and test/CLASS/*.png."""
     image_size: int = 0

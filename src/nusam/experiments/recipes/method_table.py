@@ -9,7 +9,8 @@ from nusam.experiments.recipes.experiment import Bench, Experiment
 from nusam.experiments.runs.contest import Contender, Contest, Setting
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import TITLES
-from nusam.experiments.training.spec import Outcome
+from nusam.experiments.training.spec import METRICS, Outcome
+from nusam.experiments.training.text import metric_of
 
 __all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable", "stand_ins"]
 
@@ -71,7 +72,8 @@ class MethodTable(Experiment):
                 beside = {column: of_paper.get(row["method"], "not in our text")} if self.paper else {}
                 rows.append({"model": TITLES[model], **row, **beside})
             curves += [
-                _curve(TITLES[model], label, contest.outcomes(bench.store, label)) for label in contest.contenders
+                _curve(TITLES[model], label, contest.outcomes(bench.store, label), metric_of(bench.data))
+                for label in contest.contenders
             ]
         findings = "\n".join(self._finding(bench, contest) for contest in contests)
         return bench.result(
@@ -153,8 +155,8 @@ def _few_radii(setting: Any, bench: Bench) -> Any:
     return replace(setting, radii={name: m.radii[small][:1] for name, m in METHODS.items() if m.radii})
 
 
-def _curve(panel: str, label: str, outcomes: list[Outcome]) -> Curve:
+def _curve(panel: str, label: str, outcomes: list[Outcome], metric: str) -> Curve:
     epochs = list(zip(*(outcome.epochs for outcome in outcomes), strict=True))
     means = [100 * sum(epoch.test_accuracy for epoch in column) / len(column) for column in epochs]
     x = [float(i) for i in range(1, len(means) + 1)]
-    return Curve(panel, label, x, list(means), "epoch", "test accuracy, %")
+    return Curve(panel, label, x, list(means), "epoch", METRICS[metric])

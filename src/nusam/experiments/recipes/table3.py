@@ -16,6 +16,7 @@ TABLE = MethodTable(
             "ViT-S/4": {"AdamW": "61.22", "SAM": "65.11", "SAM-ON": "66.01", "νSAM": "65.29"},
         },
     },
+    paper_best=False,
     models_of_paper=("mixer-s/4", "vit-s/4"),
     data_of_paper=("cifar10", "cifar100"),
     published={"augment": "crop-flip"},

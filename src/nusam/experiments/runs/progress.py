@@ -11,7 +11,7 @@ __all__ = ["Bars", "describe"]
 
 
 class Bars(Progress):
-    """Shows the reports of :class:`nusam.experiments.runs.workers.Workers` with loss, accuracy and time left."""
+    """Shows the reports of :class:`nusam.experiments.runs.workers.Workers` with loss, score and time left."""
 
     def __init__(self, console: Console, runs: int, epochs: int, base: str = "adamw") -> None:
         columns = (
@@ -36,7 +36,7 @@ class Bars(Progress):
         if report.worker not in self._bars:
             name = describe(report.run, self._base)
             self._bars[report.worker] = self.add_task(name, total=self._epochs, news="")
-        news = f"loss {report.news.train_loss:.3f}, test accuracy {report.news.test_accuracy:.1%}"
+        news = f"loss {report.news.train_loss:.3f}, test score {report.news.test_accuracy:.1%}"
         self.update(self._bars[report.worker], advance=1, news=news)
         self.advance(self._all)
 

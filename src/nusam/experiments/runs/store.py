@@ -48,6 +48,8 @@ class Cell:
             del described["run"]["one_pass"]
         if not self.recipe.wrong_labels:
             del described["recipe"]["wrong_labels"]
+        if self.recipe.beta2 is None:
+            del described["recipe"]["beta2"]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from nusam.experiments.training.devices import device_name
 from nusam.experiments.training.loop import Stopped, train
 from nusam.experiments.training.machine import Machine, launched
 from nusam.experiments.training.scalars import Scalars
-from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Report, Run
+from nusam.experiments.training.spec import METRICS, Epoch, Outcome, Recipe, Report, Run
 
 __all__ = ["Watched"]
 
@@ -75,9 +75,10 @@ class Watched:
         finally:
             if scalars:
                 scalars.close()
+        judged = "" if self.source.metric == "accuracy" else f" (here: {METRICS[self.source.metric]})"
         console.print(
             f"Test accuracy {outcome.test_accuracy:.2%} after the last epoch, validation accuracy "
-            f"{outcome.validation_accuracy:.2%}; {self.out / 'outcome.json'} has every epoch.",
+            f"{outcome.validation_accuracy:.2%}{judged}; {self.out / 'outcome.json'} has every epoch.",
             highlight=False,
         )
         return 0

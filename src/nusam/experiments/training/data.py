@@ -34,7 +34,7 @@ _TORCHVISION_ADVICE = " You can use download=True to download it"
 
 Pixels = NDArray[np.uint8]
 Tokens = NDArray[np.int64]
-Labels = NDArray[np.int64]
+Labels = NDArray[Any]  # int64 classes, or float32 scores
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Source:
     pool_labels: Labels
     test: Pixels | Tokens
     test_labels: Labels
+    metric: str = "accuracy"
 
     @property
     def channels(self) -> int:
@@ -249,7 +250,10 @@ def _require_train_and_test(name: str, root: Path, download: bool | None) -> Non
 
 def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool | None) -> Source:
     if name in ("tsv", *text.GLUE):
-        return _subset(title, train_size, *(text.tsv(root) if name == "tsv" else text.glue(name)))
+        return replace(
+            _subset(title, train_size, *(text.tsv(root) if name == "tsv" else text.glue(name))),
+            metric=text.metric_of(name),
+        )
     tokens, labels = text.movie_reviews(root) if name == "movie-reviews" else text.tiny_sentences()
     order = shuffled(len(labels), seed=0)
     held_out = min(TEST // 2, len(labels) // 5)
@@ -264,18 +268,20 @@ def _subset(
 ) -> Source:
     every = len(train[1])
     size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
-    labels = train[1].astype(np.int64)
+    numbers = np.issubdtype(train[1].dtype, np.floating)  # and no classes
+    labels = train[1].astype(np.float32 if numbers else np.int64)
     pooled = min(size + VALIDATION, every)
-    pool = with_every_class(shuffled(every, seed=0), labels, pooled, least=2)[:pooled]
+    order = shuffled(every, seed=0)
+    pool = (order if numbers else with_every_class(order, labels, pooled, least=2))[:pooled]
     held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
     return Source(
         title,
-        classes=classes or int(labels.max()) + 1,
+        classes=1 if numbers else classes or int(labels.max()) + 1,
         train_size=size,
         pool=train[0][pool],
         pool_labels=labels[pool],
         test=test[0][held_out],
-        test_labels=test[1][held_out].astype(np.int64),
+        test_labels=test[1][held_out].astype(labels.dtype),
     )
 
 
@@ -293,6 +299,8 @@ def with_wrong_labels(source: Source, share: float) -> Source:
     """That share of the labels for training and validation drawn anew from all classes; those of the test stay."""
     if not share:
         return source
+    if np.issubdtype(source.pool_labels.dtype, np.floating):
+        raise Refused(f"--wrong-labels draws classes anew, and {source.title} has scores; leave it out.")
     count = len(source.pool_labels)
     drawn = np.random.default_rng(0)
     chosen = drawn.permutation(count)[: round(share * count)]

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
@@ -26,13 +25,14 @@ from nusam.experiments.training.data import Source
 from nusam.experiments.training.machine import Machine
 from nusam.experiments.training.methods import BASES, METHODS
 from nusam.experiments.training.scalars import Scalars
+from nusam.experiments.training.scoring import loss as loss_of
+from nusam.experiments.training.scoring import score
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
-from nusam.experiments.training.splits import Images, split
+from nusam.experiments.training.splits import split
 
-__all__ = ["Stopped", "accuracy", "steps_of", "train"]
+__all__ = ["Stopped", "steps_of", "train"]
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # of all processes together: pixels and labels
-EVALUATION_BATCH = 128  # stays in a processor's cache
 
 
 class Stopped(Exception):
@@ -86,7 +86,7 @@ def train(
     _load_what_fits(model, initial or {})
     model = machine.wrapped(model)
     steps, per_epoch = steps_of(recipe, source, run.stretch), _steps_per_epoch(recipe, source)
-    base = BASES[recipe.base].make(model, recipe.learning_rate * run.rate, recipe.weight_decay)
+    base = BASES[recipe.base].make(model, recipe.learning_rate * run.rate, recipe.weight_decay, recipe.beta2)
     optimizer = METHODS[run.method].wrap(base, run, steps, model)
     schedule = _schedule(optimizer, recipe, steps)
     order = torch.Generator().manual_seed(run.seed)
@@ -127,7 +127,7 @@ def train(
         if scalars:
             scalars.step(step, optimizer, losses)
         if progress.step % per_epoch == 0:
-            progress.epochs.append(Epoch(progress.loss / len(data.train), accuracy(model, data.test)))
+            progress.epochs.append(Epoch(progress.loss / len(data.train), score(model, data.test, source.metric)))
             progress.loss = 0.0
             report(progress.epochs[-1])
             model.train()
@@ -142,7 +142,7 @@ def train(
     return Outcome(
         run,
         progress.epochs,
-        validation_accuracy=accuracy(model, data.validation),
+        validation_accuracy=score(model, data.validation, source.metric),
         delay_steps=METHODS[run.method].delay_steps(run, steps),
         perturbation_numel=optimizer.perturbation_numel() if isinstance(optimizer, SharpnessAware) else 0,
         seconds=time.perf_counter() - began,
@@ -187,7 +187,7 @@ def _in_one_pass(
 def _loss(model: nn.Module, machine: Machine, x: Tensor, y: Tensor, count: int) -> Tensor:
     """Summed here and averaged over processes, this is the mean over the joint batch whatever the shares."""
     with machine.autocast():
-        return cross_entropy(model(x).float(), y, reduction="sum") * (machine.processes / count)
+        return loss_of(model(x).float(), y, reduction="sum") * (machine.processes / count)
 
 
 def _averaged(losses: dict[str, Tensor], machine: Machine) -> dict[str, Tensor]:
@@ -208,17 +208,6 @@ def steps_of(recipe: Recipe, source: Source, stretch: float = 1.0) -> int:
 
 def _steps_per_epoch(recipe: Recipe, source: Source) -> int:
     return math.ceil(source.train_size / recipe.batch_size)
-
-
-def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of the images that the model classifies correctly."""
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=images.labels.device)
-    with torch.no_grad():
-        for start in range(0, len(images), EVALUATION_BATCH):
-            part = slice(start, start + EVALUATION_BATCH)
-            correct += (model(images.pixels[part]).argmax(1) == images.labels[part]).sum()
-    return int(correct) / len(images)
 
 
 def _keep(model: nn.Module, path: Path) -> None:

@@ -22,12 +22,13 @@ class Base:
     title: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def make(self, model: "nn.Module", rate: float, decay: float) -> "Optimizer":
-        """The optimizer of a model's parameters."""
+    def make(self, model: "nn.Module", rate: float, decay: float, beta2: float | None = None) -> "Optimizer":
+        """The optimizer of a model's parameters; ``beta2`` is of Adam and AdamW."""
         import torch
 
         kind = getattr(torch.optim, self.title)
-        optimizer: Optimizer = kind(model.parameters(), lr=rate, weight_decay=decay, **self.options)
+        options = {**self.options, **({} if beta2 is None else {"betas": (0.9, beta2)})}
+        optimizer: Optimizer = kind(model.parameters(), lr=rate, weight_decay=decay, **options)
         return optimizer
 
 

@@ -5,7 +5,13 @@ from typing import NamedTuple
 
 from nusam.experiments.limits import at_least, not_negative, part_of, shares, some_of
 
-__all__ = ["Epoch", "Outcome", "Recipe", "Report", "Run"]
+__all__ = ["METRICS", "Epoch", "Outcome", "Recipe", "Report", "Run"]
+
+METRICS = {  # what test and validation accuracies are where a task is judged otherwise, and their titles
+    "accuracy": "test accuracy, %",
+    "matthews": "Matthews correlation × 100",
+    "correlations": "mean of Pearson's and Spearman's correlation × 100",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Recipe:
     augment: str = "none"
     accumulate: int = 1  # micro-batches of a step, each perturbed on its own
     wrong_labels: float = 0.0  # share of the labels for training and validation that are drawn anew
+    beta2: float | None = None  # of Adam and AdamW; None is torch's own
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
@@ -73,7 +80,7 @@ class Outcome:
 
     @property
     def test_accuracy(self) -> float:
-        """That of the last epoch; no epoch is picked."""
+        """That of the last epoch; no epoch is picked. By the task's own metric, where it has one."""
         return self.epochs[-1].test_accuracy
 
 

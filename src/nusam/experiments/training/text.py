@@ -8,7 +8,7 @@ import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from nusam.experiments.errors import Refused
 from nusam.experiments.training.class_sizes import require_two_of_each
 
-__all__ = ["ENCODERS", "END", "GLUE", "glue", "movie_reviews", "needed", "of_hub", "tiny_sentences", "tsv"]
+__all__ = ["ENCODERS", "END", "GLUE", "glue", "metric_of", "movie_reviews", "needed", "of_hub", "tiny_sentences", "tsv"]
 
-Labelled = tuple[NDArray[np.int64], NDArray[np.int64]]  # (N, L) token ids, 0 behind a sentence's end, and (N,) classes
+# (N, L) token ids, 0 behind a sentence's end, and (N,) int64 classes or float32 scores
+Labelled = tuple[NDArray[np.int64], NDArray[Any]]
 
 LENGTH = 128  # tokens of a sentence at most
 REVIEW_LENGTH = 40  # which eight of ten reviews do not exceed
@@ -28,14 +29,25 @@ ENCODERS = {  # by the command line's name: title, folder, and who keeps it wher
     "minilm": ("MiniLM", "all-MiniLM-L6-v2", "sentence-transformers"),
     "bert-tiny": ("BERT, tiny and untrained", "", ""),
 }
-# Tasks of GLUE that are judged by accuracy: the columns with the sentences, and the split with known labels.
+
+
+class Task(NamedTuple):
+    """One of GLUE's: the columns with the sentences, the split with known labels, and what it is judged by."""
+
+    columns: tuple[str, ...]
+    split: str = "validation"
+    metric: str = "accuracy"
+
+
 GLUE = {
-    "glue-sst2": (("sentence",), "validation"),
-    "glue-mrpc": (("sentence1", "sentence2"), "validation"),
-    "glue-qqp": (("question1", "question2"), "validation"),
-    "glue-mnli": (("premise", "hypothesis"), "validation_matched"),
-    "glue-qnli": (("question", "sentence"), "validation"),
-    "glue-rte": (("sentence1", "sentence2"), "validation"),
+    "glue-cola": Task(("sentence",), metric="matthews"),
+    "glue-sst2": Task(("sentence",)),
+    "glue-mrpc": Task(("sentence1", "sentence2")),
+    "glue-qqp": Task(("question1", "question2")),
+    "glue-stsb": Task(("sentence1", "sentence2"), metric="correlations"),  # scores of 0 to 5
+    "glue-mnli": Task(("premise", "hypothesis"), "validation_matched"),
+    "glue-qnli": Task(("question", "sentence")),
+    "glue-rte": Task(("sentence1", "sentence2")),
 }
 MOVIE_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
 
@@ -119,7 +131,8 @@ def _read(path: Path) -> str:
 
 def glue(name: str) -> tuple[Labelled, Labelled]:
     """A task's training sentences and those of its split with known labels, through Hugging Face ``datasets``."""
-    columns, split = GLUE[name]
+    columns, split, metric = GLUE[name]
+    kind = np.float32 if metric == "correlations" else np.int64
     datasets = needed("datasets")
     try:
         task = datasets.load_dataset("nyu-mll/glue", name.removeprefix("glue-"))
@@ -129,10 +142,15 @@ def glue(name: str) -> tuple[Labelled, Labelled]:
             "--data tsv."
         ) from error
     train, test = (
-        (_tokenized(list(zip(*(task[part][c] for c in columns), strict=True))), np.array(task[part]["label"], np.int64))
+        (_tokenized(list(zip(*(task[part][c] for c in columns), strict=True))), np.array(task[part]["label"], kind))
         for part in ("train", split)
     )
     return train, test
+
+
+def metric_of(data: str) -> str:
+    """What a data set is judged by: one of :data:`nusam.experiments.training.spec.METRICS`."""
+    return GLUE[data].metric if data in GLUE else "accuracy"
 
 
 def _tokenized(sentences: list[tuple[str, ...]], length: int = LENGTH) -> NDArray[np.int64]:
