@@ -1,11 +1,13 @@
 """ρ is chosen by validation accuracy alone, and differences are those of scipy's paired test."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and_half_width
+from nusam.experiments.runs.contest import Contender, Contest, Setting, holm, mean_and_half_width
 from nusam.experiments.runs.store import Store
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe
 
@@ -63,6 +65,52 @@ def test_best_and_last_iterates_are_told_apart(store):
     best = np.mean([100 * max(e.test_accuracy for e in o.epochs) for o in outcomes])
     assert row["last iterate"].startswith(f"{last:.2f} ±")
     assert row["best iterate"].startswith(f"{best:.2f} ±")
+
+
+@pytest.mark.parametrize(("best", "bracketed"), [(0.1, False), (0.2, True), (0.3, False)])
+def test_a_radius_at_an_end_of_its_candidates_is_not_bracketed(tmp_path, best, bracketed):
+    store, contest = Store(tmp_path), Contest(SETTING, CONTENDERS)
+    for cell in contest.trials():
+        store.add(cell, Outcome(cell.run, [Epoch(1.0, 0.5)], 0.9 - abs(cell.run.rho - best), 0, 1, 0.1), "cpu")
+    assert contest.bracketed(store, "νSAM") == contest.bracketed(store, "T=5") == bracketed
+    assert contest.bracketed(store, "AdamW")  # has none to choose
+
+
+def test_a_single_radius_is_given_and_not_chosen(tmp_path):
+    contest = Contest(replace(SETTING, radii={"nusam": (0.1,)}), CONTENDERS)
+    assert contest.bracketed(Store(tmp_path), "νSAM")
+
+
+def by_hand(differences, level=0.05):
+    """Which of them Holm's procedure rejects, as its paper has it."""
+    p = [stats.ttest_1samp(values, 0).pvalue for values in differences]
+    rejected = set()
+    for step, index in enumerate(np.argsort(p)):
+        if p[index] > level / (len(p) - step):
+            break
+        rejected.add(int(index))
+    return rejected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_intervals_by_holm_leave_out_zero_where_holm_rejects_it(seed):
+    noise = np.random.default_rng(seed)
+    effects = noise.choice([0.0, 0.5, 1.0, 3.0], size=noise.integers(1, 12))
+    differences = [list(noise.normal(effect, 1.0, size=6)) for effect in effects]
+    halves = holm(differences)
+    assert {i for i, half in enumerate(halves) if abs(np.mean(differences[i])) > half} == by_hand(differences)
+    for values, half in zip(differences, halves, strict=True):
+        assert half >= mean_and_half_width(values)[1] - 1e-12
+
+
+def test_holm_of_one_difference_is_the_plain_interval():
+    values = [0.5, 1.0, 0.25, 2.0]
+    assert holm([values]) == pytest.approx([mean_and_half_width(values)[1]])
+
+
+def test_holm_takes_single_seeds_and_differences_without_scatter():
+    single, level, nothing = holm([[3.0], [1.0, 1.0, 1.0], [0.0, 0.0]])
+    assert (single, level, nothing) == (float("inf"), 0.0, 0.0)
 
 
 def test_a_single_value_has_no_interval():

@@ -113,6 +113,22 @@ def test_what_differs_from_the_recipe_it_is_after_is_listed(result_of, pretraine
     assert all(words in notes[0] for words in ("100 epochs", "label smoothing", "CutMix") if says)
 
 
+def test_what_is_selected_by_looking_and_of_one_set_of_weights_says_so(result_of, pretrained):
+    for name, of in (("table3", "digits"), ("fig2", "digits"), ("fig3", "digits")):
+        assert any("selected by looking" in note for note in result_of(name, "cpu", of)[0].notes)
+    for name in ("table4", "fig5"):
+        assert any("one set of pretrained weights" in note for note in result_of(name, "cpu", "digits-28")[0].notes)
+
+
+def test_a_verdict_needs_a_bracketed_radius(result_of):
+    """Validation is the same for every ρ here, so that the smallest is taken."""
+    findings = result_of("table3", "cpu", "digits")[0].findings.splitlines()
+    with_paper = [line for line in findings if "; paper (" in line]
+    assert len(with_paper) == 10
+    assert all(line.endswith("not bracketed.") for line in with_paper)
+    assert "Holm's procedure at 5% for all 10 differences" in findings[-1]
+
+
 def _ours(result):
     (note,) = (note for note in result.notes if note.startswith("Ours: "))
     return note

@@ -14,7 +14,7 @@ import pytest
 from nusam.experiments.commands.report import Report
 from nusam.experiments.errors import Refused
 from nusam.experiments.pages.page import page
-from nusam.experiments.pages.result import Curve, Result
+from nusam.experiments.pages.result import Curve, Result, as_certain
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -165,6 +165,46 @@ def test_tables_show_the_papers_numbers_beside_ours(html):
     assert "<h4>Agrees</h4>" in html
     assert "<strong>the paper</strong>" in html
     assert "torch 2.6, python 3.10" in html
+
+
+@pytest.mark.parametrize(
+    ("exact", "shown"),
+    [
+        ("90.04 ± 0.31", "90.04 ± 0.31"),
+        ("-2.57 ± 2.04 points", "-2.6 ± 2.0 points"),
+        ("76.65 ± 1.28", "76.7 ± 1.3"),
+        ("νSAM = +3.47 ± 22.4", "νSAM = +3 ± 22"),
+        ("98.85 ± 0.00", "98.85 ± 0.00"),
+        ("97.72 ± 0.05", "97.72 ± 0.05"),
+        ("−1.36 ± 12.93, 1.5", "−1 ± 13, 1.5"),
+        ("99.96%", "99.96%"),
+    ],
+)
+def test_a_number_has_the_digits_that_its_error_leaves(exact, shown):
+    assert as_certain(exact) == shown
+    result = replace(RESULTS[1], columns=["cell"], rows=[{"cell": exact}], findings=exact, notes=[])
+    html = unescape(page([result]))
+    assert html.count(shown) >= 2
+    assert shown == exact or exact not in html
+
+
+def cells(**row):
+    html = page([replace(RESULTS[1], columns=list(row), rows=[row], findings="")])
+    return [unescape(cell) for cell in re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", html)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(-12.3456789, "-12.35"), (0.000123456, "0.0001235"), (81.25, "81.25"), (1234.5678, "1,235"), (math.nan, "–")],
+)
+def test_a_number_without_an_error_has_four_digits(value, shown):
+    assert shown in cells(slope=value)
+
+
+def test_an_error_in_the_next_column_rounds_a_number():
+    shown = cells(**{"slope": -12.3456789, "s.e.": 1.0345, "other": -1.9912345, "its s.e.": 0.0123456, "last": 3.25})
+    assert shown[-5:] == ["-12.3", "1.0", "-1.991", "0.012", "3.25"]
+    assert cells(**{"slope": -1.0, "s.e.": None})[-2:] == ["-1", "–"]
 
 
 def test_results_come_in_reading_order(html):

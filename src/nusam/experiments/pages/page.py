@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
+from itertools import pairwise
 from typing import Any, TypeGuard, cast
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
@@ -16,7 +17,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 import nusam
 from nusam.experiments.pages.looks import LOOKS
-from nusam.experiments.pages.result import Curve, Result
+from nusam.experiments.pages.result import Curve, Result, as_certain, rounded
 from nusam.experiments.training.methods import METHODS
 
 __all__ = ["page"]
@@ -53,8 +54,8 @@ class Section:
         looks = _looks(result.curves)
         self.plots = [Plot(panel, curves, looks) for panel, curves in _panels(result.curves).items()]
         self.numeric = {name: _is_numeric([row.get(name) for row in result.rows]) for name in result.columns}
-        self.rows = [[_shown(row.get(name)) for name in result.columns] for row in result.rows]
-        self.findings = _rendered(result.findings)
+        self.rows = [_cells(row, result.columns) for row in result.rows]
+        self.findings = _rendered(as_certain(result.findings))
         self.circumstances = {str(name): _shown(value) for name, value in result.circumstances.items()}
 
 
@@ -216,6 +217,16 @@ def _rendered(markdown: str) -> Markup:
     return Markup(html.replace("<table>", f"{box}<table>").replace("</table>", "</table></div>"))
 
 
+def _cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """As they are shown; a number whose standard error stands in the next column, to two digits of that."""
+    shown = [_shown(row.get(name)) for name in columns]
+    for index, (name, following) in enumerate(pairwise(columns)):
+        value, error = row.get(name), row.get(following)
+        if following.endswith("s.e.") and _is_number(value) and _is_number(error):
+            shown[index : index + 2] = as_certain(f"{value:.6f} ± {error:.6f}").split(" ± ")
+    return shown
+
+
 def _shown(value: Any) -> str:
     match value:
         case None | "":
@@ -225,13 +236,13 @@ def _shown(value: Any) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return f"{value:.6g}" if math.isfinite(value) else "–"
+            return rounded(value) if math.isfinite(value) else "–"
         case dict():
             return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
         case list():
             return ", ".join(map(_shown, value))
         case _:
-            return str(value)
+            return as_certain(str(value))
 
 
 def _is_numeric(values: Sequence[Any]) -> bool:

@@ -1,14 +1,16 @@
 """What an experiment of the paper came to, as it is saved, shown and reported: a table, curves and a verdict."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import write_whole
 
-__all__ = ["Curve", "Result", "read_all"]
+__all__ = ["Curve", "Result", "as_certain", "read_all", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,28 @@ class Result:
         for target, text in ((path.with_suffix(".md"), self.markdown), (path, content)):
             write_whole(target, text)
         return path
+
+
+def rounded(value: float) -> str:
+    """To four digits, or to a whole number where that has more: of numbers that come without an error."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def as_certain(text: str) -> str:
+    """Each "mean ± error" of a text, to two digits of the error, as more of them mean nothing."""
+    return _UNCERTAIN.sub(_as_certain, text)
+
+
+def _as_certain(found: re.Match[str]) -> str:
+    mean, error = Decimal(found[2]), Decimal(found[4])
+    if not error:
+        return found[0]
+    places = min(1 - error.adjusted(), -int(error.as_tuple().exponent), -int(mean.as_tuple().exponent))
+    unit = Decimal(1).scaleb(-max(places, 0))
+    return f"{found[1]}{mean.quantize(unit, ROUND_HALF_UP)}{found[3]}{error.quantize(unit, ROUND_HALF_UP)}"
+
+
+_UNCERTAIN = re.compile(r"([-+−]?)(\d+\.\d+)( ± )(\d+\.\d+)")
 
 
 def _cell(value: Any) -> str:

@@ -33,7 +33,7 @@ class Figure3(Experiment):
         setting = bench.settings(self)[0]
         setting = replace(setting, trial_seeds=setting.seeds)
         delays = DELAYS[:2] if bench.scale.one_radius else DELAYS
-        rows, curves = [], []
+        rows, curves, bracketed = [], [], []
         for method in ("sam", "nusam"):
             radii = METHODS[method].radii["mixer" if "mixer" in setting.model else "vit"]
             radii = radii[:1] if bench.scale.one_radius else radii
@@ -55,6 +55,7 @@ class Figure3(Experiment):
                         "last iterate": mean_and_error(accuracies[-1]),
                     }
                 )
+                bracketed.append(contest.bracketed(bench.store, contender.label))
             title, x = METHODS[method].title, [100 * delay for delay in delays]
             halves = [mean_and_half_width(values)[1] for values in accuracies]
             errors = [half if half < 100 else 0.0 for half in halves]
@@ -64,8 +65,9 @@ class Figure3(Experiment):
             )
             curves.append(Curve("The best ρ", title, x, list(best), "delay, % of the steps", "ρ", log_y=True))
         findings = "\n".join(
-            f"- {row['method']}, delay {row['delay']}: {row['last iterate']} % with ρ = {row['best ρ']}."
-            for row in rows
+            f"- {row['method']}, delay {row['delay']}: {row['last iterate']} % with ρ = {row['best ρ']}"
+            f"{'' if inside else ', which is not bracketed: an end of what was tried'}."
+            for row, inside in zip(rows, bracketed, strict=True)
         )
         choice = bench.choice_of_radius(self, contest)
         return bench.result(self, self.title, list(rows[0]), rows, curves, findings, setting, choice)

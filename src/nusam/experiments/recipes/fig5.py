@@ -2,7 +2,13 @@
 
 from nusam.experiments.recipes.experiment import Bench
 from nusam.experiments.recipes.fig2 import RadiusSweep
-from nusam.experiments.recipes.fine_tuning import PUBLISHED, fine_tuning_data, fine_tuning_ours, fine_tuning_settings
+from nusam.experiments.recipes.fine_tuning import (
+    ONE_SET,
+    PUBLISHED,
+    fine_tuning_data,
+    fine_tuning_ours,
+    fine_tuning_settings,
+)
 from nusam.experiments.runs.contest import Setting
 
 
@@ -26,7 +32,7 @@ FIGURE = FineTuningSweep(
     "fig5",
     "Accuracy over ρ in fine-tuning",
     "a sweep over ρ for the results of Table 4; its plots are not in our text.",
-    notes=(),
+    notes=(ONE_SET,),
     published=PUBLISHED,
     needs="Fashion-MNIST at the cpu scale, pretrained weights at the full one",
 )

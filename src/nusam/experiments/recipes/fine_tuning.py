@@ -15,7 +15,7 @@ from nusam.experiments.training.spec import Epoch, Recipe, Run
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PUBLISHED", "fine_tuning_data", "fine_tuning_ours", "fine_tuning_settings"]
+__all__ = ["ONE_SET", "PUBLISHED", "fine_tuning_data", "fine_tuning_ours", "fine_tuning_settings"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class FineTuning:
     pretraining: Cell | None = None  # its model is replaced
 
 
+ONE_SET = (
+    "Of one set of pretrained weights for each model: the seeds are of fine-tuning alone, so that nothing here says "
+    "how much another pretraining would change."
+)
 # Of §5.2.1, with its 3 runs, and of Table 11. Of that our text has values without names: 1e-4 can only be the learning
 # rate, which Table 13 halves, but what the zeros and "Disabled" are of, it does not say.
 PUBLISHED = {"epochs": 10, "learning_rate": 1e-4, "weight_decay": 0.0, "seeds": 3}

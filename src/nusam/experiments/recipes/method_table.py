@@ -6,7 +6,7 @@ from typing import Any
 
 from nusam.experiments.pages.result import Curve, Result
 from nusam.experiments.recipes.experiment import Bench, Experiment
-from nusam.experiments.runs.contest import Contender, Contest, Setting
+from nusam.experiments.runs.contest import Contender, Contest, Setting, holm
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import TITLES
 from nusam.experiments.training.spec import METRICS, Outcome
@@ -75,7 +75,7 @@ class MethodTable(Experiment):
                 _curve(TITLES[model], label, contest.outcomes(bench.store, label), metric_of(bench.data))
                 for label in contest.contenders
             ]
-        findings = "\n".join(self._finding(bench, contest) for contest in contests)
+        findings = self._findings(bench, contests)
         return bench.result(
             self,
             self.title,
@@ -121,26 +121,37 @@ class MethodTable(Experiment):
             notes.append(f"The paper has no cells for these {what}: {', '.join(stand_ins)}.")
         return notes
 
-    def _finding(self, bench: Bench, contest: Contest) -> str:
+    def _findings(self, bench: Bench, contests: list[Contest]) -> str:
         """Each difference in words, with the paper's sign where the text has both cells."""
+        compared = [
+            (contest, label, baseline)
+            for contest in contests
+            for label in contest.contenders
+            for baseline in self.baselines
+            if label != baseline and label not in self.baselines[: self.baselines.index(baseline)]
+        ]
+        halves = holm([contest.differences(bench.store, *labels) for contest, *labels in compared])
+        lines = [self._finding(bench, *pair, half) for pair, half in zip(compared, halves, strict=True)]
+        among = f"Noise is judged by Holm's procedure at 5% for all {len(compared)} differences of this table together."
+        return "\n".join([*lines, "", among])
+
+    def _finding(self, bench: Bench, contest: Contest, label: str, baseline: str, by_holm: float) -> str:
         counterpart = self._counterpart(contest.setting.model)
         data, of_paper = self._cells(bench.data, contest.setting.model)
-        lines = []
-        for label in contest.contenders:
-            for baseline in self.baselines:
-                if label == baseline or label in self.baselines[: self.baselines.index(baseline)]:
-                    continue
-                mean, half = contest.difference(bench.store, label, baseline)
-                ours = f"{label} − {baseline} = {mean:+.2f} ± {half:.2f} points"
-                ours += " (95% interval)" if half < 100 else ""
-                noise = abs(mean) <= half
-                verdict = "within the noise of these seeds" if noise else "beyond the noise of these seeds"
-                if label in of_paper and baseline in of_paper:
-                    theirs = _mean(of_paper[label]) - _mean(of_paper[baseline])
-                    relation = "undecided" if noise else "agrees" if (theirs > 0) == (mean > 0) else "**disagrees**"
-                    verdict += f"; paper ({counterpart}, {data}): {theirs:+.2f}, {relation}"
-                lines.append(f"- {TITLES[contest.setting.model]}: {ours}, {verdict}.")
-        return "\n".join(lines)
+        mean, half = contest.difference(bench.store, label, baseline)
+        ours = f"{label} − {baseline} = {mean:+.2f} ± {half:.2f} points"
+        ours += f" (95% interval; ± {by_holm:.2f} by Holm)" if half < 100 else ""
+        noise = abs(mean) <= by_holm
+        verdict = "within the noise of these seeds" if noise else "beyond the noise of these seeds"
+        open_ended = [name for name in (label, baseline) if not contest.bracketed(bench.store, name)]
+        if open_ended:
+            verdict += f", ρ of {' and '.join(open_ended)} at an end of what was tried"
+        if label in of_paper and baseline in of_paper:
+            theirs = _mean(of_paper[label]) - _mean(of_paper[baseline])
+            relation = "agrees" if (theirs > 0) == (mean > 0) else "**disagrees**"
+            relation = "not bracketed" if open_ended else "undecided" if noise else relation
+            verdict += f"; paper ({counterpart}, {data}): {theirs:+.2f}, {relation}"
+        return f"- {TITLES[contest.setting.model]}: {ours}, {verdict}."
 
 
 def _mean(cell: str) -> float:

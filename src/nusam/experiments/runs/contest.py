@@ -10,7 +10,7 @@ from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.spec import Outcome, Recipe, Run
 
-__all__ = ["Contender", "Contest", "Setting", "interval", "mean_and_error", "mean_and_half_width"]
+__all__ = ["Contender", "Contest", "Setting", "holm", "interval", "mean_and_error", "mean_and_half_width"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,14 @@ class Contest:
         candidates = self.setting.candidates(contender)
         return candidates[0] if len(candidates) == 1 else max(candidates, key=score)
 
+    def bracketed(self, store: Store, label: str) -> bool:
+        """Whether a smaller and a larger ρ were tried, or none was to be chosen."""
+        contender = self.contenders[label]
+        if contender.radius_of:
+            return self.bracketed(store, contender.radius_of)
+        candidates = self.setting.candidates(contender)
+        return len(candidates) == 1 or min(candidates) < self.radius(store, label) < max(candidates)
+
     def finals(self, store: Store) -> list[Cell]:
         """Every seed with the chosen ρ."""
         return [
@@ -122,18 +130,49 @@ class Contest:
 
     def difference(self, store: Store, label: str, baseline: str) -> tuple[float, float]:
         """Mean difference of last-iterate accuracies in points, seed by seed, and half its 95% interval."""
+        return mean_and_half_width(self.differences(store, label, baseline))
+
+    def differences(self, store: Store, label: str, baseline: str) -> list[float]:
+        """Of last-iterate accuracies in points, seed by seed."""
         pairs = zip(self.outcomes(store, label), self.outcomes(store, baseline), strict=True)
-        return mean_and_half_width([100 * (a.test_accuracy - b.test_accuracy) for a, b in pairs])
+        return [100 * (a.test_accuracy - b.test_accuracy) for a, b in pairs]
 
 
-def mean_and_half_width(values: list[float]) -> tuple[float, float]:
-    """And half of the 95% confidence interval by Student's t; infinite for a single value."""
+def mean_and_half_width(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    """And half of the confidence interval by Student's t; infinite for a single value."""
     if len(values) < 2:
         return fmean(values), math.inf
     from scipy.special import stdtrit
 
     error = stdev(values) / math.sqrt(len(values))
-    return fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
+    return fmean(values), float(stdtrit(len(values) - 1, (1 + level) / 2)) * error
+
+
+def holm(differences: list[list[float]]) -> list[float]:
+    """Half-widths of intervals that leave out 0 where Holm's procedure rejects it, at 5% for all differences together.
+
+    The smallest of m p-values is held against 5%/m, the next against 5%/(m − 1), until one fails; from there on the
+    level is that of the one which failed.
+    """
+    order = sorted(range(len(differences)), key=lambda index: _p_value(differences[index]))
+    halves, left, failed = [0.0] * len(differences), len(differences), False
+    for index in order:
+        mean, halves[index] = mean_and_half_width(differences[index], 1 - 0.05 / left)
+        failed = failed or abs(mean) <= halves[index]
+        left -= not failed
+    return halves
+
+
+def _p_value(values: list[float]) -> float:
+    """Of Student's t-test against a mean of 0; 1 for a single value."""
+    mean, scale = fmean(values), stdev(values) if len(values) > 1 else math.inf
+    if math.isinf(scale) or mean == 0:
+        return 1.0
+    if scale == 0:
+        return 0.0
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(len(values) - 1, -abs(mean) / scale * math.sqrt(len(values))))
 
 
 def interval(values: list[float]) -> str:

@@ -1,5 +1,7 @@
 """What a run can be computed on, by name. Only a name that needs looking up waits for torch."""
 
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nusam.experiments.errors import Refused
@@ -33,13 +35,26 @@ def require_device(name: str) -> None:
 
 
 def device_name(device: "torch.device | str") -> str:
-    """The device and, where torch knows it, what it is."""
+    """The device and, where that is known, its model, on which the last digits of a run depend."""
     name = str(device)
+    if name == "cpu":
+        model = _processor()
+        return f"{name} ({model})" if model else name
     if not name.startswith("cuda"):
         return name
     import torch
 
     return f"{name} ({torch.cuda.get_device_name(name)})"
+
+
+def _processor() -> str:
+    """Its model as the system has it; Linux tells more than Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def jobs_on(name: str) -> int:
