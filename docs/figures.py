@@ -13,13 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from nusam.experiments.pages.looks import LOOKS
+from nusam.experiments.pages.looks import LOOK_OF
 from nusam.experiments.pages.result import Curve, Result, read_all
-from nusam.experiments.training.methods import METHODS
 
 DOCS = Path(__file__).parent
 SWEEPS = re.compile(r"fig[2345]")
-LOOK_OF = {method.title: LOOKS[name] for name, method in METHODS.items() if name in LOOKS}
 
 
 def main(folder: Path = DOCS / "assets") -> None:

@@ -1,78 +1,59 @@
-"""The table's numbers, and results.json around awkward ones."""
+"""What a terminal shows of a result, and the demo's picture, around awkward numbers."""
 
-import json
 import math
 
 import pytest
 from rich.console import Console
 
-from nusam.experiments import files
-from nusam.experiments.pages import results
-from nusam.experiments.pages.figures import learning_curves
-from nusam.experiments.pages.table import rendered, rows
-from nusam.experiments.runs.rho_selection import Contest, Plan
-from nusam.experiments.training.spec import Epoch, Outcome, Run
+from nusam.experiments.pages.figures import learning_and_price
+from nusam.experiments.pages.result import Curve, Result
+from nusam.experiments.pages.table import show
 
 
-def plan_of(accuracies: dict[str, list[float]], loss: float = 0.5) -> Plan:
-    """A plan for the ViT in which each method's runs ended with these test accuracies."""
-    plan = Plan({Contest("vit", m): (0.0 if m == "adamw" else 0.1,) for m in accuracies}, seeds=3, trial_seeds=2)
-    for method, finals in accuracies.items():
-        for seed, final in enumerate(finals):
-            run = Run("vit", method, 0.0 if method == "adamw" else 0.1, seed)
-            plan.add(Outcome(run, [Epoch(2.3, 0.1), Epoch(loss, final)], 0.5, 1, 7, 0.1))
-    return plan
+def result_of(rows, curves=(), findings="", scale=""):
+    return Result("demo", "A title", scale, "digits", ["model", "method", "accuracy"], rows, list(curves), findings)
 
 
-def test_means_standard_errors_and_paired_gains():
-    adamw, nusam = rows(plan_of({"adamw": [0.8, 0.7, 0.9], "nusam": [0.82, 0.74, 0.93]}), 10, {})
-    assert adamw.test_accuracy == pytest.approx(0.8)
-    assert adamw.test_accuracy_se == pytest.approx(0.1 / math.sqrt(3))
-    assert adamw.gain is None
-    assert nusam.gain == pytest.approx(0.03)
-    assert nusam.gain_se == pytest.approx(0.01 / math.sqrt(3))
+def shown(result, width=80):
+    console = Console(width=width, record=True, markup=False)
+    show(result, console)
+    return console.export_text()
 
 
-def test_gains_are_over_the_seeds_that_both_finished():
-    plan = plan_of({"adamw": [0.8], "nusam": [0.9, 0.1, 0.1]})
-    row = rows(plan, 10, {})[1]
-    assert row.gain == pytest.approx(0.1)
-    assert row.gain_se is None
-    assert row.seeds == 3
+def test_a_method_stays_on_one_line_and_models_are_set_apart():
+    rows = [
+        {"model": "Mixer", "method": "AdamW, best epoch", "accuracy": "1.00 ± 0.10"},
+        {"model": "ViT", "method": "νSAM at 1/8", "accuracy": "2.00"},
+    ]
+    lines = shown(result_of(rows)).splitlines()
+    mixer, vit = (
+        next(i for i, line in enumerate(lines) if name in line) for name in ("AdamW, best epoch", "νSAM at 1/8")
+    )
+    assert vit == mixer + 2  # a line between
 
 
-def test_methods_without_a_finished_run_have_no_row():
-    assert [row.method for row in rows(plan_of({"adamw": [0.8], "nusam": []}), 10, {})] == ["adamw"]
+@pytest.mark.parametrize("rows", [[], [{"model": "Mixer"}]])
+def test_cells_may_be_missing(rows):
+    assert "A title" in shown(result_of(rows))
 
 
-def test_collapsed_runs_show():
-    table = rows(plan_of({"nusam": [0.8, 0.1, 0.11]}), 10, {"vit": {"adamw": 0.01, "nusam": 0.02}})
-    assert table[0].collapsed == 2
-    console = Console(width=80, record=True)
-    console.print(rendered(table, "title", "caption"))
-    line = next(line for line in console.export_text().splitlines() if "νSAM" in line)
-    assert "!" in line
-    assert "2.00×" in line
+@pytest.mark.parametrize(("scale", "title"), [("", "A title\n"), ("cpu", "A title (cpu, digits)")])
+def test_a_scale_is_named_where_there_is_one(scale, title):
+    assert title in "\n".join(line.strip() for line in shown(result_of([], scale=scale)).splitlines()) + "\n"
 
 
-def test_results_and_figure_survive_a_diverged_run(tmp_path):
-    plan = plan_of({"adamw": [0.8, 0.7], "nusam": [0.1]}, loss=math.nan)
-    results.write(tmp_path / "results.json", {"options": {"out": tmp_path}}, plan, rows(plan, 10, {}))
-    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert content["runs"][0]["train_loss"] == [2.3, None]
-    learning_curves(plan, "title", tmp_path / "demo.png")
+def test_findings_are_shown():
+    assert "ended near chance" in shown(result_of([], findings="- 2 of 4 runs ended near chance."))
 
 
-def test_an_interrupted_write_leaves_the_old_results(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    plan = plan_of({"adamw": [0.8]})
-    results.write(path, {}, plan, [])
-    before = path.read_text(encoding="utf-8")
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        results.write(path, {}, plan_of({"adamw": [0.8, 0.9]}), [])
-    assert path.read_text(encoding="utf-8") == before
+@pytest.mark.parametrize("error", [None, [0.5]])
+@pytest.mark.parametrize("value", [50.0, math.nan, None])
+def test_the_picture_survives_awkward_numbers(tmp_path, value, error):
+    spread = None if error is None else [0.5, 0.5]
+    curves = [
+        Curve("Mixer", "AdamW", [1.0, 2.0], [10.0, value], "epoch", "accuracy", spread),
+        Curve("Mixer, gain and price", "AdamW, best epoch", [1.0], [value], "work", "accuracy", error),
+        Curve("Mixer, gain and price", "νSAM at 1/8", [1.08], [40.0], "work", "accuracy", error),
+    ]
+    learning_and_price(result_of([], curves), tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

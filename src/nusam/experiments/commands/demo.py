@@ -1,90 +1,86 @@
-"""``nusam demo``: AdamW, SAM, SAM-ON and νSAM on an MLP-Mixer and a ViT small enough for two processor cores."""
+"""``nusam demo``: what SAM is for, in minutes on two processor cores."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
-import tyro
+from rich.console import Console
 
 from nusam.experiments.errors import Refused
-from nusam.experiments.limits import some_of
-from nusam.experiments.recipes.comparison import Comparison
-from nusam.experiments.runs.rho_selection import Contest, Plan
+from nusam.experiments.files import writing_to
+from nusam.experiments.limits import at_least, part_of
+from nusam.experiments.pages.table import show
+from nusam.experiments.recipes import demo
+from nusam.experiments.recipes.experiment import Bench
+from nusam.experiments.runs.store import Store
 from nusam.experiments.training.data import load
 from nusam.experiments.training.devices import require_device
-from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import SMALL, require_fit
 from nusam.experiments.training.spec import Recipe
 
 __all__ = ["Demo"]
 
-EPOCHS = {"digits": 40, "digits-28": 40}  # 30 of the others
-TRIAL_SEEDS = 2
+SIZES = {"digits": 400}  # training images; a few hundred of the others
+EPOCHS = {"digits": 40, "digits-28": 40}  # 20 of the others
+OWN = ("folder",)  # data whose labels are as they are
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train an MLP-Mixer and a ViT with AdamW, SAM, SAM-ON and νSAM; compare accuracy, step time and memory.
+    """Train a Mixer and a ViT on images of which some labels are wrong: AdamW, AdamW stopped in time, SAM and νSAM.
 
-    Leaves results.json and a figure of the learning curves. ρ is chosen by validation accuracy. Ctrl-C keeps what
-    was finished.
+    Ends with a table and a figure: accuracy, gain, and the price of a step. Ctrl-C keeps every finished run; the same
+    command goes on.
     """
 
     data: str = "digits"
-    """digits, or fashion-mnist or cifar10 where their files are in --data-root; small subsets of them."""
+    """digits; or fashion-mnist, cifar10 or folder, your own images, where their files are in --data-root."""
     data_root: Path = Path("data")
-    """Folder with FashionMNIST/raw, cifar-10-batches-py, or train/CLASS/*.jpg and test/CLASS/*.jpg."""
-    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD")] = ("adamw", "sam", "sam-on", "nusam")
-    """Which to compare, separated by spaces or commas."""
-    rho: float | None = None
-    """One radius for every method and model, instead of choosing it."""
-    ascent_share: float = 1.0
-    """Of each batch, that the ascents see."""
+    """Folder with FashionMNIST/raw, cifar-10-batches-py, or train/CLASS/*.png and test/CLASS/*.png."""
+    wrong_labels: float | None = None
+    """Share of the labels for training and validation that are drawn anew; 0.4 unless given, 0 of a folder."""
+    train_size: int | None = None
+    """Training images; 400 of digits and others unless given."""
     seeds: int = 4
     """How many. A seed decides the data split, the initial weights and the order, alike for all methods."""
     epochs: int | None = None
-    """Passes over the training images; 40 for digits and 30 for the others unless given."""
+    """Passes over the training images; 40 for digits and 20 for the others unless given."""
     jobs: int | None = None
-    """Runs side by side; the number of cores, at most 8, on a processor and 1 elsewhere unless given."""
+    """Runs side by side; the number of cores on a processor and 1 elsewhere unless given."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     out: Path = Path("runs/demo")
-    """Folder for results.json and demo.png."""
+    """Folder of finished runs (runs.jsonl), and of the table and the figure."""
 
     def __call__(self) -> int:
         """Run it; the exit code."""
-        methods = _methods(self.methods)
-        for option, value in (("--seeds", self.seeds), ("--epochs", self.epochs), ("--jobs", self.jobs)):
+        for option, value in (("seeds", self.seeds), ("epochs", self.epochs), ("jobs", self.jobs)):
             if value is not None and value < 1:
-                raise Refused(f"{option} must be at least 1, got {value}.")
-        if self.rho is not None and not (math.isfinite(self.rho) and self.rho > 0):
-            raise Refused(f"--rho must be a positive number, got {self.rho}; leave it out to have it chosen.")
-        some_of(ascent_share=self.ascent_share)
+                raise Refused(f"--{option} must be at least 1, got {value}.")
+        at_least(0, train_size=self.train_size)
+        wrong = (0.0 if self.data in OWN else 0.4) if self.wrong_labels is None else self.wrong_labels
+        part_of(wrong_labels=wrong)
         require_device(self.device)
-        source = load(self.data, self.data_root)
+        size = SIZES.get(self.data) if self.train_size is None else self.train_size
+        source = load(self.data, self.data_root, size)
         for model in SMALL:
             require_fit(model, source.image_size, source.channels)
-        recipe = Recipe(self.epochs or EPOCHS.get(self.data, 30))
-        plan = Plan(_radii(methods, self.rho), self.seeds, TRIAL_SEEDS, self.ascent_share)
-        options = {**asdict(self), "methods": methods}
-        return Comparison(source, recipe, self.device, plan, self.out, options).run(self.jobs)
+        store = Store(self.out)
+        console = Console(markup=False)
+        recipe = Recipe(self.epochs or EPOCHS.get(self.data, 20), wrong_labels=wrong)
+        bench = Bench(store, "", self.data, self.data_root, self.jobs, self.device, console)
+        try:
+            with store.locked():
+                result = demo.Demo(self.data, recipe, self.seeds, size).run(bench)
+        except KeyboardInterrupt:
+            console.print(f"Stopped; {len(store)} finished runs are in {self.out}, and the same command goes on.")
+            return 130
+        result = replace(result, circumstances=bench.circumstances())
+        show(result, console)
+        from nusam.experiments.pages.figures import learning_and_price
 
-
-def _methods(given: Sequence[str]) -> list[str]:
-    names = [name for part in given for name in part.split(",") if name]
-    for name in names or ["nothing"]:
-        if name not in METHODS:
-            raise Refused(f"--methods must name some of {', '.join(METHODS)}, got {name}.")
-    return list(dict.fromkeys(names))
-
-
-def _radii(methods: Sequence[str], rho: float | None) -> dict[Contest, tuple[float, ...]]:
-    """The candidates: nothing to choose for AdamW, nor where a radius is given."""
-    radii: dict[Contest, tuple[float, ...]] = {}
-    for model in SMALL:
-        for method in methods:
-            candidates = METHODS[method].radii.get(model, (0.0,))
-            radii[Contest(model, method)] = candidates if rho is None or method == "adamw" else (rho,)
-    return radii
+        picture = self.out / "demo.png"
+        with writing_to(self.out):
+            table = result.write(self.out)
+            learning_and_price(result, picture)
+        console.print(f"Saved as {table} and {picture}.", highlight=False)
+        return 0

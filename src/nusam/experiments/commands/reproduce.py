@@ -9,11 +9,11 @@ from typing import Annotated
 import tyro
 from rich.box import HORIZONTALS
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.table import Table
 
 from nusam.experiments.errors import Refused
 from nusam.experiments.pages.result import Result, read_all
+from nusam.experiments.pages.table import show
 from nusam.experiments.recipes.experiment import SCALES, Bench, Experiment
 from nusam.experiments.runs.store import Store
 from nusam.experiments.training.devices import require_device
@@ -89,7 +89,7 @@ class Reproduce:
             with store.locked() if data else nullcontext():
                 result = wanted.run(bench)
                 result = replace(result, circumstances={**bench.circumstances(), **result.circumstances})
-                _show(result, console)
+                show(result, console)
                 console.print(f"Saved as {self._saved(result)}.", highlight=False)
         return 0
 
@@ -101,21 +101,6 @@ class Reproduce:
                 f"{result.file_name} could not be written to the results folder {self.results} ({error.strerror}); put "
                 "that right and run the command again: what was finished is kept."
             ) from error
-
-
-def _show(result: Result, console: Console) -> None:
-    data = f", {result.data}" if result.data else ""
-    table = Table(
-        title=f"{result.title} ({result.scale}{data})", box=HORIZONTALS, collapse_padding=True, pad_edge=False
-    )
-    for column in result.columns:
-        table.add_column(column)
-    for row in result.rows:
-        table.add_row(*(str(row.get(column, "")) for column in result.columns))
-    console.print(table)
-    console.print(Markdown(result.findings))
-    for note in result.notes:
-        console.print(f"· {note}", highlight=False)
 
 
 def _catalogue(folder: Path) -> Table:

@@ -1,64 +1,47 @@
-"""Learning curves as a picture."""
+"""The demo's picture."""
 
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-from numpy.typing import NDArray
 
-from nusam.experiments.pages.looks import LOOKS
-from nusam.experiments.runs.rho_selection import Plan
-from nusam.experiments.training.methods import METHODS
-from nusam.experiments.training.models import TITLES
+from nusam.experiments.pages.looks import LOOK_OF
+from nusam.experiments.pages.result import Curve, Result
 
-__all__ = ["learning_curves"]
+__all__ = ["learning_and_price"]
 
 
-def learning_curves(plan: Plan, title: str, path: Path) -> None:
-    """Test accuracy and training loss over the epochs, a row for each model: means of the seeds, bands of one s.e."""
-    rows = len(plan.models)
-    figure = Figure(figsize=(10, 3.4 * rows + 0.5), layout="constrained", dpi=150)
-    axes = figure.subplots(rows, 2, squeeze=False, sharex=True)
-    for model, (accuracy, loss) in zip(plan.models, axes, strict=True):
-        for contest in plan.radii:
-            outcomes = plan.chosen_outcomes(contest)
-            if contest.model == model and outcomes:
-                _band(accuracy, contest.method, np.array([[e.test_accuracy for e in o.epochs] for o in outcomes]))
-                _band(loss, contest.method, np.array([[e.train_loss for e in o.epochs] for o in outcomes]))
-        _dress(accuracy, loss, TITLES[model])
-    for bottom in axes[-1]:
-        bottom.set_xlabel("epoch")
-    figure.suptitle(f"{title} (mean ± standard error of the seeds)")
+def learning_and_price(result: Result, path: Path) -> None:
+    """A row for each model: test accuracy over the epochs, and accuracy over the work of a step; bands of one s.e."""
+    panels: dict[str, list[Curve]] = {}
+    for curve in result.curves:
+        panels.setdefault(curve.panel, []).append(curve)
+    rows = len(panels) // 2
+    figure = Figure(figsize=(10, 3.4 * rows + 0.5), layout="constrained", dpi=150, facecolor="white")
+    axes = figure.subplots(rows, 2, squeeze=False, sharey="row", width_ratios=(3, 2)).flat
+    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        for curve in curves:
+            (_point if len(curve.x) == 1 else _line)(ax, curve)
+        ax.set(title=title, xlabel=curves[0].x_title, ylabel=curves[0].y_title)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{result.title} (mean ± standard error of the seeds)")
     figure.savefig(path)
 
 
-def _band(axes: Axes, method: str, curves: NDArray[np.float64]) -> None:
-    colour, dashes = LOOKS[method]
-    epochs = np.arange(1, curves.shape[1] + 1)
-    mean = curves.mean(0)
-    error = curves.std(0, ddof=1) / np.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
-    axes.plot(epochs, mean, color=colour, linestyle=dashes, label=METHODS[method].title, linewidth=1.8)
-    axes.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+def _line(axes: Axes, curve: Curve) -> None:
+    colour, dashes = LOOK_OF[curve.label]
+    y = [float("nan") if value is None else value for value in curve.y]
+    axes.plot(curve.x, y, color=colour, linestyle=dashes, label=curve.label, linewidth=1.8)
+    if curve.error:
+        low, high = ([v + sign * e for v, e in zip(y, curve.error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(curve.x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.legend(frameon=False, loc="lower right")
 
 
-def _dress(accuracy: Axes, loss: Axes, model: str) -> None:
-    accuracy.set_ylabel(f"{model}\ntest accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    loss.set_ylabel("training loss")
-    loss.set_yscale("log")
-    for axes in (accuracy, loss):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    if loss.lines:
-        loss.legend(frameon=False)
-        _leave_out_the_climb(accuracy)
-
-
-def _leave_out_the_climb(accuracy: Axes) -> None:
-    """Early epochs gain so much that the methods would look alike at the end."""
-    curves = [np.asarray(line.get_ydata()) for line in accuracy.lines]
-    lowest = min(curve[len(curve) // 3 :].min() for curve in curves)
-    room = max(0.2 * (max(curve.max() for curve in curves) - lowest), 0.005)
-    accuracy.set_ylim(lowest - room, max(curve.max() for curve in curves) + room)
+def _point(axes: Axes, curve: Curve) -> None:
+    colour, _ = LOOK_OF[curve.label]
+    y = float("nan") if curve.y[0] is None else curve.y[0]
+    axes.errorbar(curve.x, [y], curve.error, fmt="o", color=colour, capsize=3)
+    axes.annotate(curve.label, (curve.x[0], y), (6, 5), textcoords="offset points", fontsize=9)
+    axes.margins(x=0.25, y=0.1)

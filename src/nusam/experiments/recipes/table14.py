@@ -7,6 +7,7 @@ from nusam.experiments.recipes.experiment import Bench, Experiment
 from nusam.experiments.training.data import load
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import TITLES
+from nusam.experiments.training.spec import Run
 
 _METHODS = ("adamw", "sam", "sam-on", "nusam", "nusam-norm")
 
@@ -36,7 +37,8 @@ class Table14(Experiment):
         batch = Images(train.pixels[:size], train.labels[:size])
         rows = []
         for model in self.models(bench.scale_name):
-            seconds = step_seconds(model, dict.fromkeys(_METHODS, 0.01), batch, source.classes)
+            runs = {method: Run(model, method, 0.01, 0) for method in _METHODS}
+            seconds = step_seconds(runs, batch, source.classes)
             for method in _METHODS:
                 rows.append(
                     {

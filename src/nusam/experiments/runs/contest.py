@@ -21,6 +21,11 @@ class Contender:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)  # fields of Run
     radius_of: str = ""  # the contender whose ρ it takes over
+    at_best: bool = False  # whether it stops at the epoch with the best validation accuracy
+
+    def accuracy(self, outcome: Outcome) -> float:
+        """What the contender came to in a run, in %."""
+        return 100 * (outcome.accuracy_at_best if self.at_best else outcome.test_accuracy)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,9 @@ class Setting:
     seeds: int
     trial_seeds: int = 2
     train_size: int | None = None
-    radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by method, where not the method's own
+    radii: Mapping[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  # by label or method, where not the method's own
     pretrained: str = ""
 
     def cell(self, contender: Contender, rho: float, seed: int) -> Cell:
@@ -49,7 +56,8 @@ class Setting:
     def candidates(self, contender: Contender) -> tuple[float, ...]:
         """The radii that are tried."""
         small = "mixer" if "mixer" in self.model else "vit"
-        return self.radii.get(contender.method) or METHODS[contender.method].radii.get(small, (0.0,))
+        own = METHODS[contender.method].radii.get(small, (0.0,))
+        return self.radii.get(contender.label) or self.radii.get(contender.method) or own
 
 
 class Contest:
@@ -107,12 +115,16 @@ class Contest:
         rho = self.radius(store, label)
         return [store[self.setting.cell(self.contenders[label], rho, seed)] for seed in range(self.setting.seeds)]
 
+    def accuracies(self, store: Store, label: str) -> list[float]:
+        """In %, by seed."""
+        return [self.contenders[label].accuracy(outcome) for outcome in self.outcomes(store, label)]
+
     def rows(self, store: Store, baselines: Iterable[str]) -> list[dict[str, Any]]:
         """A row for every contender: accuracies in %, and differences to the baselines with their 95% intervals."""
         rows = []
         for label in self.contenders:
             outcomes = self.outcomes(store, label)
-            last = [100 * outcome.test_accuracy for outcome in outcomes]
+            last = self.accuracies(store, label)
             best = [100 * max(epoch.test_accuracy for epoch in outcome.epochs) for outcome in outcomes]
             rho = self.radius(store, label)
             row: dict[str, Any] = {
@@ -122,20 +134,20 @@ class Contest:
                 "best iterate": mean_and_error(best),
             }
             for baseline in baselines:
-                others = [100 * outcome.test_accuracy for outcome in self.outcomes(store, baseline)]
-                differences = [a - b for a, b in zip(last, others, strict=True)]
-                row[f"over {baseline}"] = "–" if label == baseline else interval(differences)
+                row[f"over {baseline}"] = (
+                    "–" if label == baseline else interval(self.differences(store, label, baseline))
+                )
             rows.append(row)
         return rows
 
-    def difference(self, store: Store, label: str, baseline: str) -> tuple[float, float]:
-        """Mean difference of last-iterate accuracies in points, seed by seed, and half its 95% interval."""
-        return mean_and_half_width(self.differences(store, label, baseline))
-
     def differences(self, store: Store, label: str, baseline: str) -> list[float]:
-        """Of last-iterate accuracies in points, seed by seed."""
-        pairs = zip(self.outcomes(store, label), self.outcomes(store, baseline), strict=True)
-        return [100 * (a.test_accuracy - b.test_accuracy) for a, b in pairs]
+        """Of accuracies in points, seed by seed."""
+        pairs = zip(self.accuracies(store, label), self.accuracies(store, baseline), strict=True)
+        return [a - b for a, b in pairs]
+
+    def difference(self, store: Store, label: str, baseline: str) -> tuple[float, float]:
+        """The mean of the differences, and half its 95% interval."""
+        return mean_and_half_width(self.differences(store, label, baseline))
 
 
 def mean_and_half_width(values: list[float], level: float = 0.95) -> tuple[float, float]:

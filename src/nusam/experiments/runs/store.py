@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from importlib.metadata import version
 from io import FileIO
@@ -50,6 +50,8 @@ class Cell:
             del described["recipe"]["wrong_labels"]
         if self.recipe.beta2 is None:
             del described["recipe"]["beta2"]
+        if not self.recipe.validates_epochs:
+            del described["recipe"]["validates_epochs"]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -136,7 +138,7 @@ class Store:
             "key": cell.key,
             "cell": asdict(cell),
             "validation_accuracy": outcome.validation_accuracy,
-            "epochs": [[epoch.train_loss, epoch.test_accuracy] for epoch in outcome.epochs],
+            "epochs": [[value for value in astuple(epoch) if value is not None] for epoch in outcome.epochs],
             "delay_steps": outcome.delay_steps,
             "perturbation_numel": outcome.perturbation_numel,
             "seconds": round(outcome.seconds, 2),
@@ -201,7 +203,7 @@ class Store:
 
 def _outcome(row: dict[str, Any]) -> Outcome:
     """Of a row, whose numbers must be numbers."""
-    epochs = [Epoch(float(loss), float(accuracy)) for loss, accuracy in row["epochs"]]
+    epochs = [Epoch(float(loss), *map(float, accuracies)) for loss, *accuracies in row["epochs"]]
     if not epochs:
         raise ValueError("no epochs")
     return Outcome(

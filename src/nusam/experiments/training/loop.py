@@ -127,7 +127,10 @@ def train(
         if scalars:
             scalars.step(step, optimizer, losses)
         if progress.step % per_epoch == 0:
-            progress.epochs.append(Epoch(progress.loss / len(data.train), score(model, data.test, source.metric)))
+            validation = score(model, data.validation, source.metric) if recipe.validates_epochs else None
+            progress.epochs.append(
+                Epoch(progress.loss / len(data.train), score(model, data.test, source.metric), validation)
+            )
             progress.loss = 0.0
             report(progress.epochs[-1])
             model.train()

@@ -50,6 +50,7 @@ class Method:
     radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # worth trying, for each model
     low_rank: bool = False  # whether it takes power_iterations
     options: Mapping[str, Any] = field(default_factory=dict)
+    ascent_work: float = 1.0  # of the ascent on a whole batch, in operations, over the base optimizer's step
 
     def delay_steps(self, run: Run, steps: int) -> int:
         """How many of so many steps the base optimizer takes alone."""
@@ -74,11 +75,11 @@ _NORM_RADII = {"mixer": (0.1, 0.2, 0.4), "vit": (0.03, 0.1, 0.2)}
 ALONE = "adamw"  # under this name the base optimizer alone is kept, whichever it is
 
 METHODS = {
-    ALONE: Method("AdamW"),
+    ALONE: Method("AdamW", ascent_work=0.0),
     "sam": Method("SAM", "SAM", 0.1, _SAM_RADII),
     "sam-on": Method("SAM-ON", "SAMON", 0.0, {"mixer": (0.5, 1.0, 2.0), "vit": (0.3, 1.0, 3.0)}),
-    "nusam": Method("νSAM", "NuSAM", 0.1, _NUSAM_RADII, low_rank=True),
-    "nusam-norm": Method("νSAM-Norm", "NuSAMNorm", 0.1, _NORM_RADII, low_rank=True),
+    "nusam": Method("νSAM", "NuSAM", 0.1, _NUSAM_RADII, low_rank=True, ascent_work=2 / 3),
+    "nusam-norm": Method("νSAM-Norm", "NuSAMNorm", 0.1, _NORM_RADII, low_rank=True, ascent_work=2 / 3),
     "gauss": Method("GaussSAM", "GaussSAM", 0.1, _SAM_RADII),
 }
 

@@ -28,6 +28,7 @@ class Recipe:
     accumulate: int = 1  # micro-batches of a step, each perturbed on its own
     wrong_labels: float = 0.0  # share of the labels for training and validation that are drawn anew
     beta2: float | None = None  # of Adam and AdamW; None is torch's own
+    validates_epochs: bool = False  # whether validation accuracy is known of every epoch, and not of the last alone
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
@@ -65,6 +66,7 @@ class Epoch:
 
     train_loss: float
     test_accuracy: float
+    validation_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Outcome:
     def test_accuracy(self) -> float:
         """That of the last epoch; no epoch is picked. By the task's own metric, where it has one."""
         return self.epochs[-1].test_accuracy
+
+    @property
+    def accuracy_at_best(self) -> float:
+        """That of the epoch with the best validation accuracy, the first of equal ones; where every epoch has one."""
+        return max(self.epochs, key=lambda epoch: epoch.validation_accuracy or 0.0).test_accuracy
 
 
 class Report(NamedTuple):

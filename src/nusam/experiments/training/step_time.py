@@ -21,20 +21,15 @@ ROUNDS = 10
 STEPS = 10
 
 
-def step_seconds(
-    model_name: str, radii: Mapping[str, float], batch: Images, classes: int, ascent_share: float = 1.0
-) -> dict[str, float]:
-    """Median seconds of a step for each method, the methods taking turns so that all see the same machine."""
-    steps = {
-        method: _stepper(Run(model_name, method, rho, 0, ascent_share=ascent_share), batch, classes)
-        for method, rho in radii.items()
-    }
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
+def step_seconds(runs: Mapping[str, Run], batch: Images, classes: int) -> dict[str, float]:
+    """Median seconds of a step of each run, by name; they take turns so that all see the same machine."""
+    steps = {name: _stepper(run, batch, classes) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     with one_thread():
         for _ in range(1 + ROUNDS):
-            for method, step in steps.items():
-                seconds[method].append(_seconds(step, batch.pixels.device))
-    return {method: median(rounds[1:]) for method, rounds in seconds.items()}  # the first round warms up
+            for name, step in steps.items():
+                seconds[name].append(_seconds(step, batch.pixels.device))
+    return {name: median(rounds[1:]) for name, rounds in seconds.items()}  # the first round warms up
 
 
 def _stepper(run: Run, batch: Images, classes: int) -> Callable[[], object]:

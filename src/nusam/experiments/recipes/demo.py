@@ -1,0 +1,165 @@
+"""What SAM is for, on two processor cores: images of which some labels are wrong."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+from nusam.experiments.pages.result import Curve, Result
+from nusam.experiments.recipes.experiment import Bench
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM
+from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and_error
+from nusam.experiments.training.data import Source, load, with_wrong_labels
+from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.models import SMALL, TITLES
+from nusam.experiments.training.spec import Outcome, Recipe, Run
+
+__all__ = ["CONTENDERS", "Demo", "price"]
+
+SHARE = 1 / 8
+AT_BEST = Contender("AdamW, best epoch", "adamw", at_best=True)
+AT_A_SHARE = Contender("νSAM at 1/8", "nusam", {"ascent_share": SHARE})
+CONTENDERS = (ADAMW, AT_BEST, SAM, NUSAM, AT_A_SHARE)
+COLUMNS = ["model", "method", "ρ", "accuracy", "over AdamW", "work", "time", "floats of ε"]
+NEAR_CHANCE = 2  # times the accuracy of guessing
+
+
+@dataclass(frozen=True)
+class Demo:
+    """AdamW, AdamW stopped at its best epoch, SAM, νSAM and νSAM on a share of the batch; a Mixer and a ViT.
+
+    ρ is chosen on the first seed by validation labels that are as wrong as the training labels.
+    """
+
+    data: str
+    recipe: Recipe
+    seeds: int
+    train_size: int | None
+
+    def run(self, bench: Bench) -> Result:
+        """Run what is missing, and measure how long a step takes."""
+        recipe = replace(self.recipe, validates_epochs=True)
+        contests = [
+            Contest(Setting(self.data, model, recipe, self.seeds, 1, self.train_size, self.radii(model)), CONTENDERS)
+            for model in SMALL
+        ]
+        bench.fill(cell for contest in contests for cell in contest.trials())
+        bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
+        source = with_wrong_labels(load(self.data, bench.data_root, self.train_size), recipe.wrong_labels)
+        rows, curves, collapsed = [], [], []
+        for contest in contests:
+            seconds = _seconds(contest, bench, source)
+            rows += [_row(contest, bench, label, seconds) for label in contest.contenders]
+            curves += _over_epochs(contest, bench) + _over_price(contest, bench)
+            collapsed += _collapsed(contest, bench, source.classes)
+        sizes = source.sizes
+        title = f"{source.title}: {sizes['train']} training images, {recipe.epochs} epochs"
+        notes = [
+            f"Accuracy: in % on {sizes['test']} test images, whose labels are right, after the last epoch; ± standard "
+            f"error of {self.seeds} seeds. Over AdamW: of the differences seed by seed.",
+            f"ρ, and the epoch of “{AT_BEST.label}”, were chosen on {sizes['validation']} validation images"
+            + (
+                ", whose labels are as wrong as those for training; ρ on the first seed."
+                if recipe.wrong_labels
+                else "."
+            ),
+            "Work: operations of a step over AdamW's, which is what a large model's step takes. Time: of a "
+            "step, measured here over AdamW's; a model this small spends most of it on launching operations, twice for "
+            "two passes.",
+            "SAM and νSAM start after 10% of the steps.",
+        ]
+        return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes)
+
+    def radii(self, model: str) -> Mapping[str, tuple[float, ...]]:
+        """The candidates by contender: larger where labels are wrong, and where the ascent sees a share."""
+        larger = 2 if self.recipe.wrong_labels else 1
+
+        def of(contender: Contender) -> tuple[float, ...]:
+            factor = larger * (2 if "ascent_share" in contender.options else 1)
+            return tuple(factor * rho for rho in METHODS[contender.method].radii.get(model, ()))
+
+        return {contender.label: of(contender) for contender in CONTENDERS}
+
+
+def price(run: Run) -> float:
+    """Operations of a step that perturbs, over those of the base optimizer's."""
+    return 1 + METHODS[run.method].ascent_work * run.ascent_share
+
+
+def _seconds(contest: Contest, bench: Bench, source: Source) -> dict[str, float]:
+    from nusam.experiments.training.splits import Images, split
+    from nusam.experiments.training.step_time import step_seconds
+
+    size = contest.setting.recipe.batch_size
+    train = split(source, 0, bench.device).train
+    batch = Images(train.pixels[:size], train.labels[:size])
+    runs = {label: contest.outcomes(bench.store, label)[0].run for label in contest.contenders}
+    del runs[AT_BEST.label]  # whose steps are AdamW's
+    seconds = step_seconds(runs, batch, source.classes)
+    return {**seconds, AT_BEST.label: seconds[ADAMW.label]}
+
+
+def _row(contest: Contest, bench: Bench, label: str, seconds: Mapping[str, float]) -> dict[str, Any]:
+    outcome = contest.outcomes(bench.store, label)[0]
+    gain = mean_and_error(contest.differences(bench.store, label, ADAMW.label))
+    return {
+        "model": TITLES[contest.setting.model],
+        "method": label,
+        "ρ": f"{outcome.run.rho:g}" if outcome.run.rho else "–",
+        "accuracy": mean_and_error(contest.accuracies(bench.store, label)),
+        "over AdamW": "–" if label == ADAMW.label else gain if gain.startswith("-") else f"+{gain}",
+        "work": f"{price(outcome.run):.2f}",
+        "time": f"{seconds[label] / seconds[ADAMW.label]:.2f}",
+        "floats of ε": f"{outcome.perturbation_numel:,}",
+    }
+
+
+def _over_epochs(contest: Contest, bench: Bench) -> list[Curve]:
+    title, curves = TITLES[contest.setting.model], []
+    for label, contender in contest.contenders.items():
+        if not contender.at_best:
+            mean, error = _mean_and_errors(contest.outcomes(bench.store, label))
+            x = [float(epoch) for epoch in range(1, len(mean) + 1)]
+            curves.append(Curve(title, label, x, mean, "epoch", "test accuracy, %", error))
+    return curves
+
+
+def _mean_and_errors(outcomes: list[Outcome]) -> tuple[list[float | None], list[float] | None]:
+    epochs = [
+        [100 * epoch.test_accuracy for epoch in column] for column in zip(*(o.epochs for o in outcomes), strict=True)
+    ]
+    mean: list[float | None] = [fmean(column) for column in epochs]
+    return mean, [_error(column) for column in epochs] if len(outcomes) > 1 else None
+
+
+def _error(values: list[float]) -> float:
+    return stdev(values) / sqrt(len(values))
+
+
+def _over_price(contest: Contest, bench: Bench) -> list[Curve]:
+    panel = f"{TITLES[contest.setting.model]}, gain and price"
+    curves = []
+    for label in contest.contenders:
+        accuracies = contest.accuracies(bench.store, label)
+        error = [_error(accuracies)] if len(accuracies) > 1 else None
+        at = price(contest.outcomes(bench.store, label)[0].run)
+        curves.append(
+            Curve(panel, label, [at], [fmean(accuracies)], "work of a step, AdamW = 1", "test accuracy, %", error)
+        )
+    return curves
+
+
+def _collapsed(contest: Contest, bench: Bench, classes: int) -> list[str]:
+    lines = []
+    for label in contest.contenders:
+        accuracies = contest.accuracies(bench.store, label)
+        bad = sum(accuracy < 100 * NEAR_CHANCE / classes for accuracy in accuracies)
+        if bad:
+            rho = contest.radius(bench.store, label)
+            reason = f", or ρ = {rho:g} is too large" if rho else ""
+            lines.append(
+                f"- {bad} of {len(accuracies)} runs of {TITLES[contest.setting.model]}, {label}, ended near chance: "
+                f"too few epochs{reason}."
+            )
+    return lines
