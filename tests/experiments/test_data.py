@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import math
 import os
 import pickle
 from pathlib import Path
@@ -212,3 +213,21 @@ def test_download_is_offered_where_there_is_such_an_option_and_a_place_to_fetch_
     (tmp_path / "cifar-100-python").mkdir()
     with pytest.raises(Refused, match="Dataset not found or corrupted; put complete files there, or let --download"):
         data.load("cifar100", tmp_path, download=False)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 1.0])
+def test_as_many_labels_are_wrong_for_training_as_for_validation_whatever_the_seed(share, tmp_path):
+    clean = data.load("digits", tmp_path)
+    wrong = data.with_wrong_labels(clean, share)
+    assert (wrong.test_labels == clean.test_labels).all()
+    expected = share * 0.9  # a tenth of those drawn anew are what they were
+    for seed in range(20):
+        pairs = [split(source, seed, "cpu") for source in (clean, wrong)]
+        for part in ("train", "validation"):
+            a, b = (getattr(dataset, part).labels for dataset in pairs)
+            assert float((a != b).float().mean()) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / len(a)))
+
+
+def test_a_share_of_wrong_labels_is_the_same_in_every_process(tmp_path):
+    first, again = (data.with_wrong_labels(data.load("digits", tmp_path), 0.4) for _ in range(2))
+    assert (first.pool_labels == again.pool_labels).all()

@@ -302,7 +302,7 @@ def with_wrong_labels(source: Source, share: float) -> Source:
     if np.issubdtype(source.pool_labels.dtype, np.floating):
         raise Refused(f"--wrong-labels draws classes anew, and {source.title} has scores; leave it out.")
     count = len(source.pool_labels)
-    drawn = np.random.default_rng(0)
+    drawn = np.random.default_rng([0, 1])  # another stream than that of any seed's split
     chosen = drawn.permutation(count)[: round(share * count)]
     labels = source.pool_labels.copy()
     labels[chosen] = drawn.integers(source.classes, size=len(chosen))
