@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +147,18 @@ def test_a_folder_in_the_stores_place_is_refused(tmp_path):
     (tmp_path / "runs.jsonl").mkdir()
     with pytest.raises(Refused, match=r"can't be written to \(Is a directory\); name another folder"):
         Store(tmp_path)
+
+
+def test_a_row_names_the_processors_model(tmp_path):
+    Store(tmp_path).add(CELL, outcome(CELL), CPU)
+    device = json.loads((tmp_path / "runs.jsonl").read_text())["device"]
+    known = (
+        subprocess.run(["lscpu"], capture_output=True, text=True, env={"LC_ALL": "C"})
+        if shutil.which("lscpu")
+        else None
+    )
+    named = re.search(r"^Model name:\s*(.+?)\s*$", known.stdout, re.MULTILINE) if known else None
+    assert device == f"cpu ({named[1]})" if named and named[1] != "-" else device.startswith("cpu")
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1, 2])])

@@ -257,8 +257,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
 
 def test_outcome_says_on_what_it_was_trained(undisturbed):
     outcome = json.loads((undisturbed / "outcome.json").read_text())
-    expected = {"precision": "fp32", "compile": False, "parallel": "ddp", "device": "cpu", "processes": 1}
+    expected = {"precision": "fp32", "compile": False, "parallel": "ddp", "processes": 1}
+    device = outcome["machine"].pop("device")
     assert outcome["machine"] == expected
+    assert re.fullmatch(r"cpu \(.+\)", device)  # with the processor's model
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from nusam.experiments.files import save_whole, write_whole
 from nusam.experiments.pages.radius_figure import draw
 from nusam.experiments.training.building import build
 from nusam.experiments.training.data import Source
-from nusam.experiments.training.loop import accuracy
 from nusam.experiments.training.methods import BASES
 from nusam.experiments.training.methods import METHODS as KNOWN
 from nusam.experiments.training.scoring import loss as loss_of
+from nusam.experiments.training.scoring import score
 from nusam.experiments.training.splits import split
 from nusam.tools.radius_search import RadiusSearch, find_rho
 from nusam.tools.verdict import Trial, Verdict
@@ -48,7 +48,7 @@ def built_in(source: Source, model: str, base: str, learning_rate: float, device
         "loss": loss,
         "loader": DataLoader(train, 32, shuffle=True),
         "validation": DataLoader(held_out, 128),
-        "score": lambda model: 100 * accuracy(model, data.validation),
+        "score": lambda model: 100 * score(model, data.validation, source.metric),
     }
 
 

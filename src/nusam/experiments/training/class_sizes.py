@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,14 @@ def require_two_of_each(data: str, labels: Sequence[str], otherwise: str = "") -
         )
 
 
-def with_every_class(
-    order: NDArray[np.int64], labels: NDArray[np.int64], count: int, least: int = 1
-) -> NDArray[np.int64]:
+def with_every_class(order: NDArray[np.int64], labels: NDArray[Any], count: int, least: int = 1) -> NDArray[np.int64]:
     """The order, changed so far that its first ``count`` have at least ``least`` examples of each class.
 
-    A class that has fewer has all of them there. Where so few have no room for all classes, the order stays.
+    A class that has fewer has all of them there. Where so few have no room for all classes, the order stays, and so
+    it does for scores, which have no classes.
     """
+    if np.issubdtype(labels.dtype, np.floating):
+        return order
     wanted = np.minimum(np.bincount(labels), least)
     if wanted.sum() > count:
         return order

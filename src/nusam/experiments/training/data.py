@@ -268,15 +268,14 @@ def _subset(
 ) -> Source:
     every = len(train[1])
     size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
-    numbers = np.issubdtype(train[1].dtype, np.floating)  # and no classes
-    labels = train[1].astype(np.float32 if numbers else np.int64)
+    scores = np.issubdtype(train[1].dtype, np.floating)
+    labels = train[1].astype(np.float32 if scores else np.int64)
     pooled = min(size + VALIDATION, every)
-    order = shuffled(every, seed=0)
-    pool = (order if numbers else with_every_class(order, labels, pooled, least=2))[:pooled]
+    pool = with_every_class(shuffled(every, seed=0), labels, pooled, least=2)[:pooled]
     held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
     return Source(
         title,
-        classes=1 if numbers else classes or int(labels.max()) + 1,
+        classes=classes or (1 if scores else int(labels.max()) + 1),
         train_size=size,
         pool=train[0][pool],
         pool_labels=labels[pool],

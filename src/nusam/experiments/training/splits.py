@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,9 +36,7 @@ def split(source: Source, seed: int, device: torch.device | str) -> Dataset:
 
     Every class is among those for training, if there are as many as classes.
     """
-    order = shuffled(len(source.pool_labels), seed)
-    if np.issubdtype(source.pool_labels.dtype, np.integer):
-        order = with_every_class(order, source.pool_labels, source.train_size)
+    order = with_every_class(shuffled(len(source.pool_labels), seed), source.pool_labels, source.train_size)
 
     def images(pixels: Pixels | Tokens, labels: Labels) -> Images:
         given = torch.from_numpy(pixels).to(device)
