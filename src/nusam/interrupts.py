@@ -12,13 +12,16 @@ __all__ = ["always", "entered", "remove_hook"]
 @contextmanager
 def always(undo: Callable[[], None]) -> Iterator[None]:
     """Run the body, then ``undo``, which must bear repetition, even if an interrupt cuts its first run short."""
+    undone = False
     try:
         try:
             yield
         finally:
             undo()
+            undone = True
     finally:
-        undo()
+        if not undone:
+            undo()
 
 
 @contextmanager

@@ -22,11 +22,18 @@ def unit(
     """The tensors divided in place by their joint ℓ2 norm, times a radius each, and the norm of each result.
 
     All zero where that norm is zero or not finite. Scaled by the largest entry first, so that the squares
-    neither under- nor overflow.
+    neither under- nor overflow, unless the host sees without waiting that they don't.
     """
     tensors, radii = list(tensors), [1.0] * len(tensors) if radii is None else list(radii)
     if not are_alike(tensors) or not all(x.numel() for x in tensors):
         return _unit_of_many_kinds(tensors, together, radii)
+    if tensors[0].device.type == "cpu" and together is ALONE and tensors[0].dtype is working_dtype(tensors[0]):
+        norms = torch.stack(list(torch._foreach_norm(tensors)))
+        total, edge = torch.linalg.vector_norm(norms).item(), torch.finfo(norms.dtype).tiny ** 0.25
+        if edge < total < 1 / edge:
+            factors = [radius / total for radius in radii]
+            multiply_each(tensors, factors)
+            return tensors, list(norms.mul_(norms.new_tensor(factors).abs_()).unbind())
     maxima = list(torch._foreach_norm(tensors, float("inf")))
     together.max_(maxima)
     torch._foreach_div_(tensors, torch.stack(maxima).amax())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nusam.ascent.verification import OTHERWISE
 from nusam.distributed.blocks import is_sharded
-from nusam.distributed.data_parallel import DataParallel
+from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_join, check_parameter, check_sharded, check_surroundings
 from nusam.layers.structure import Structure
@@ -64,7 +64,8 @@ class Checked(Resumable):
 
     def _check_processes(self, workers: DataParallel) -> None:
         """Refuse what can't be run among the processes as they are now, before a pass begins."""
-        check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+        if is_running():
+            check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
         workers.refuse_unreduced()
         if workers.joins:
             check_join(self._progress.steps < self.delay, self.rho_schedule)

@@ -88,15 +88,16 @@ class TwoPasses(Checked):
             clear_gradients(parameters)
             self._ledger.begin_pass()
             self._guard.before_ascent(check)
-            self._written.before_ascent({*parameters, *(t.parameter for t in targets)}, check, self._guard.tree)
+            reached = parameters if self.targets == "trainable" else {*parameters, *(t.parameter for t in targets)}
+            self._written.before_ascent(reached, check, self._guard.tree)
             with self._backwards.of_ascent() if in_forward else nullcontext():
                 yield
             self._guard.after_ascent()
             self._written.after_ascent()
             if pass_:
                 pass_.settle()
-            reached = bool(pass_ and pass_.saw_gradients())
-            self._ledger.end_pass("ascent", reached or any(p.grad is not None for p in parameters), self._has_closure)
+            found = bool(pass_ and pass_.saw_gradients()) or any(p.grad is not None for p in parameters)
+            self._ledger.end_pass("ascent", found, self._has_closure)
             self._ascended = [target.parameter for target in targets]
             self._pending = self._perturb(targets, pass_, workers, in_forward)
 
@@ -125,12 +126,13 @@ class TwoPasses(Checked):
             if self.active:
                 self._draw()
         perturbations = self._pending or {}
-        pairs = {p: e for p, e in perturbations.items() if isinstance(e, RankOne) and self._in_forward(p)}
+        pairs = {p: e for p, e in perturbations.items() if type(e) is RankOne and self._in_forward(p)}
         forward = self._handlers(pairs) if handlers is None else handlers(pairs)
-        in_place = [p for p in perturbations if p not in pairs]
+        in_place = [p for p in perturbations if p not in pairs] if pairs else list(perturbations)
         # processes with perturbations of their own would drift apart by the rounding of a subtraction
         bit_exact = self.m_sam is not False
-        others = [] if self._in_backward else self._parameters()  # those are written by the base optimizer
+        parameters = self._parameters()
+        others = [] if self._in_backward else parameters  # those are written by the base optimizer
         epsilons = [perturbations[parameter] for parameter in in_place]
         workers = self._workers()
         self._check_processes(workers)
@@ -139,7 +141,7 @@ class TwoPasses(Checked):
         unknown: set[Tensor] = set()
         if structure is not None and self._written.checks:
             unknown = {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
-        unreached = set(self._ascended) - perturbations.keys()
+        unreached = {p for p in self._ascended if p not in perturbations}
         perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others, unreached)
         del epsilons
 
@@ -155,9 +157,9 @@ class TwoPasses(Checked):
             self._pass = "descent"
             self._in_scaler = False
             if not accumulate:
-                clear_gradients(self._parameters())
+                clear_gradients(parameters)
             self._ledger.begin_pass()
-            self._ledger.open(self._ascended, perturbations)
+            self._ledger.open(unreached)
             guards.enter_context(self._guard.descent(bool(perturbations)))
             if forward and structure is not None:
                 guards.enter_context(rerouted(structure.uses, forward))
@@ -180,7 +182,7 @@ class TwoPasses(Checked):
                     raise self._unreachable(parameter, WRITTEN)
             self._written.after_descent(self._names)
             if not accumulate and not self._in_backward:
-                found = any(p.grad is not None for p in self._parameters())
+                found = any(p.grad is not None for p in parameters)
                 self._ledger.end_pass("descent", found, self._has_closure)
             self._close_ledger({parameter: forward[parameter] for parameter in pairs})
 

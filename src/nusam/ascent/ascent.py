@@ -64,16 +64,19 @@ class Ascent(Serving):
             self._count_late(pass_)
         in_summands = workers.splits_the_batch and not workers.reduces_gradients(pass_ is not None)
         whole_pairs = pass_ is not None and not pass_.keeps
-        sharded = any(is_sharded(target.parameter) for target in targets)
-        with full_precision(target.parameter for target in targets):
+        parameters = [target.parameter for target in targets]
+        sharded = any(map(is_sharded, parameters))
+        with full_precision(parameters):
             if in_summands and not isinstance(self.lmo, Nuclear):
-                workers.average([target.parameter for target in targets])
+                workers.average(parameters)
                 in_summands = False
             keep()
-            stacks = [target for target in targets if target.parameter in self.stacks]
+            stacks: list[Target] = []
+            if self.stacks:
+                stacks = [target for target in targets if target.parameter in self.stacks]
+                targets = [target for target in targets if target.parameter not in self.stacks]
             if stacks and in_summands:
                 workers.average([target.parameter for target in stacks])
-            targets = [target for target in targets if target.parameter not in self.stacks]
             if in_summands or (sharded and not whole_pairs):
                 found = self._from_parts(targets, pass_, workers, in_summands, age)
             else:
@@ -94,13 +97,16 @@ class Ascent(Serving):
         self, gradients: Sequence[Tensor], targets: Sequence[Target], seed: int, age: int, together: Together
     ) -> dict[Tensor, Perturbation]:
         """direction → ball → shape, of what is here of each target."""
-        parameters = [local(target.parameter).detach() for target in targets]
         states, radii = [self.state_of(target) for target in targets], [target.radius for target in targets]
-        here = [local_state(state) for state in states]
-        directed = self.direction.of(gradients, parameters, here, age, seed)
         more = (together,) if self.lmo.sees_shards else ()
-        epsilons = self.lmo(directed, radii, states, seed, *more)
-        epsilons = self.direction.shaped(epsilons, parameters, here, together)
+        if type(self.direction) is Direction:  # the gradient itself
+            epsilons = self.lmo(gradients, radii, states, seed, *more)
+        else:
+            parameters = [local(target.parameter).detach() for target in targets]
+            here = [local_state(state) for state in states]
+            directed = self.direction.of(gradients, parameters, here, age, seed)
+            epsilons = self.lmo(directed, radii, states, seed, *more)
+            epsilons = self.direction.shaped(epsilons, parameters, here, together)
         return {target.parameter: epsilon for target, epsilon in zip(targets, epsilons, strict=True)}
 
     def _of_stacks(self, targets: Sequence[Target]) -> dict[Tensor, Perturbation]:
@@ -120,7 +126,7 @@ class Ascent(Serving):
         """What the metrics say of a step's ε."""
         self.measured = {
             parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
-            if isinstance(perturbation, RankOne)
+            if type(perturbation) is RankOne
             else {"epsilon": perturbation.norm}
             for parameter, perturbation in found.items()
         }

@@ -68,9 +68,10 @@ class Serving:
 
     def state_of(self, target: Target) -> State:
         """What is remembered of the target, its warm start above all."""
-        if target.parameter not in self.states:
-            self.states[target.parameter] = self.fresh_state(target.parameter, target.seed)
-        return self.states[target.parameter]
+        state = self.states.get(target.parameter)
+        if state is None:
+            state = self.states[target.parameter] = self.fresh_state(target.parameter, target.seed)
+        return state
 
     def fresh_state(self, parameter: Tensor, seed: int) -> State:
         """What is remembered of a parameter before its first ascent."""

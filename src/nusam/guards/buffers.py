@@ -58,8 +58,10 @@ class Buffers:
             self._moving.intersection_update([*_entries(self._owners), *self._parameters])
             self._plan = _Plan(self._owners, moving, self._moving)
         still = [parameter for parameter in frozen if parameter not in self._moving] if moving else frozen
-        shapes = {parameter.shape for parameter in self._parameters if parameter.requires_grad}
-        twins = [parameter for parameter in still if parameter.shape in shapes]  # what may be a network's moving copy
+        twins = []  # what may be a network's moving copy
+        if everything and still:
+            shapes = {parameter.shape for parameter in self._parameters if parameter.requires_grad}
+            twins = [parameter for parameter in still if parameter.shape in shapes]
         self._step = _Step(self._plan, still, twins, everything)
 
     @contextmanager

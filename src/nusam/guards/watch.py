@@ -1,6 +1,7 @@
 """Whether tensors were written in the meantime: by what the host can see, and by norms where it may wait."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ __all__ = ["Watch", "here", "is_here"]
 
 
 PLAIN = (Tensor, nn.Parameter)
+_VERSION = attrgetter("_version")
 
 
 class Watch:
@@ -31,7 +33,7 @@ class Watch:
         self._plain = [tensor for tensor in tensors if type(tensor) in PLAIN]
         self._marks = self._read()
         # kept, so that no replacement can come to lie at the same address
-        self._memory = [tensor.untyped_storage() for tensor in self._plain]
+        self._memory = list(map(Tensor.untyped_storage, self._plain))
         self._norms = _measure(tensors) if norms else []
 
     def stirred(self) -> list[Tensor]:
@@ -44,7 +46,7 @@ class Watch:
         return list(dict.fromkeys(versions + moved))
 
     def _read(self) -> tuple[list[int], list[int]]:
-        return [tensor._version for tensor in self.tensors], [tensor.data_ptr() for tensor in self._plain]
+        return list(map(_VERSION, self.tensors)), list(map(Tensor.data_ptr, self._plain))
 
     def changed(self) -> list[Tensor]:
         """Those whose norms have changed. Waits for the device."""

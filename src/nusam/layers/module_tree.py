@@ -2,11 +2,14 @@
 
 import operator
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 __all__ = ["ModuleTree", "same"]
+
+_VALUES = operator.methodcaller("values")
 
 
 class ModuleTree:
@@ -22,15 +25,14 @@ class ModuleTree:
         self.modules = list(self.model.modules())
         self.buffers = [module._buffers for module in self.modules]
         self._families = [module._modules for module in self.modules]
-        self._parents = [family for family in self._families if family]
         self._children = self._read()
 
     def _read(self) -> list[nn.Module | None]:
-        return [child for family in self._parents for child in family.values()]
+        return list(chain.from_iterable(map(_VALUES, filter(None, self._families))))
 
     def refresh(self) -> None:
         """Walk the model again if any module in it gained, lost or replaced a child."""
-        if sum(map(len, self._families)) != len(self._children) or not same(self._read(), self._children):
+        if not same(self._read(), self._children):
             self._find()
 
     def parameters(self) -> list[nn.Parameter]:

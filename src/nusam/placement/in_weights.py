@@ -41,11 +41,13 @@ def in_weights(
         copied: parameters of which a rank-one ε is restored so too.
         kept: parameters without a perturbation that are restored all the same.
     """
-    kinds = {type(epsilon) for epsilon in perturbations}
+    kinds = set(map(type, perturbations))
     if len(kinds) > 1:
         raise TypeError("An LMO must return perturbations of one kind, got both Dense and RankOne.")
-    subtracted: list[tuple[Tensor, RankOne]] = []
     restored: list[tuple[Tensor, Perturbation | None]] = [(local(parameter), None) for parameter in kept]
+    if kinds == {Dense}:
+        return _WithCopy([*restored, *zip(map(local, parameters), perturbations, strict=True)])
+    subtracted: list[tuple[Tensor, RankOne]] = []
     for parameter, epsilon in zip(parameters, perturbations, strict=True):
         part = _here(parameter, epsilon)
         if isinstance(part, RankOne) and parameter not in copied:
@@ -127,13 +129,15 @@ class _WithCopy(InWeights):
     def add(self) -> None:
         if self._parameters:
             self._originals = [parameter.clone() for parameter in self._parameters]
-            both = list(zip(self._parameters, self._perturbations, strict=True))
-            for parameter, epsilon in both:
-                if isinstance(epsilon, RankOne):
+            perturbed, dense = [], []
+            for parameter, epsilon in zip(self._parameters, self._perturbations, strict=True):
+                if type(epsilon) is Dense:
+                    perturbed.append(parameter)
+                    dense.append(epsilon.epsilon)
+                elif epsilon is not None:
                     parameter.addcmul_(*_factors(epsilon, parameter))
-            dense = [(parameter, epsilon.epsilon) for parameter, epsilon in both if isinstance(epsilon, Dense)]
             if dense:
-                torch._foreach_add_(*map(list, zip(*dense, strict=True)))
+                torch._foreach_add_(perturbed, dense)
             torch.clear_autocast_cache()
         self._perturbations.clear()
 

@@ -49,9 +49,8 @@ class Ledger:
 
     # ------------------------------------------------------------ an ε for every gradient
 
-    def open(self, targets: Iterable[Tensor], perturbed: Iterable[Tensor]) -> None:
-        """The descent begins with an ε for ``perturbed``, out of ``targets``."""
-        without = set(targets) - set(perturbed)
+    def open(self, without: Iterable[Tensor]) -> None:
+        """The descent begins, in which these targets have no ε."""
         self._without = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in without]
 
     def close(self, stepped: set[Tensor], names: Callable[[], dict[Tensor, str]]) -> None:

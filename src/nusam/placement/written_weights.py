@@ -100,9 +100,9 @@ class WrittenWeights:
             others: parameters that may be unperturbed, and are kept all the same where the ascent has written them.
             unreached: those that the ascent was to perturb and did not reach, and so has not written.
         """
+        dense = any(type(epsilon) is Dense for epsilon in perturbations)
         perturbed = set(parameters)
         copied = perturbed if bit_exact else perturbed & self._written
-        dense = any(isinstance(epsilon, Dense) for epsilon in perturbations)
         spared = [p for p in parameters if p in unknown and p not in copied] if self._check and not dense else []
         written = self._in_ascent | (self._unseen - unreached) if self._ascended else set()
         kept = [p for p in others if p in written and p not in perturbed]
