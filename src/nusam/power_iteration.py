@@ -21,6 +21,7 @@ __all__ = [
     "power_iteration",
     "products",
     "signs",
+    "top_pairs",
     "working_dtype",
 ]
 
@@ -115,9 +116,20 @@ def power_iteration(
     Tensors are multiplied in their warm start's dtype; those of more dimensions are kernels (o, i, k, …), matrices of
     (o, i·k·…). Nothing here waits for the device.
     """
+    return top_pairs(matrices, meeting(us), us, iterations, together)
+
+
+def top_pairs(
+    matrices: Sequence[Matrix | Tensor],
+    us: Sequence[Tensor],
+    warm_starts: Sequence[Tensor],
+    iterations: int,
+    together: Together = ALONE,
+) -> list[TopPair]:
+    """:func:`power_iteration` from u that the matrices meet, for which a dead matrix gets its warm start back."""
     pairs: list[TopPair] = [None] * len(matrices)  # type: ignore[list-item]
-    for indices, Avs, vs in _in_stacks(matrices, meeting(us), iterations, together):
-        own = [us[i] for i in indices]
+    for indices, Avs, vs in _in_stacks(matrices, us, iterations, together):
+        own = [warm_starts[i] for i in indices]
         if isinstance(Avs, Tensor):
             found = _rows(*_normalized(Avs, cast(Tensor, vs), torch.stack(own)))
         else:

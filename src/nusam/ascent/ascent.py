@@ -165,9 +165,11 @@ class Ascent(Serving):
         gradients: dict[Tensor, Tensor | Matrix] = {}
         for target in targets:
             parameter = target.parameter
+            if parameter in found:
+                continue
             record = records.get(parameter)
             gradient = part_of(parameter, record, self._trusts(record))
-            if parameter not in found and gradient is not None:
+            if gradient is not None:
                 gradients[parameter] = gradient
         reached = [t for t in targets if t.parameter in found or t.parameter in gradients]
         if not reached:

@@ -47,11 +47,12 @@ class Findings:
         self.thaws = self.frozen and type(parameter) is nn.Parameter and parameter.is_floating_point()
         self.job = job
         self.iterations = iterations
-        self.u = u.to(device)
+        self.u = u if u.device == device else u.to(device)
         self.kept: list[Matrix] = []  # of every use that is multiplied after the pass
         self.formed: Tensor | None = None  # the gradient, of several uses
         self.waiting: LayerGradient | None = None  # the one use, small enough to be multiplied with others
         self.pair: tuple[Tensor, Tensor] | None = None  # Gv and v of the one use
+        self.top: TopPair | None = None  # what they give, where they were multiplied with others: they are unit then
         self.checked: Tensor | None = None  # Gᵀr by the layers, summed over uses
         self.scale: Tensor | None = None  # Σ‖X‖‖D‖ over those uses, of which a gradient that cancels leaves rounding
         self.gradient_checked: Tensor | None = None  # Gᵀr by the gradient, where that was freed
@@ -76,7 +77,7 @@ class Findings:
 
     def forget(self) -> None:
         """Nothing has happened yet."""
-        self.kept, self.formed, self.waiting, self.pair = [], None, None, None
+        self.kept, self.formed, self.waiting, self.pair, self.top = [], None, None, None, None
         self.calls = self.takes = 0
 
     @property

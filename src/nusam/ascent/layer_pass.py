@@ -20,7 +20,7 @@ from nusam.interrupts import always, entered, remove_hook
 from nusam.layers.idle import IdleLayers
 from nusam.layers.kinds import Handler
 from nusam.layers.uses import Use, rerouted
-from nusam.power_iteration import Matrix, TopPair, meeting, normalized, products
+from nusam.power_iteration import Matrix, TopPair, meeting, normalized, top_pairs
 
 __all__ = ["LayerPass"]
 
@@ -105,9 +105,10 @@ class LayerPass:
         if waiting:
             with entered(torch.no_grad(), without_autocast(waiting[0].u.device)):
                 gradients: list[Matrix] = [record.waiting for record in waiting if record.waiting is not None]
-                Gvs, vs = products(gradients, [record.u for record in waiting], waiting[0].iterations)
-                for record, pair in zip(waiting, zip(Gvs, vs, strict=True), strict=True):
-                    record.pair, record.waiting = pair, None
+                us, warm_starts = [r.u for r in waiting], [r.job.state["u"].to(r.u) for r in waiting]
+                found = top_pairs(gradients, us, warm_starts, waiting[0].iterations)
+                for record, top in zip(waiting, found, strict=True):
+                    record.top, record.pair, record.waiting = top, (top.u, top.v), None
         for record in self.records.values():
             record.settle()
 
@@ -117,12 +118,21 @@ class LayerPass:
 
     def top_pairs(self, parameters: Iterable[Tensor]) -> dict[Tensor, TopPair]:
         """The pairs that the layers found for these, each used once."""
-        records = {p: self.records[p] for p in parameters}
-        if not records:
-            return {}
-        us, vs = zip(*(record.vectors() for record in records.values()), strict=True)
-        warm_starts = [record.job.state["u"] for record in records.values()]
-        return dict(zip(records, normalized(list(us), list(vs), warm_starts), strict=True))
+        found: dict[Tensor, TopPair] = {}
+        records = {}
+        for parameter in parameters:
+            record = self.records[parameter]
+            top = record.top
+            if top is not None and record.probed is None:
+                device = record.job.state["u"].device
+                found[parameter] = top if top.u.device == device else TopPair(*(x.to(device) for x in top))
+            else:
+                records[parameter] = record
+        if records:
+            us, vs = zip(*(record.vectors() for record in records.values()), strict=True)
+            warm_starts = [record.job.state["u"] for record in records.values()]
+            found |= zip(records, normalized(list(us), list(vs), warm_starts), strict=True)
+        return found
 
     def forget(self) -> None:
         """Begin anew: what the layers have left so far does not count."""

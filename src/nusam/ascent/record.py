@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nusam.ascent.findings import Findings, Job
-from nusam.ascent.function import as_multiplied, layer_with_products
+from nusam.ascent.function import as_multiplied, layer_with_products, reporting_layer
 from nusam.ascent.products import LayerGradient, Rows
 from nusam.distributed.blocks import block, is_sharded, layout, local
 from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, tapped
@@ -52,7 +52,7 @@ class Record(Findings):
         given = W
         if not self.job.checks:
             given, extra = self._stand_in_for(W), self._stand_in_for_bias(extra)
-        return layer_with_products(kind, x, given, extra, self._tap, None, None, self.iterations, (self, rows, W))
+        return reporting_layer(kind, x, given, extra, self._tap, (self, rows, W))
 
     def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
         if self.job.shares and self.frozen:
@@ -66,7 +66,7 @@ class Record(Findings):
         x = as_multiplied(kind, x)
         if not self.job.checks:
             W, extra = W.detach(), extra.detach() if isinstance(extra, Tensor) else extra
-        return layer_with_products(kind, x, W, extra, probe, self.u, self.r, self.iterations, None)
+        return layer_with_products(kind, x, W, extra, probe, self.u, self.r, self.iterations)
 
     def _stand_in_for(self, W: Tensor) -> Tensor:
         """What a served use computes with: no hook of the weight's sees a gradient that is not there."""
@@ -76,10 +76,11 @@ class Record(Findings):
     def _stand_in_for_bias(self, bias: Any) -> Any:
         if not isinstance(bias, Tensor) or self._stand_in is None or not bias.requires_grad:
             return bias.detach() if isinstance(bias, Tensor) else bias
-        if bias not in self._stand_ins:
+        stand_in = self._stand_ins.get(bias)
+        if stand_in is None:
             self._bias = bias
-            self._stand_ins[bias] = bias.detach().requires_grad_()
-        return self._stand_ins[bias]
+            stand_in = self._stand_ins[bias] = bias.detach().requires_grad_()
+        return stand_in
 
     def make_probe(self) -> None:
         """Make the leaf whose gradient a compiled graph hands the products out by."""
@@ -90,20 +91,22 @@ class Record(Findings):
         """Whether the running backward accumulates; if not, it returns gradients that the loss itself asks for."""
         return bool(torch._C._will_engine_execute_node(self._tap_node))
 
-    def forms_now(self) -> bool:
+    def forms_now(self, accumulates: bool) -> bool:
         """Whether gradients of weight and bias are formed in the running backward."""
-        if self.job.checks or self.accumulates():
+        if self.job.checks or accumulates:
             return self.job.checks
         own = (self._stand_ins.get(p) for p in (self.parameter, self._bias) if p is not None)
         return any(stand_in is not None and _is_wanted(stand_in) for stand_in in own)
 
-    def take(self, kind: type[Kind], X: Tensor, D: Tensor, n: int, rows: slice | None) -> None:
+    def take(
+        self, kind: type[Kind], X: Tensor, D: Tensor, n: int, rows: slice | None, accumulates: bool | None = None
+    ) -> None:
         """Take the products of one use, if autograd accumulates in this backward."""
-        if not self.accumulates():
+        if not (self.accumulates() if accumulates is None else accumulates):
             self.wanted_elsewhere |= self.job.checks and _is_wanted(self.parameter)
             return
         self.takes += 1
-        self.dtypes |= {D.dtype}
+        self.dtypes.add(D.dtype)
         G: Matrix = LayerGradient(kind, X, D, n)
         if rows is not None:
             G = Rows(G, rows, self.block.shape[0])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -85,11 +86,12 @@ def local_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def compute_device(parameter: Any) -> torch.device:
     """Where products with the parameter run; sharded parameters may be kept on the CPU in between."""
     if not is_sharded(parameter):
-        return torch.device(parameter.device)
+        return cast(torch.device, parameter.device)
     kind = parameter.device_mesh.device_type
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
+@lru_cache(maxsize=256)
 def whole(shape: torch.Size) -> Block:
     """A matrix that is here as a whole."""
     n, m = shape

@@ -106,13 +106,14 @@ class IdleLayers:
                 return forward(*args, **kwargs)
             own: Any = layer._parameters
             before = dict(own)
-
-            def undo() -> None:
-                own.update(before)
-
-            with always(undo):
-                own.update({name: None if p is None else p.detach() for name, p in before.items()})
-                y = forward(*args, **kwargs)
+            try:
+                try:
+                    own.update({name: None if p is None else p.detach() for name, p in before.items()})
+                    y = kind.forward(layer, *args, **kwargs)
+                finally:
+                    own.update(before)
+            finally:
+                own.update(before)  # an interrupt may have cut the first short
             return tapped(y, self._tap) if isinstance(y, Tensor) and not y.requires_grad else y
 
         return detached

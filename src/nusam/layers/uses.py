@@ -76,7 +76,7 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
     The forward is replaced on the instance: a thread-local mode would be missed by activation checkpointing,
     a class swap would fight those of other libraries, and torch.compile guards on the replacement.
     """
-    forwards = {use.module: _forward(use, handlers) for use in uses if any(p in handlers for p in _multiplied(use))}
+    forwards = {use.module: _forward(use, handlers) for use in uses if _is_handled(use, handlers)}
 
     def undo() -> None:
         for module, forward in forwards.items():
@@ -93,10 +93,12 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
         yield
 
 
-def _multiplied(use: Use) -> tuple[Tensor, ...]:
-    """Whose use the module's forward decides; an attention multiplies with the weight of its output layer itself."""
+def _is_handled(use: Use, handlers: dict[Tensor, Handler]) -> bool:
+    """Whether the module's forward uses a parameter with a handler; an attention multiplies with two of them itself."""
     module = use.module
-    return (use.parameter, module.out_proj.weight) if isinstance(module, nn.MultiheadAttention) else (use.parameter,)
+    return use.parameter in handlers or (
+        isinstance(module, nn.MultiheadAttention) and module.out_proj.weight in handlers
+    )
 
 
 def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
