@@ -153,9 +153,13 @@ class Nuclear(LMO):
         shares = self._shares([pair.sigma for pair in pairs])
         sizes = [abs(radius) for radius in radii]
         if are_alike(vs):
-            norms = list(torch.stack([pair.alive for pair in pairs]).to(vs[0].dtype).unbind())
+            alive = torch.stack([pair.alive for pair in pairs]).to(vs[0].dtype)
             multiply_each(vs, radii)
-            multiply_each(norms, sizes)
+            if min(sizes) == max(sizes):
+                norms = list(alive.mul_(sizes[0]).unbind())
+            else:
+                norms = list(alive.unbind())
+                torch._foreach_mul_(norms, sizes)
         else:
             norms = [pair.alive.to(pair.sigma.dtype) for pair in pairs]
             torch._foreach_mul_(vs, list(radii))

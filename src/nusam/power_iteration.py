@@ -21,6 +21,7 @@ __all__ = [
     "power_iteration",
     "products",
     "signs",
+    "times",
     "top_pairs",
     "working_dtype",
 ]
@@ -44,6 +45,11 @@ def as_matrix(A: Tensor) -> Tensor:
     return A if A.ndim == 2 else A.flatten(1)
 
 
+def times(A: Tensor, x: Tensor) -> Tensor:
+    """Ax; of stacks, whose x (k, m, 1) are columns, by their rows: batched products with columns are slow."""
+    return A @ x if A.ndim == 2 else (x.mT @ A.mT).mT
+
+
 class Explicit:
     """A matrix that is there; with u (k, n, 1) and v (k, m, 1), k of them (k, n, m)."""
 
@@ -60,10 +66,10 @@ class Explicit:
         return Explicit(torch.stack([matrix.A for matrix in matrices]))
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.A @ v
+        return times(self.A, v)
 
     def rmatvec(self, u: Tensor) -> Tensor:
-        return self.A.mT @ u
+        return times(self.A.mT, u)
 
 
 class TopPair(NamedTuple):
@@ -245,22 +251,19 @@ def _rows(*stacks: Tensor) -> list[TopPair]:
 
 
 def _normalized(us: Tensor, vs: Tensor, warm_starts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for k vectors of one shape: u (k, n), v (k, m), σ and whether they are alive (k)."""
-    us, u_norms, u_largest = _unit_rows(us)
-    vs, v_norms, v_largest = _unit_rows(vs)
-    sigmas = u_norms / v_norms * (u_largest / v_largest)
-    alive = sigmas.isfinite()  # 0/0, inf/inf and NaN all end up as a NaN norm
+    """The same for k vectors of one shape: u (k, n), v (k, m), σ and whether they are alive (k).
+
+    Of v the largest entry is one, or it is dead.
+    """
+    largest = torch.linalg.vector_norm(us, float("inf"), dim=-1, keepdim=True)
+    us.div_(largest)  # free of under- and overflow, as v is already
+    u_norms, v_norms = (torch.linalg.vector_norm(xs, dim=-1, keepdim=True) for xs in (us, vs))
+    sigmas = u_norms / v_norms * largest
+    alive = sigmas < float("inf")  # 0/0, inf/inf and NaN all end up as a NaN norm
     dead = ~alive
-    us = torch.where(alive, us, warm_starts)
-    return us, vs.masked_fill_(dead, 0), sigmas.masked_fill_(dead, 0)[:, 0], alive[:, 0]
-
-
-def _unit_rows(xs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x/(‖x‖ + τ) for every row in place, free of under- and overflow; the norms in two factors, as columns."""
-    largest = torch.linalg.vector_norm(xs, float("inf"), dim=-1, keepdim=True)
-    xs.div_(largest)
-    norms = torch.linalg.vector_norm(xs, dim=-1, keepdim=True)
-    return xs.div_(norms + TAU), norms, largest
+    us = torch.where(alive, us.div_(u_norms + TAU), warm_starts)
+    vs.div_(v_norms + TAU).masked_fill_(dead, 0)
+    return us, vs, sigmas.masked_fill_(dead, 0)[:, 0], alive[:, 0]
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

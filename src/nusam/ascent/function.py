@@ -107,7 +107,8 @@ class _Products(torch.autograd.Function):
         y = kind.apply(x, W, extra if bias is None else bias)
         ctx.save_for_backward(x, W, u, r)
         ctx.kind, ctx.iterations, ctx.extra = kind, iterations, extra
-        return UNSAFE_VIEW(y, y.shape)
+        output: Tensor = UNSAFE_VIEW(y, y.shape)
+        return output
 
     @staticmethod
     def backward(ctx: Any, D: Tensor) -> Any:

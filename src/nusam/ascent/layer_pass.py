@@ -105,7 +105,8 @@ class LayerPass:
         if waiting:
             with entered(torch.no_grad(), without_autocast(waiting[0].u.device)):
                 gradients: list[Matrix] = [record.waiting for record in waiting if record.waiting is not None]
-                us, warm_starts = [r.u for r in waiting], [r.job.state["u"].to(r.u) for r in waiting]
+                us = [record.u for record in waiting]
+                warm_starts = [record.job.state["u"].to(record.u.device) for record in waiting]
                 found = top_pairs(gradients, us, warm_starts, waiting[0].iterations)
                 for record, top in zip(waiting, found, strict=True):
                     record.top, record.pair, record.waiting = top, (top.u, top.v), None

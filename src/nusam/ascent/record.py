@@ -40,7 +40,8 @@ class Record(Findings):
             return kind.apply(x, W, extra)
         # recomputation by activation checkpointing is no new use
         self.calls += torch._C._current_graph_task_id() == -1
-        self.in_pieces |= rows is not None
+        if rows is not None:
+            self.in_pieces = True
         if is_sharded(W) or kind is Own:
             return self._watch(kind, x, W, extra)
         if is_altered(kind):

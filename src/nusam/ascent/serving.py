@@ -113,15 +113,19 @@ class Serving:
             return None
         self._groups = structure.groups
         self.verification.watch(structure.modes())
-        worth = [t for t in targets if self._is_worth(t.parameter)] if self.serve_from is not None else []
-        concerned = worth + [t for t in targets if t.parameter in in_forward and not self._is_worth(t.parameter)]
+        worth, others = [], []
+        for target in targets:
+            if self.serve_from is not None and self._is_worth(target.parameter):
+                worth.append(target)
+            elif target.parameter in in_forward:
+                others.append(target)
+        concerned = worth + others
         reasons = structure.why_not_served([target.parameter for target in concerned])
         if workers.must_reduce:
             workers.refuse_frozen([target.parameter for target in targets])
             reasons = {target.parameter: workers.why_it_must_reduce for target in concerned}
-        self._fell_back = {t.parameter: reasons[t.parameter] for t in worth if t.parameter in reasons}
-        found_otherwise = self.verification.reasons
-        self._fell_back |= {t.parameter: r for t in worth if (r := found_otherwise.get(t.parameter))}
+        why_not = reasons | self.verification.reasons
+        self._fell_back = {t.parameter: why_not[t.parameter] for t in worth if t.parameter in why_not}
         if workers.must_reduce:
             return None
         frees |= sum(t.parameter.numel() for t in concerned) >= LARGE

@@ -120,8 +120,10 @@ class DataParallel:
 
     def is_tensor_parallel(self, parameter: Tensor) -> bool:
         """Whether the parameter's layer computes with a block of it."""
+        if not is_sharded(parameter):
+            return False
         managed = self._managed.get(parameter)
-        return is_sharded(parameter) and (managed is None or managed[1].is_dtensor)
+        return managed is None or managed[1].is_dtensor
 
     def block(self, parameter: Any, in_layer: bool) -> Block:
         """Which block of a matrix is here: of what its layer computes with, or as the optimizer holds it."""

@@ -166,18 +166,20 @@ class _Refusal:
 
         def undo() -> None:
             self._armed = False
+            key = self._key
             for module in self._saved:  # a handle for each hook would cost ten times as much
-                module._state_dict_pre_hooks.pop(self._key, None)
+                module._state_dict_pre_hooks.pop(key, None)
             for module in self._called:
                 module._forward_pre_hooks.pop(self._key, None)
 
         with always(undo):
             self._trained = {module for module in self._called if module.training}
             self._armed = True
+            key, refuse = self._key, self._refuse_saving
             for module in self._saved:
-                module._state_dict_pre_hooks[self._key] = self._refuse_saving
+                module._state_dict_pre_hooks[key] = refuse
             for module in self._called:
-                module._forward_pre_hooks[self._key] = self._refuse_evaluation
+                module._forward_pre_hooks[key] = self._refuse_evaluation
             yield
 
     def _refuse_saving(self, *_: Any) -> None:

@@ -63,11 +63,7 @@ class IdleLayers:
     def detached(self, needed: set[Tensor]) -> Iterator[None]:
         """Form no gradient inside of parameters that are not needed."""
         needed = needed | self._wanted
-        layers = [
-            layer
-            for layer in self._layers
-            if any(p.requires_grad for p in _own(layer)) and not any(p in needed for p in _own(layer))
-        ]
+        layers = [layer for layer in self._layers if _is_trained(layer) and needed.isdisjoint(_own(layer))]
 
         def undo() -> None:
             self._hidden = set()
@@ -120,6 +116,10 @@ class IdleLayers:
 
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for layer in self._layers for parameter in _own(layer))
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
 
 def _own(layer: nn.Module) -> Iterator[Tensor]:

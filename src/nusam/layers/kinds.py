@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 
 from nusam.distributed.blocks import is_on_its_way, is_sharded
 from nusam.layers.reads import Watched
+from nusam.power_iteration import times
 
 __all__ = [
     "Conv1D",
@@ -62,12 +63,12 @@ class Kind:
     @staticmethod
     def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
         """Gv, of length n."""
-        return D.mT @ (X @ v)
+        return times(D.mT, times(X, v))
 
     @staticmethod
     def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
         """Gᵀu, of length m."""
-        return X.mT @ (D @ u)
+        return times(X.mT, times(D, u))
 
     @staticmethod
     def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
@@ -123,11 +124,11 @@ class Conv1D(Kind):
 
     @staticmethod
     def matvec(X: Tensor, D: Tensor, v: Tensor, n: int) -> Tensor:
-        return X.mT @ (D @ v)
+        return times(X.mT, times(D, v))
 
     @staticmethod
     def rmatvec(X: Tensor, D: Tensor, u: Tensor) -> Tensor:
-        return D.mT @ (X @ u)
+        return times(D.mT, times(X, u))
 
     @staticmethod
     def gradient(X: Tensor, D: Tensor, n: int) -> Tensor:
@@ -201,7 +202,7 @@ def dense(W: Tensor, dtype: torch.dtype) -> Tensor:
 
 def plus(W: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """W + uvᵀ, in the shape of W."""
-    return torch.addr(W, u, v) if W.ndim == 2 else W + torch.outer(u, v).view(W.shape)
+    return torch.addcmul(W, u.unsqueeze(-1), v) if W.ndim == 2 else W + torch.outer(u, v).view(W.shape)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -27,6 +27,7 @@ class InForward:
     def __init__(self, u: Tensor, v: Tensor, is_over: Callable[[], bool] = bool) -> None:
         self.u, self.v, self.is_over = u, v, is_over
         self.calls = 0  # that added it, outside of compiled graphs
+        self._is_small: bool | None = None  # whether W + ε is formed, asked once
         self._values: tuple[Tensor, int] | None = None  # W + ε without gradients, and its version
 
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
@@ -51,9 +52,8 @@ class InForward:
         return y.to(W.dtype)
 
     def _added(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
-        small = W.requires_grad and W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor, Watched)
-        if small and not torch.compiler.is_compiling() and self._is_exact(W):
-            return kind.apply(x, plus(W, self.u[rows or slice(None)], self.v), extra)
+        if self._forms(W) and not torch.compiler.is_compiling():
+            return kind.apply(x, plus(W, self.u if rows is None else self.u[rows], self.v), extra)
         y = kind.apply(x, W, extra)
         if is_sharded(W):
             if kind is not Linear:
@@ -68,10 +68,12 @@ class InForward:
             return y + output_of_blocks(x, W, y, of_block)
         return y + self._delta(kind, x, rows or slice(None)).to(y.dtype)
 
-    def _is_exact(self, W: Tensor) -> bool:
-        """Whether the sum W + uvᵀ is as precise as the layer's output."""
-        precise = W.dtype == self.u.dtype == self.v.dtype and W.device == self.u.device
-        return precise and not torch._C._is_any_autocast_enabled()
+    def _forms(self, W: Tensor) -> bool:
+        """Whether the sum W + uvᵀ is formed: where it is small, and as precise as the layer's output."""
+        if self._is_small is None:
+            alike = W.dtype == self.u.dtype == self.v.dtype and W.device == self.u.device
+            self._is_small = alike and W.numel() <= SMALL and type(W) in (nn.Parameter, Tensor, Watched)
+        return self._is_small and W.requires_grad and not torch._C._is_any_autocast_enabled()
 
     def _outer(self, W: Tensor, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
         return torch.outer(self.u[rows or slice(None)], self.v).to(W.device, dtype).view(W.shape)

@@ -69,6 +69,8 @@ def _factors(epsilon: RankOne, parameter: Tensor) -> tuple[Tensor, Tensor]:
     """What multiplies to ε entry by entry, in the shape of a parameter that may lie in memory in any order."""
     if epsilon.u.ndim == 2:  # a stack of matrices
         return epsilon.u.unsqueeze(-1), epsilon.v.unsqueeze(-2)
+    if parameter.ndim == 2:
+        return epsilon.u.unsqueeze(-1), epsilon.v
     others = parameter.shape[1:]
     return epsilon.u.view(-1, *[1] * len(others)), epsilon.v.view(1, *others)
 
@@ -134,7 +136,7 @@ class _WithCopy(InWeights):
                 if type(epsilon) is Dense:
                     perturbed.append(parameter)
                     dense.append(epsilon.epsilon)
-                elif epsilon is not None:
+                elif isinstance(epsilon, RankOne):
                     parameter.addcmul_(*_factors(epsilon, parameter))
             if dense:
                 torch._foreach_add_(perturbed, dense)
