@@ -53,11 +53,11 @@ class LayerPass:
         self._needed = needed
         self._watches = watches
         self._stand_ins: dict[Tensor, Tensor] = {}
-        self._tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
-        self._tap_node = torch.autograd.graph.get_gradient_edge(self._tap).node
+        self.tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
+        self._tap_node = torch.autograd.graph.get_gradient_edge(self.tap).node
         us = meeting([job.state["u"] for job in jobs.values()])
         self.records = {
-            parameter: Record(parameter, job, u, iterations, self._stand_ins, self._tap, self._tap_node)
+            parameter: Record(parameter, job, u, iterations, self._stand_ins, self.tap, self._tap_node)
             for (parameter, job), u in zip(jobs.items(), us, strict=True)
         }
         if compiles:

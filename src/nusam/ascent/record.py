@@ -113,6 +113,16 @@ class Record(Findings):
             G = Rows(G, rows, self.block.shape[0])
         self._multiply(G, (kind, X, D, n))
 
+    def take_formed(self, gradient: Tensor) -> None:
+        """Take the gradient itself, of some uses, if autograd accumulates in this backward."""
+        if not self.accumulates():
+            return
+        self.takes += 1
+        if self.job.keeps:
+            self.kept.append(Explicit(as_matrix(gradient).to(self.u.dtype)))
+        else:
+            self.formed = gradient if self.formed is None else self.formed + gradient
+
     def _multiply(self, G: Matrix, use: tuple[type[Kind], Tensor, Tensor, int]) -> None:
         if self.r is not None:
             _, X, D, _ = use

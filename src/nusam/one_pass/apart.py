@@ -15,6 +15,7 @@ from nusam.layers.convolutions import Convolution
 from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_plain
 from nusam.layers.reads import untold
 from nusam.lmo import RankOne
+from nusam.one_pass.copies import Copy, by_copies
 from nusam.one_pass.joint import CannotJoin, Joint
 from nusam.placement.in_forward import InForward
 
@@ -54,6 +55,8 @@ class Apart:
     def __init__(self, joint: Joint, epsilon: RankOne | None, record: Record | None) -> None:
         self.joint, self.epsilon, self.record = joint, epsilon, record
         self.mixed: Mixed | None = None  # looks at the gradients, in a step that checks
+        self.copies: Copy | None = None  # of a small matrix, which its layer may multiply with
+        self.took_copies: bool | None = None  # whether the first call did; recomputations do as that did
         self.alone: InForward | None = None  # takes over where no samples travel behind
         self._calls = 0
 
@@ -71,11 +74,30 @@ class Apart:
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if self.alone is not None:
             return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
+        if self.copies is not None and self.mixed is None and self.took_copies is not False:
+            output = self._by_copies(kind, x, extra, rows)
+            self.took_copies = output is not None
+            if output is not None:
+                return output
         if kind is Own or is_sharded(W) or is_sharded(x):
             raise CannotJoin("has a quantized or tensor-parallel layer, whose samples are not told apart")
         if is_altered(kind) or not is_plain(x):
             raise CannotJoin("has a layer that computes with another function than torch's")
         y: Tensor = untold(self._apart, kind, x, W, extra, rows)
+        return y
+
+    def _by_copies(self, kind: type[Kind], x: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor | None:
+        """By the matrix's copies, where all samples come by in torch's own layer."""
+        copies = self.copies
+        if copies is None or kind is not copies.kind or rows is not None or self.joint.side != "both":
+            return None
+        if not torch.is_grad_enabled() or is_altered(kind) or not is_plain(x):
+            return None
+        y = by_copies(copies, sum(self.joint.rows), x, bias)
+        if y is not None and torch._C._current_graph_task_id() == -1:  # no recomputation
+            self._calls += 1
+            if self.record is not None:
+                self.record.calls += 1
         return y
 
     def inner(self, x: Tensor, W: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear, RankOne
+from nusam.one_pass.copies import Copies
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
 from nusam.one_pass.riders import Riders
@@ -54,6 +55,7 @@ class OnePass:
         self._opt = opt
         self._modules: list[nn.Module] | None = None  # whose calls are joined
         self._structure: Structure | None = None  # of the model when they were found
+        self._copies: Copies | None = None  # of small matrices
         self._refused = False
         self._checked = False
         self._told: set[str] = set()
@@ -160,6 +162,7 @@ class OnePass:
                 mine, other = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
                 goes_backward = True
                 backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
+                riders.settle()
                 opt._waiting = self._found(riders)
                 return mine.detach()
             except CannotJoin as reason:
@@ -213,7 +216,11 @@ class OnePass:
         iterations = opt.lmo.power_iterations if isinstance(opt.lmo, Nuclear) else 1
         pass_ = LayerPass(structure.uses, jobs, iterations, False, structure.idle, set(), False)
         rows = Rows(samples_in(batch), samples_in(ahead))
-        return Riders(targets, pass_, Joint(modules, rows, self._aside))
+        if self._copies is None or self._copies.structure is not structure:
+            self._copies = Copies(structure)
+        # a wrapper that counts gradients would wait for those of matrices that a step leaves out
+        copies = None if self._looks.are_many() else self._copies
+        return Riders(targets, pass_, Joint(modules, rows, self._aside), copies)
 
     @torch.no_grad()
     def _found(self, riders: Riders) -> dict[Tensor, RankOne] | None:

@@ -1,12 +1,11 @@
 """Samples of the next step's ascent behind those of a batch, and what they leave."""
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from nusam.ascent.layer_pass import LayerPass
 from nusam.lmo import RankOne
 from nusam.one_pass.apart import Apart, Mixed
+from nusam.one_pass.copies import Copies
 from nusam.one_pass.joint import Joint
 from nusam.targets import Target
 
@@ -20,18 +19,28 @@ class Riders:
         targets: what the next step perturbs, with radii of 1 or −1.
         pass_: takes the products.
         joint: runs both losses.
+        copies: makes those of small matrices, if there are to be any.
     """
 
-    def __init__(self, targets: list[Target], pass_: LayerPass, joint: Joint) -> None:
+    def __init__(self, targets: list[Target], pass_: LayerPass, joint: Joint, copies: Copies | None) -> None:
         self.targets, self.pass_, self.joint = targets, pass_, joint
+        self._copies = copies
         self.handlers: dict[Tensor, Apart] = {}
 
-    def of(self, forward: Mapping[Tensor, RankOne]) -> dict[Tensor, Apart]:
+    def of(self, forward: dict[Tensor, RankOne]) -> dict[Tensor, Apart]:
         """A handler for every matrix that has an ε in this step, or will have one in the next."""
         records = self.pass_.records
         for parameter in {**forward, **records}:
             self.handlers[parameter] = Apart(self.joint, forward.get(parameter), records.get(parameter))
+        if self._copies is not None:
+            for parameter, copy in self._copies.made(self.joint.rows, forward, records, self.pass_.tap).items():
+                self.handlers[parameter].copies = copy
         return self.handlers
+
+    def settle(self) -> None:
+        """The backward is over: remember whose copies no layer wanted."""
+        if self._copies is not None:
+            self._copies.unwanted.update(p for p, handler in self.handlers.items() if handler.took_copies is False)
 
     def go_alone(self) -> None:
         """From now on this batch's samples travel alone."""
