@@ -19,6 +19,7 @@ __all__ = [
     "meeting",
     "normalized",
     "power_iteration",
+    "power_iteration_of_stack",
     "products",
     "signs",
     "times",
@@ -143,6 +144,14 @@ def top_pairs(
         for i, pair in zip(indices, found, strict=True):
             pairs[i] = pair
     return pairs
+
+
+def power_iteration_of_stack(A: Tensor, us: Sequence[Tensor], iterations: int = 1) -> list[TopPair]:
+    """The same for k matrices that are there as one tensor (k, n, m)."""
+    own = torch.stack(list(us))
+    met = own + _small_signs(own.shape[1], own.device, own.dtype)
+    (Avs,), (vs,) = iterated([Explicit(A)], [met[..., None]], iterations, ALONE)
+    return _rows(*_normalized(Avs[..., 0], vs[..., 0], own))
 
 
 def meeting(us: Sequence[Tensor]) -> list[Tensor]:

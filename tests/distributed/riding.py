@@ -19,7 +19,8 @@ from tests.distributed.problem import BALLS
 from tests.distributed.running import Checks
 
 STEPS, RATE, RHO, SHARE = 7, 0.2, 0.1, 1 / 4
-CHECKS: Checks = {2: {}}
+CHECKS: Checks = {2: {}, 4: {}}
+PROCESSES = {"DDP": 2, "FSDP2": 2, "HSDP": 4, "TP": 2, "FSDP+TP": 4}
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -70,20 +71,25 @@ def equals_the_steps_by_hand(engine: str, ball: str, m_sam: bool = False) -> Non
     base = torch.optim.SGD(model.parameters(), lr=RATE)
     opt = BALLS[ball][0](base, RHO, model=model, m_sam=m_sam, ascent_share=SHARE)
     batches = [batch_of(step, parts, part) for step in range(STEPS)]
-    for _ in opt.one_pass(batches, partial(loss_of, model)):
-        opt.step()
+    ride(opt, model, batches)
+    assert opt._one_pass is not None
+    assert not opt._one_pass._refused
     for p, q in zip(model.parameters(), by_hand(parts, ball, m_sam).parameters(), strict=True):
         torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-8)
 
 
-for engine in ("DDP", "FSDP2"):
+for engine, processes in PROCESSES.items():
     for ball in ("NuSAM", "NuSAMNorm"):
-        CHECKS[2][f"one pass {engine} {ball}"] = partial(equals_the_steps_by_hand, engine, ball)
-    CHECKS[2][f"one pass {engine} m-SAM"] = partial(equals_the_steps_by_hand, engine, "NuSAM", m_sam=True)
+        CHECKS[processes][f"one pass {engine} {ball}"] = partial(equals_the_steps_by_hand, engine, ball)
+    if "TP" not in engine:
+        CHECKS[processes][f"one pass {engine} m-SAM"] = partial(equals_the_steps_by_hand, engine, "NuSAM", m_sam=True)
 
 
 def says_no_more_than_the_base(engine: str, m_sam: bool) -> None:
-    """Gathering and reducing as the base optimizer alone; two sums of all vectors together, or none with m-SAM."""
+    """Gathering and reducing as the base optimizer alone; two sums of all vectors together, or none with m-SAM.
+
+    Matrices that are split in other ways have sums of their own: by rows, by columns, or not at all.
+    """
     parts, part = shares(engine)
     batches = [batch_of(step, parts, part) for step in range(STEPS)]
     alone = ENGINES[engine][1](Net(torch.float64))
@@ -103,13 +109,17 @@ def says_no_more_than_the_base(engine: str, m_sam: bool) -> None:
     for name in ("gather", "scatter"):
         assert ours.bytes(name) == base.bytes(name)
         assert ours.count(name) == base.count(name)
-    assert ours.count() == base.count() + (0 if m_sam else 2), (ours.calls, base.calls)
+    sums = 6 if engine == "FSDP+TP" else 2
+    assert ours.count() == base.count() + (0 if m_sam else sums), (ours.calls, base.calls)
+    if "TP" not in engine:  # which sums the vectors of its own matrices alone
+        vectors = sum(8 * sum(p.shape) for p in model.parameters() if p.ndim == 2)
+        assert ours.bytes() == base.bytes() + (0 if m_sam else vectors), (ours.calls, base.calls)
 
 
-for engine in ("DDP", "FSDP2"):
-    for m_sam in (False, True):
+for engine, processes in PROCESSES.items():
+    for m_sam in (False, True) if "TP" not in engine else (False,):
         case = partial(says_no_more_than_the_base, engine, m_sam)
-        CHECKS[2][f"one pass says no more {engine} {m_sam=}"] = case
+        CHECKS[processes][f"one pass says no more {engine} {m_sam=}"] = case
 
 
 def ride(opt: nusam.NuSAM, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
@@ -118,9 +128,9 @@ def ride(opt: nusam.NuSAM, model: nn.Module, batches: list[tuple[Tensor, Tensor]
 
 
 def mixed_samples_take_two_passes() -> None:
-    """Batch norm, under DDP and FSDP2: every process falls back, and trains as with two passes."""
-    parts, part = shares("DDP")
-    for engine in ("DDP", "FSDP2"):
+    """Batch norm: every process falls back, and trains as with two passes."""
+    for engine in ("DDP", "FSDP2", "TP"):
+        parts, part = shares(engine)
         weights = []
         for rides in (False, True):
             net = Net(torch.float64)
@@ -178,6 +188,7 @@ def accumulates_before_it_reduces(engine: str, views: bool = False) -> None:
 CHECKS[2]["one pass accumulates under DDP"] = partial(accumulates_before_it_reduces, "DDP")
 CHECKS[2]["one pass accumulates under DDP in views"] = partial(accumulates_before_it_reduces, "DDP", views=True)
 CHECKS[2]["one pass accumulates under FSDP2"] = partial(accumulates_before_it_reduces, "FSDP2")
+CHECKS[4]["one pass accumulates under HSDP"] = partial(accumulates_before_it_reduces, "HSDP")
 
 
 class Takes(nn.Module):
@@ -245,5 +256,5 @@ def goes_on_from_a_checkpoint(engine: str) -> None:
         shutil.rmtree(folder[0])
 
 
-for engine in ("DDP", "FSDP2"):
-    CHECKS[2][f"one pass goes on from a checkpoint: {engine}"] = partial(goes_on_from_a_checkpoint, engine)
+for engine, processes in PROCESSES.items():
+    CHECKS[processes][f"one pass goes on from a checkpoint: {engine}"] = partial(goes_on_from_a_checkpoint, engine)

@@ -17,7 +17,7 @@ from nusam.distributed.blocks import complete, is_sharded, local, local_state, r
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
-from nusam.power_iteration import ALONE, Matrix, Together, TopPair, power_iteration
+from nusam.power_iteration import ALONE, Matrix, Together, power_iteration
 from nusam.targets import Target
 
 __all__ = ["Ascent"]
@@ -156,7 +156,7 @@ class Ascent(Serving):
             return self._in_the_ball(dense, reached, seed, age, ALONE) if reached else {}
         lmo = cast(Nuclear, self.lmo)
         records = pass_.records
-        found: dict[Tensor, TopPair] = {}
+        found = dict(pass_.known)
         trusted = [p for p, r in records.items() if r.once and not r.job.keeps and self._trusts(r, ONE_USE)]
         if sharded:  # m-SAM: gradients are averaged over processes, the layers' pairs are this one's
             trusted = [p for p, r in records.items() if r.once and self.verification.of(p) in (ONE_USE, None)]

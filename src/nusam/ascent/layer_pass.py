@@ -55,14 +55,24 @@ class LayerPass:
         self._stand_ins: dict[Tensor, Tensor] = {}
         self.tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self.tap).node
-        us = meeting([job.state["u"] for job in jobs.values()])
-        self.records = {
-            parameter: Record(parameter, job, u, iterations, self._stand_ins, self.tap, self._tap_node)
-            for (parameter, job), u in zip(jobs.items(), us, strict=True)
-        }
+        self._iterations = iterations
+        self.records: dict[Tensor, Record] = {}
+        self.known: dict[Tensor, TopPair] = {}  # of matrices that others have served in this pass
+        self.add(jobs)
         if compiles:
             for record in self.records.values():
                 record.make_probe()
+
+    def add(self, jobs: dict[Tensor, Job]) -> None:
+        """Take the products of these too."""
+        us = meeting([job.state["u"] for job in jobs.values()])
+        for (parameter, job), u in zip(jobs.items(), us, strict=True):
+            own = Record(parameter, job, u, self._iterations, self._stand_ins, self.tap, self._tap_node)
+            self.records[parameter] = own
+
+    def accumulates(self) -> bool:
+        """Whether the running backward accumulates; if not, it returns gradients that the loss itself asks for."""
+        return bool(torch._C._will_engine_execute_node(self._tap_node))
 
     @property
     def is_compiled(self) -> bool:

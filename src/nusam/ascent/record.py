@@ -114,9 +114,7 @@ class Record(Findings):
         self._multiply(G, (kind, X, D, n))
 
     def take_formed(self, gradient: Tensor) -> None:
-        """Take the gradient itself, of some uses, if autograd accumulates in this backward."""
-        if not self.accumulates():
-            return
+        """Take the gradient itself, of some uses."""
         self.takes += 1
         if self.job.keeps:
             self.kept.append(Explicit(as_matrix(gradient).to(self.u.dtype)))

@@ -3,6 +3,7 @@
 The first rows are this batch's samples. Those behind are the first samples of the next batch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from nusam.ascent.function import as_multiplied, without_autocast
 from nusam.ascent.record import Record
-from nusam.distributed.blocks import is_sharded
+from nusam.distributed.blocks import Block, block, is_sharded, layout, local, output_of_blocks
 from nusam.layers.convolutions import Convolution
-from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_plain
+from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_plain, tapped
 from nusam.layers.reads import untold
 from nusam.lmo import RankOne
 from nusam.one_pass.copies import Copy, by_copies
@@ -20,6 +21,9 @@ from nusam.one_pass.joint import CannotJoin, Joint
 from nusam.placement.in_forward import InForward
 
 __all__ = ["Apart", "Mixed"]
+
+
+IN_HALF = "computes in float16, where the samples behind would leave nothing"
 
 
 class Mixed:
@@ -56,7 +60,7 @@ class Apart:
         self.joint, self.epsilon, self.record = joint, epsilon, record
         self.mixed: Mixed | None = None  # looks at the gradients, in a step that checks
         self.copies: Copy | None = None  # of a small matrix, which its layer may multiply with
-        self.took_copies: bool | None = None  # whether the first call did; recomputations do as that did
+        self.late: Callable[[], Record | None] = lambda: None  # the record that is needed where it can't
         self.alone: InForward | None = None  # takes over where no samples travel behind
         self._calls = 0
 
@@ -74,31 +78,37 @@ class Apart:
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if self.alone is not None:
             return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
-        if self.copies is not None and self.mixed is None and self.took_copies is not False:
-            output = self._by_copies(kind, x, extra, rows)
-            self.took_copies = output is not None
+        if self.copies is not None:
+            output = self._by_copies(self.copies, kind, x, extra, rows)
             if output is not None:
                 return output
-        if kind is Own or is_sharded(W) or is_sharded(x):
-            raise CannotJoin("has a quantized or tensor-parallel layer, whose samples are not told apart")
+        if kind is Own:
+            raise CannotJoin("has a quantized layer, whose samples are not told apart")
+        if is_sharded(W) or is_sharded(x):
+            return self._split(kind, x, W, extra)
         if is_altered(kind) or not is_plain(x):
             raise CannotJoin("has a layer that computes with another function than torch's")
         y: Tensor = untold(self._apart, kind, x, W, extra, rows)
         return y
 
-    def _by_copies(self, kind: type[Kind], x: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor | None:
+    def _by_copies(
+        self, copies: Copy, kind: type[Kind], x: Tensor, bias: Tensor | None, rows: slice | None
+    ) -> Tensor | None:
         """By the matrix's copies, where all samples come by in torch's own layer."""
-        copies = self.copies
-        if copies is None or kind is not copies.kind or rows is not None or self.joint.side != "both":
-            return None
-        if not torch.is_grad_enabled() or is_altered(kind) or not is_plain(x):
-            return None
-        y = by_copies(copies, sum(self.joint.rows), x, bias)
-        if y is not None and torch._C._current_graph_task_id() == -1:  # no recomputation
-            self._calls += 1
+        found = None
+        meets = kind is copies.kind and rows is None and self.joint.side == "both" and torch.is_grad_enabled()
+        if meets and is_plain(x) and not is_altered(kind):
+            found = by_copies(copies, sum(self.joint.rows), x, bias)
+        if found is not None:
+            self._calls += torch._C._current_graph_task_id() == -1  # no recomputation
+            return found
+        if not torch.is_grad_enabled() and not self._calls:
+            self.copies = None  # a re-entrant checkpoint's, which computes again by the same function
+        if self.record is None:
+            self.record = self.late()
             if self.record is not None:
-                self.record.calls += 1
-        return y
+                self.record.calls = self._calls
+        return None
 
     def inner(self, x: Tensor, W: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
         """A linear layer of an attention, whose input (L, N, E) or (L·N, E) has the samples behind the positions."""
@@ -151,7 +161,50 @@ class Apart:
         tap = None if record is None else record.tap
         y: Tensor = _Apart.apply(x, W, bias, tap, u, v, kind, other, self._cut(kind, x), (record, rows, self.mixed))
         if y.dtype == torch.float16:
-            raise CannotJoin("computes in float16, where the samples behind would leave nothing")
+            raise CannotJoin(IN_HALF)
+        return y
+
+    def _split(self, kind: type[Kind], x: Any, W: Any, extra: Any) -> Tensor:
+        """A tensor-parallel layer, by torch's own function; ε's effect is added to the first rows.
+
+        Its gradient sees the rows behind too, whose loss counts too little to leave anything.
+        """
+        split = layout(x, W) if is_sharded(W) else None
+        if split is None or kind is not Linear:
+            raise CannotJoin("has a tensor-parallel layer that is not split by the rows or columns of a linear one")
+        y = kind.apply(x, W, extra)
+        if y.dtype == torch.float16:
+            raise CannotJoin(IN_HALF)
+        side, record, epsilon = self.joint.side, self.record, self.epsilon
+        if side == "second" and not torch.is_grad_enabled():
+            return y
+        cut = self._cut(kind, x)
+        is_new = torch._C._current_graph_task_id() == -1
+        self._calls += is_new
+        if epsilon is not None and cut:
+            samples = x.shape[0] * cut // kind.length(x)
+
+            def of_block(x: Tensor, here: Block) -> Tensor:
+                added = kind.delta(x[:samples], epsilon.u[here.rows].to(x.device), epsilon.v[here.columns].to(x.device))
+                others = added.new_zeros(len(x) - samples, *added.shape[1:])
+                return torch.cat([added, others]).to(y.dtype)
+
+            y = y + output_of_blocks(x, W, y, of_block)
+        if record is None or side == "first" or not torch.is_grad_enabled():
+            return y
+        record.calls += is_new
+        record.block = block(W)
+        X = local(x).detach()
+
+        def take(D: Any) -> None:
+            with torch.no_grad(), without_autocast(X.device):
+                rows, gradients = kind.rows(X, split.gather_gradient(D), None)
+                if self.mixed is not None:
+                    self.mixed.look(gradients, cut)
+                record.take(kind, rows[cut:], gradients[cut:], record.block.shape[0], None)
+
+        y = tapped(y, record.tap)
+        y.register_hook(take)  # type: ignore[no-untyped-call]
         return y
 
     # ------------------------------------------------------------ what others do with the weight

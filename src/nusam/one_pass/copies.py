@@ -5,20 +5,20 @@ samples behind it are groups of equally many samples; the first groups meet W + 
 gradient for every copy: those of the first groups add up to this batch's, those of the others to the next ascent's.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nusam.ascent.record import Record
 from nusam.layers.kinds import UNSAFE_VIEW, Conv1D, Kind, Linear
 from nusam.layers.structure import Structure, has_hooks
-from nusam.lmo import RankOne
+from nusam.lmo import RankOne, State
 from nusam.one_pass.joint import CannotJoin, Rows
+from nusam.power_iteration import TopPair, power_iteration_of_stack
 
-__all__ = ["Copies", "Copy", "by_copies"]
+__all__ = ["Copies", "Copy", "Family", "by_copies"]
 
 LARGEST = 2**17  # entries of all copies of a matrix up to which they cost less than a function in Python
 
@@ -28,12 +28,6 @@ class Copy(NamedTuple):
 
     kind: type[Kind]
     matrices: Tensor
-
-
-class _Member(NamedTuple):
-    parameter: Tensor
-    epsilon: RankOne | None
-    record: Record | None
 
 
 class Copies:
@@ -50,33 +44,29 @@ class Copies:
         self.structure = structure
         self.unwanted: set[Tensor] = set()
 
-    def made(
-        self, rows: Rows, epsilons: dict[Tensor, RankOne], records: dict[Tensor, Record], tap: Tensor
-    ) -> dict[Tensor, Copy]:
-        """Those of one step.
+    def families(
+        self, rows: Rows, epsilons: Mapping[Tensor, RankOne], states: Mapping[Tensor, State]
+    ) -> "list[Family]":
+        """Those of one step, by their shapes.
 
         Args:
             rows: the samples of both sides.
             epsilons: what the first rows see of each matrix.
-            records: take what the rows behind leave.
-            tap: reached where autograd accumulates.
+            states: the warm starts of those of which the rows behind are to leave a pair.
         """
         size = gcd(*rows)
-        first, groups = rows.first // size, sum(rows) // size
-        families: dict[Hashable, list[_Member]] = {}
-        for parameter in {**epsilons, **records}:
-            epsilon, record = epsilons.get(parameter), records.get(parameter)
-            vector = record.u if epsilon is None else epsilon.u
-            kind = self._kind_of(parameter, groups)
+        groups = Rows(rows.first // size, rows.second // size)
+        found: dict[Hashable, Family] = {}
+        for parameter in {**epsilons, **states}:
+            epsilon, state = epsilons.get(parameter), states.get(parameter)
+            vector = epsilon.u if state is None else state["u"]  # type: ignore[union-attr]
+            kind = self._kind_of(parameter, sum(groups))
             if kind is not None and parameter.dtype == vector.dtype and parameter.device == vector.device:
                 alike = kind, parameter.shape, parameter.dtype, parameter.device
-                families.setdefault(alike, []).append(_Member(parameter, epsilon, record))
-        found = {}
-        for (kind, *_), members in families.items():
-            with torch.enable_grad():
-                copies = _Copied.apply(tap, kind, first, groups, members, *[m.parameter for m in members])
-            found.update({member.parameter: Copy(kind, own) for member, own in zip(members, copies, strict=True)})
-        return found
+                if alike not in found:
+                    found[alike] = Family(kind, groups)
+                found[alike].members.append(_Member(parameter, epsilon, state))
+        return list(found.values())
 
     def _kind_of(self, parameter: Tensor, groups: int) -> type[Kind] | None:
         """How its layer multiplies with a matrix, if copies would do."""
@@ -89,9 +79,74 @@ class Copies:
         return use.kind if use.kind in (Linear, Conv1D) and not isinstance(use.module, nn.MultiheadAttention) else None
 
 
+class _Member(NamedTuple):
+    parameter: Tensor
+    epsilon: RankOne | None
+    state: State | None
+
+
+class Family:
+    """Matrices of one shape, whose copies are made in one tensor.
+
+    Args:
+        kind: how their layers multiply with them.
+        groups: of samples, on both sides.
+    """
+
+    def __init__(self, kind: type[Kind], groups: Rows) -> None:
+        self.kind, self.groups = kind, groups
+        self.members: list[_Member] = []
+        self._left: list[tuple[list[int], Tensor]] = []  # whom a backward has reached, and their gradients behind
+
+    def copies(self, tap: Tensor, accumulates: Callable[[], bool]) -> dict[Tensor, Copy]:
+        """For every matrix.
+
+        Args:
+            tap: reached where autograd accumulates.
+            accumulates: whether it does in the running backward.
+        """
+        parameters = [member.parameter for member in self.members]
+        with torch.enable_grad():
+            copies = _Copied.apply(tap, self, accumulates, *parameters)
+        return {parameter: Copy(self.kind, own) for parameter, own in zip(parameters, copies, strict=True)}
+
+    def take(self, reached: list[int], gradients: Tensor) -> None:
+        """What the rows behind have left of some."""
+        self._left.append((reached, gradients))
+
+    def forget(self) -> None:
+        """No backward has come by."""
+        self._left = []
+
+    def gradients(self) -> tuple[list[_Member], Tensor | None]:
+        """Who was reached by the rows behind, and by which gradients."""
+        if not self._left:
+            return [], None
+        reached, total = self._left[0]
+        if len(self._left) > 1:
+            everybody = sorted({i for some, _ in self._left for i in some})
+            total = total.new_zeros(len(everybody), *total.shape[1:])
+            for some, gradients in self._left:
+                total.index_add_(0, torch.tensor([everybody.index(i) for i in some], device=total.device), gradients)
+            reached = everybody
+        return [self.members[i] for i in reached], total
+
+    def pairs(self, iterations: int) -> dict[Tensor, TopPair]:
+        """The top pairs of what the rows behind have left."""
+        members, gradients = self.gradients()
+        chosen = [i for i, member in enumerate(members) if member.state is not None]
+        if gradients is None or not chosen:
+            return {}
+        if len(chosen) < len(members):
+            gradients = gradients[chosen]
+        us = [state["u"] for member in members if (state := member.state) is not None]
+        pairs = power_iteration_of_stack(gradients, us, iterations)
+        return {members[i].parameter: pair for i, pair in zip(chosen, pairs, strict=True)}
+
+
 def by_copies(copy: Copy, samples: int, x: Tensor, bias: Tensor | None) -> Tensor | None:
     """The layer's output; None if its input is not that of all samples in rows of one precision."""
-    kind, matrices = copy
+    matrices = copy.matrices
     if x.ndim < 2 or x.dtype != matrices.dtype or torch._C._is_any_autocast_enabled():
         return None
     length = x.shape[0]
@@ -108,38 +163,38 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tap: Tensor, kind: type[Kind], first: int, groups: int, members: list[_Member], *Ws: Tensor
+        ctx: Any, tap: Tensor, family: Family, accumulates: Callable[[], bool], *Ws: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # what no backward reaches has no gradient
-        ctx.right, ctx.first, ctx.members = kind is Conv1D, first, members
-        W = torch.stack(Ws)
-        perturbed = W
-        epsilons = [member.epsilon for member in members]
+        ctx.family, ctx.accumulates = family, accumulates
+        epsilons = [member.epsilon for member in family.members]
+        perturbed = W = torch.stack(Ws)
         if any(epsilon is not None for epsilon in epsilons):
             us = torch.stack([W.new_zeros(W.shape[1]) if e is None else e.u for e in epsilons])
             vs = torch.stack([W.new_zeros(W.shape[2]) if e is None else e.v for e in epsilons])
             perturbed = torch.baddbmm(W, us[:, :, None], vs[:, None, :])
-        if not ctx.right:
-            W, perturbed = W.mT, perturbed.mT
-        parts = ((perturbed, first), (W, groups - first))
-        return torch.cat([part[:, None].expand(-1, count, -1, -1) for part, count in parts], 1).unbind()
+        parts = [
+            part[:, None].expand(-1, count, -1, -1) for part, count in zip((perturbed, W), family.groups, strict=True)
+        ]
+        copies = torch.cat(parts, 1)
+        return (copies if family.kind is Conv1D else copies.mT).unbind()
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise CannotJoin("has a gradient inside its loss")
+        family: Family = ctx.family
         gradients: list[Tensor | None] = [None] * len(given)
         reached = [i for i, gradient in enumerate(given) if gradient is not None]
         stacked = torch.stack([gradient for gradient in given if gradient is not None])
-        if not ctx.right:
+        if family.kind is not Conv1D:
             stacked = stacked.mT
+        first = family.groups.first
         # copied apart, since each may be written by itself
-        own = torch._foreach_mul(stacked[:, : ctx.first].sum(1).unbind(), 1.0)
+        own = torch._foreach_mul(stacked[:, :first].sum(1).unbind(), 1.0)
         for i, gradient in zip(reached, own, strict=True):
             gradients[i] = gradient
-        behind = stacked[:, ctx.first :].sum(1).unbind()
-        for i, gradient in zip(reached, behind, strict=True):
-            record = ctx.members[i].record
-            if record is not None:
-                record.take_formed(gradient)
-        return *[None] * 5, *gradients
+        if ctx.accumulates():
+            behind = stacked[:, first:]
+            family.take(reached, behind.squeeze(1) if behind.shape[1] == 1 else behind.sum(1))
+        return None, None, None, *gradients

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
-from nusam.distributed.blocks import compute_device
+from nusam.distributed.blocks import compute_device, is_sharded
 from nusam.guards.buffers import SMALL
 from nusam.interrupts import always
+from nusam.layers.module_tree import ModuleTree
 from nusam.one_pass.joint import CannotJoin, observed
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
@@ -48,7 +49,7 @@ class Looks:
     def _without_a_trace(self) -> Iterator["SmallBuffers"]:
         """Generators and small buffers are put back."""
         opt = self._opt
-        random_state, buffers = opt._guard.random_state(), SmallBuffers(opt.model)
+        random_state, buffers = opt._guard.random_state(), SmallBuffers(opt._guard.tree)
         try:
             yield buffers
         finally:
@@ -67,7 +68,7 @@ class Looks:
     def are_many(self) -> bool:
         """Whether other processes do the same, and must go on doing so."""
         workers = self._opt._workers()
-        return workers.replicates or workers.shards
+        return workers.replicates or workers.shards or any(map(is_sharded, self._opt._parameters()))
 
     def why_not(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward) -> CannotJoin | None:
         """What keeps the samples from travelling together, in this process or in another; nothing if they can."""
@@ -98,7 +99,7 @@ class Looks:
                 backward(losses[number])
                 reached.append(mixed.value())
                 clear_gradients(opt._parameters())
-                riders.pass_.forget()
+                riders.forget()
                 if buffers.moved():
                     raise CannotJoin("has buffers that move with the samples")
         riders.look_no_more()
@@ -127,9 +128,11 @@ class SmallBuffers:
     """Small buffers of a model as they were, which a forward that is not to count may have moved."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module | None) -> None:
-        buffers = [] if model is None else [b for b in model.buffers() if b.device.type != "meta"]
-        self._buffers = [buffer for buffer in buffers if buffer.numel() <= SMALL]
+    def __init__(self, tree: ModuleTree | None) -> None:
+        if tree is not None:
+            tree.refresh()
+        buffers = [] if tree is None else [b for own in tree.buffers for b in own.values() if b is not None]
+        self._buffers = [b for b in dict.fromkeys(buffers) if b.device.type != "meta" and b.numel() <= SMALL]
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def moved(self) -> bool:

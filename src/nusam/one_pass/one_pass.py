@@ -117,9 +117,10 @@ class OnePass:
             with opt.descent(accumulate):
                 return _run(batch, loss, backward)
         ahead = first_samples(following, opt.ascent_share)
-        riders = self._riders(batch, ahead)
+        check = due or not self._checked
+        riders = self._riders(batch, ahead, check)
         with opt._descent(accumulate, riders.of):
-            return self._joined(riders, batch, ahead, loss, backward, accumulate, check=due or not self._checked)
+            return self._joined(riders, batch, ahead, loss, backward, accumulate, check)
 
     def _in_two_passes(self, batch: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
         """And learn which modules can be joined."""
@@ -153,7 +154,7 @@ class OnePass:
     ) -> Tensor:
         """One forward and one backward of both; of this batch alone if that can't be had."""
         opt = self._opt
-        buffers = SmallBuffers(opt.model)
+        buffers = SmallBuffers(opt._guard.tree)
         refusal = self._looks.why_not(riders, batch, ahead, loss, backward) if check else None
         if refusal is None:
             self._checked = True
@@ -162,7 +163,6 @@ class OnePass:
                 mine, other = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
                 goes_backward = True
                 backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
-                riders.settle()
                 opt._waiting = self._found(riders)
                 return mine.detach()
             except CannotJoin as reason:
@@ -196,31 +196,37 @@ class OnePass:
                 self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
         return not self._refused
 
-    def _riders(self, batch: Any, ahead: Any) -> Riders:
+    def _riders(self, batch: Any, ahead: Any, check: bool) -> Riders:
         """The next step's ascent behind this step's descent."""
         opt = self._opt
         structure, modules = self._structure, self._modules
         assert structure is not None
         assert modules is not None
         workers = opt._workers()
-        targets = [t._replace(radius=1.0 if t.radius > 0 else -1.0) for t in opt._targets(factor=1.0)]
+        shares, many = workers.splits_the_batch, self._looks.are_many()
         verification = opt._ascent.verification
-        jobs = {}
-        for target in targets:
-            parameter = target.parameter
-            found = verification.of(parameter)
-            if found in (ONE_USE, SEVERAL_USES):
-                keeps = workers.splits_the_batch or found == SEVERAL_USES
-                state = opt._ascent.state_of(target)
-                jobs[parameter] = Job(state, True, False, False, keeps, workers.splits_the_batch, False, True)
-        iterations = opt.lmo.power_iterations if isinstance(opt.lmo, Nuclear) else 1
-        pass_ = LayerPass(structure.uses, jobs, iterations, False, structure.idle, set(), False)
-        rows = Rows(samples_in(batch), samples_in(ahead))
+        targets = [t._replace(radius=1.0 if t.radius > 0 else -1.0) for t in opt._targets(factor=1.0)]
+        known = (ONE_USE, SEVERAL_USES)
+        states = {t.parameter: opt._ascent.state_of(t) for t in targets if verification.of(t.parameter) in known}
+
+        together = shares or any(workers.is_tensor_parallel(target.parameter) for target in targets)
+
+        def job(parameter: Tensor) -> Job:
+            keeps = together or verification.of(parameter) == SEVERAL_USES
+            return Job(states[parameter], True, False, False, keeps, shares, False, True)
+
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
-        # a wrapper that counts gradients would wait for those of matrices that a step leaves out
-        copies = None if self._looks.are_many() else self._copies
-        return Riders(targets, pass_, Joint(modules, rows, self._aside), copies)
+        # not where gradients are looked at layer by layer, nor for a wrapper, which would wait for the gradients of
+        # matrices that a step leaves out
+        copies = None if check or many else self._copies
+        pass_ = LayerPass(structure.uses, {}, self._iterations(), False, structure.idle, set(), False)
+        rows = Rows(samples_in(batch), samples_in(ahead))
+        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside), copies)
+
+    def _iterations(self) -> int:
+        lmo = self._opt.lmo
+        return lmo.power_iterations if isinstance(lmo, Nuclear) else 1
 
     @torch.no_grad()
     def _found(self, riders: Riders) -> dict[Tensor, RankOne] | None:
@@ -228,23 +234,24 @@ class OnePass:
         opt = self._opt
         ascent = opt._ascent
         pass_ = riders.pass_
-        pass_.settle()
+        riders.settle(self._iterations())
         otherwise = [p for p, record in pass_.records.items() if record.is_lost()]
         for parameter in otherwise:
             ascent.verification.forget(parameter)
         if otherwise:
             pass_.release()
             return None
-        gradients = [target.parameter.grad for target in riders.targets]
+        others = [target.parameter for target in riders.targets if target.parameter not in pass_.known]
+        gradients = [parameter.grad for parameter in others]
         measured = ascent.measured
-        for target in riders.targets:
-            target.parameter.grad = None  # this batch's, which is no part of the next ε
+        for parameter in others:
+            parameter.grad = None  # this batch's, which is no part of the next ε
         try:
             found = ascent.perturbations(riders.targets, pass_, 0, opt._workers())
         finally:
             ascent.measured = measured
-            for target, gradient in zip(riders.targets, gradients, strict=True):
-                target.parameter.grad = gradient
+            for parameter, gradient in zip(others, gradients, strict=True):
+                parameter.grad = gradient
             pass_.release()
         pairs = {p: epsilon for p, epsilon in found.items() if isinstance(epsilon, RankOne)}
         if pairs:

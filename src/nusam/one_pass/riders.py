@@ -1,11 +1,17 @@
 """Samples of the next step's ascent behind those of a batch, and what they leave."""
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 
+from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
-from nusam.lmo import RankOne
+from nusam.ascent.record import Record
+from nusam.lmo import RankOne, State
 from nusam.one_pass.apart import Apart, Mixed
-from nusam.one_pass.copies import Copies
+from nusam.one_pass.copies import Copies, Family
 from nusam.one_pass.joint import Joint
 from nusam.targets import Target
 
@@ -17,30 +23,71 @@ class Riders:
 
     Args:
         targets: what the next step perturbs, with radii of 1 or −1.
-        pass_: takes the products.
+        states: the warm starts of those that the samples behind serve.
+        job: what a pass is to do for one of them.
+        pass_: takes the products; has none to take yet.
         joint: runs both losses.
         copies: makes those of small matrices, if there are to be any.
     """
 
-    def __init__(self, targets: list[Target], pass_: LayerPass, joint: Joint, copies: Copies | None) -> None:
+    def __init__(
+        self,
+        targets: list[Target],
+        states: dict[Tensor, State],
+        job: Callable[[Tensor], Job],
+        pass_: LayerPass,
+        joint: Joint,
+        copies: Copies | None,
+    ) -> None:
         self.targets, self.pass_, self.joint = targets, pass_, joint
-        self._copies = copies
+        self._states, self._job, self._copies = states, job, copies
+        self._families: list[Family] = []
         self.handlers: dict[Tensor, Apart] = {}
 
     def of(self, forward: dict[Tensor, RankOne]) -> dict[Tensor, Apart]:
         """A handler for every matrix that has an ε in this step, or will have one in the next."""
-        records = self.pass_.records
-        for parameter in {**forward, **records}:
-            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), records.get(parameter))
+        pass_ = self.pass_
         if self._copies is not None:
-            for parameter, copy in self._copies.made(self.joint.rows, forward, records, self.pass_.tap).items():
-                self.handlers[parameter].copies = copy
+            self._families = self._copies.families(self.joint.rows, forward, self._states)
+        for family in self._families:
+            for parameter, copy in family.copies(pass_.tap, pass_.accumulates).items():
+                handler = self.handlers[parameter] = Apart(self.joint, forward.get(parameter), None)
+                handler.copies, handler.late = copy, partial(self._late, parameter)
+        pass_.add({parameter: self._job(parameter) for parameter in self._states if parameter not in self.handlers})
+        for parameter in {**forward, **self._states}:
+            if parameter not in self.handlers:
+                self.handlers[parameter] = Apart(self.joint, forward.get(parameter), pass_.records.get(parameter))
         return self.handlers
 
-    def settle(self) -> None:
-        """The backward is over: remember whose copies no layer wanted."""
-        if self._copies is not None:
-            self._copies.unwanted.update(p for p, handler in self.handlers.items() if handler.took_copies is False)
+    def _late(self, parameter: Tensor) -> Record | None:
+        """Takes the products of a matrix whose copies its layer could not multiply with, now and in later steps."""
+        assert self._copies is not None
+        self._copies.unwanted.add(parameter)
+        if parameter not in self._states:
+            return None
+        with torch.no_grad():
+            self.pass_.add({parameter: self._job(parameter)})
+        return self.pass_.records[parameter]
+
+    def settle(self, iterations: int) -> None:
+        """The backward is over: the pass knows what it has found by copies."""
+        for family in self._families:
+            if any(member.parameter in self.pass_.records for member in family.members):
+                members, gradients = family.gradients()
+                for member, gradient in zip(members, () if gradients is None else gradients, strict=True):
+                    if member.state is not None:
+                        if member.parameter not in self.pass_.records:
+                            self._late(member.parameter)
+                        self.pass_.records[member.parameter].take_formed(gradient)
+            else:
+                self.pass_.known.update(family.pairs(iterations))
+        self.pass_.settle()
+
+    def forget(self) -> None:
+        """Begin anew: what the layers have left so far does not count."""
+        self.pass_.forget()
+        for family in self._families:
+            family.forget()
 
     def go_alone(self) -> None:
         """From now on this batch's samples travel alone."""
