@@ -16,7 +16,7 @@ from nusam.layers.convolutions import Convolution
 from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_plain, tapped
 from nusam.layers.reads import untold
 from nusam.lmo import RankOne
-from nusam.one_pass.copies import Copy, by_copies
+from nusam.one_pass.copies import Copy, by_copies, suits
 from nusam.one_pass.joint import CannotJoin, Joint
 from nusam.placement.in_forward import InForward
 
@@ -60,6 +60,7 @@ class Apart:
         self.joint, self.epsilon, self.record = joint, epsilon, record
         self.mixed: Mixed | None = None  # looks at the gradients, in a step that checks
         self.copies: Copy | None = None  # of a small matrix, which its layer may multiply with
+        self.suits = True  # whether they would have done, where gradients were looked at
         self.late: Callable[[], Record | None] = lambda: None  # the record that is needed where it can't
         self.alone: InForward | None = None  # takes over where no samples travel behind
         self._calls = 0
@@ -78,10 +79,13 @@ class Apart:
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if self.alone is not None:
             return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
-        if self.copies is not None:
-            output = self._by_copies(self.copies, kind, x, extra, rows)
-            if output is not None:
-                return output
+        if self.mixed is not None:
+            self.suits &= self._suits(kind, x, W, rows)
+        elif self.copies is not None:
+            if self._suits(kind, x, self.copies.matrices, rows) and kind is self.copies.kind:
+                self._calls += torch._C._current_graph_task_id() == -1  # no recomputation
+                return by_copies(self.copies, x, extra)
+            self._do_without_copies()
         if kind is Own:
             raise CannotJoin("has a quantized layer, whose samples are not told apart")
         if is_sharded(W) or is_sharded(x):
@@ -91,24 +95,21 @@ class Apart:
         y: Tensor = untold(self._apart, kind, x, W, extra, rows)
         return y
 
-    def _by_copies(
-        self, copies: Copy, kind: type[Kind], x: Tensor, bias: Tensor | None, rows: slice | None
-    ) -> Tensor | None:
-        """By the matrix's copies, where all samples come by in torch's own layer."""
-        found = None
-        meets = kind is copies.kind and rows is None and self.joint.side == "both" and torch.is_grad_enabled()
-        if meets and is_plain(x) and not is_altered(kind):
-            found = by_copies(copies, sum(self.joint.rows), x, bias)
-        if found is not None:
-            self._calls += torch._C._current_graph_task_id() == -1  # no recomputation
-            return found
+    def _suits(self, kind: type[Kind], x: Tensor, W: Tensor, rows: slice | None) -> bool:
+        """Whether the matrix's copies would do in this call."""
+        joint = self.joint
+        if rows is not None or joint.side != "both" or not torch.is_grad_enabled() or is_sharded(W):
+            return False
+        return suits(kind, x, W.dtype, sum(joint.rows))
+
+    def _do_without_copies(self) -> None:
+        """A call is otherwise than those that were looked at."""
         if not torch.is_grad_enabled() and not self._calls:
             self.copies = None  # a re-entrant checkpoint's, which computes again by the same function
         if self.record is None:
             self.record = self.late()
             if self.record is not None:
                 self.record.calls = self._calls
-        return None
 
     def inner(self, x: Tensor, W: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
         """A linear layer of an attention, whose input (L, N, E) or (L·N, E) has the samples behind the positions."""

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nusam.layers.kinds import UNSAFE_VIEW, Conv1D, Kind, Linear
-from nusam.layers.structure import Structure, has_hooks
+from nusam.layers.kinds import UNSAFE_VIEW, Conv1D, Kind, Linear, is_altered, is_plain
+from nusam.layers.reads import Watched
+from nusam.layers.structure import Structure
 from nusam.lmo import RankOne, State
 from nusam.one_pass.joint import CannotJoin, Rows
 from nusam.power_iteration import TopPair, power_iteration_of_stack
 
-__all__ = ["Copies", "Copy", "Family", "by_copies"]
+__all__ = ["Copies", "Copy", "Family", "by_copies", "suits"]
 
 LARGEST = 2**17  # entries of all copies of a matrix up to which they cost less than a function in Python
 
@@ -70,10 +71,10 @@ class Copies:
 
     def _kind_of(self, parameter: Tensor, groups: int) -> type[Kind] | None:
         """How its layer multiplies with a matrix, if copies would do."""
-        if parameter in self.unwanted or type(parameter) is not nn.Parameter or not parameter.requires_grad:
+        if parameter in self.unwanted or type(parameter) not in (nn.Parameter, Watched) or not parameter.requires_grad:
             return None
         uses = self.structure.uses_of(parameter)
-        if len(uses) != 1 or parameter.numel() * groups > LARGEST or has_hooks(parameter):
+        if len(uses) != 1 or parameter.numel() * groups > LARGEST:
             return None
         (use,) = uses
         return use.kind if use.kind in (Linear, Conv1D) and not isinstance(use.module, nn.MultiheadAttention) else None
@@ -144,16 +145,19 @@ class Family:
         return {members[i].parameter: pair for i, pair in zip(chosen, pairs, strict=True)}
 
 
-def by_copies(copy: Copy, samples: int, x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The layer's output; None if its input is not that of all samples in rows of one precision."""
-    matrices = copy.matrices
-    if x.ndim < 2 or x.dtype != matrices.dtype or torch._C._is_any_autocast_enabled():
-        return None
+def suits(kind: type[Kind], x: Tensor, dtype: torch.dtype, samples: int) -> bool:
+    """Whether a layer's input is that of all samples, in rows of the precision that its matrix has."""
+    if kind not in (Linear, Conv1D) or x.ndim < 2 or x.dtype != dtype or torch._C._is_any_autocast_enabled():
+        return False
     length = x.shape[0]
-    if length == 0 or length % samples:
-        return None
+    return length > 0 and length % samples == 0 and is_plain(x) and not is_altered(kind)
+
+
+def by_copies(copy: Copy, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's output."""
+    matrices = copy.matrices
     groups, m, n = matrices.shape
-    X = x if x.ndim == 3 and length == groups else x.reshape(groups, -1, m)
+    X = x if x.ndim == 3 and x.shape[0] == groups else x.reshape(groups, -1, m)
     Y = torch.bmm(X, matrices) if bias is None else torch.baddbmm(bias, X, matrices)
     return Y if X is x else UNSAFE_VIEW(Y, (*x.shape[:-1], n))
 

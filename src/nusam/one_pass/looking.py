@@ -92,6 +92,7 @@ class Looks:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen."""
         opt = self._opt
         reached = []
+        riders.get_ready()
         with self._without_a_trace() as buffers, opt._workers().ascent(False), self.for_nothing(), self._set_aside():
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)

@@ -118,7 +118,7 @@ class OnePass:
                 return _run(batch, loss, backward)
         ahead = first_samples(following, opt.ascent_share)
         check = due or not self._checked
-        riders = self._riders(batch, ahead, check)
+        riders = self._riders(batch, ahead)
         with opt._descent(accumulate, riders.of):
             return self._joined(riders, batch, ahead, loss, backward, accumulate, check)
 
@@ -158,6 +158,11 @@ class OnePass:
         refusal = self._looks.why_not(riders, batch, ahead, loss, backward) if check else None
         if refusal is None:
             self._checked = True
+            assert self._copies is not None
+            if check:
+                self._copies.unwanted = riders.unsuited()
+            # a wrapper would wait for the gradients of matrices that a step leaves out
+            riders.get_ready(None if self._looks.are_many() else self._copies)
             goes_backward = False
             try:
                 mine, other = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
@@ -196,14 +201,14 @@ class OnePass:
                 self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
         return not self._refused
 
-    def _riders(self, batch: Any, ahead: Any, check: bool) -> Riders:
+    def _riders(self, batch: Any, ahead: Any) -> Riders:
         """The next step's ascent behind this step's descent."""
         opt = self._opt
         structure, modules = self._structure, self._modules
         assert structure is not None
         assert modules is not None
         workers = opt._workers()
-        shares, many = workers.splits_the_batch, self._looks.are_many()
+        shares = workers.splits_the_batch
         verification = opt._ascent.verification
         targets = [t._replace(radius=1.0 if t.radius > 0 else -1.0) for t in opt._targets(factor=1.0)]
         known = (ONE_USE, SEVERAL_USES)
@@ -217,12 +222,9 @@ class OnePass:
 
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
-        # not where gradients are looked at layer by layer, nor for a wrapper, which would wait for the gradients of
-        # matrices that a step leaves out
-        copies = None if check or many else self._copies
         pass_ = LayerPass(structure.uses, {}, self._iterations(), False, structure.idle, set(), False)
         rows = Rows(samples_in(batch), samples_in(ahead))
-        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside), copies)
+        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside))
 
     def _iterations(self) -> int:
         lmo = self._opt.lmo

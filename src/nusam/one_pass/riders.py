@@ -9,6 +9,7 @@ from torch import Tensor
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.record import Record
+from nusam.layers.reads import untold
 from nusam.lmo import RankOne, State
 from nusam.one_pass.apart import Apart, Mixed
 from nusam.one_pass.copies import Copies, Family
@@ -27,7 +28,6 @@ class Riders:
         job: what a pass is to do for one of them.
         pass_: takes the products; has none to take yet.
         joint: runs both losses.
-        copies: makes those of small matrices, if there are to be any.
     """
 
     def __init__(
@@ -37,37 +37,49 @@ class Riders:
         job: Callable[[Tensor], Job],
         pass_: LayerPass,
         joint: Joint,
-        copies: Copies | None,
     ) -> None:
         self.targets, self.pass_, self.joint = targets, pass_, joint
-        self._states, self._job, self._copies = states, job, copies
+        self._states, self._job = states, job
         self._families: list[Family] = []
         self.handlers: dict[Tensor, Apart] = {}
 
     def of(self, forward: dict[Tensor, RankOne]) -> dict[Tensor, Apart]:
         """A handler for every matrix that has an ε in this step, or will have one in the next."""
-        pass_ = self.pass_
-        if self._copies is not None:
-            self._families = self._copies.families(self.joint.rows, forward, self._states)
-        for family in self._families:
-            for parameter, copy in family.copies(pass_.tap, pass_.accumulates).items():
-                handler = self.handlers[parameter] = Apart(self.joint, forward.get(parameter), None)
-                handler.copies, handler.late = copy, partial(self._late, parameter)
-        pass_.add({parameter: self._job(parameter) for parameter in self._states if parameter not in self.handlers})
         for parameter in {**forward, **self._states}:
-            if parameter not in self.handlers:
-                self.handlers[parameter] = Apart(self.joint, forward.get(parameter), pass_.records.get(parameter))
+            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), None)
         return self.handlers
 
+    def get_ready(self, copies: Copies | None = None) -> None:
+        """Let layers take their products, or multiply with the copies of small matrices if there are to be any."""
+        untold(self._get_ready, copies)
+
+    def _get_ready(self, copies: Copies | None) -> None:
+        epsilons = {p: handler.epsilon for p, handler in self.handlers.items() if handler.epsilon is not None}
+        self._families = [] if copies is None else copies.families(self.joint.rows, epsilons, self._states)
+        copied = {}
+        for family in self._families:
+            copied.update(family.copies(self.pass_.tap, self.pass_.accumulates))
+        records = self.pass_.records
+        for parameter in copied:
+            records.pop(parameter, None)
+        wanted = [p for p in self._states if p not in copied and p not in records]
+        self.pass_.add({parameter: self._job(parameter) for parameter in wanted})
+        for parameter, handler in self.handlers.items():
+            handler.record, handler.copies = records.get(parameter), copied.get(parameter)
+            if handler.copies is not None:
+                handler.late = partial(self._late, parameter)
+
     def _late(self, parameter: Tensor) -> Record | None:
-        """Takes the products of a matrix whose copies its layer could not multiply with, now and in later steps."""
-        assert self._copies is not None
-        self._copies.unwanted.add(parameter)
+        """Takes the products of a matrix whose copies its layer can't multiply with after all."""
         if parameter not in self._states:
             return None
         with torch.no_grad():
-            self.pass_.add({parameter: self._job(parameter)})
+            untold(self.pass_.add, {parameter: self._job(parameter)})
         return self.pass_.records[parameter]
+
+    def unsuited(self) -> set[Tensor]:
+        """Those whose copies their layers could not multiply with, where gradients were looked at."""
+        return {parameter for parameter, handler in self.handlers.items() if not handler.suits}
 
     def settle(self, iterations: int) -> None:
         """The backward is over: the pass knows what it has found by copies."""
