@@ -1,58 +1,21 @@
 """Whatever leaves a pass early, and wherever, the weights are the unperturbed ones afterwards."""
 
 import copy
-import gc
-import sys
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 
 import nusam
 from tests.conftest import assert_unperturbed, batch, loss_of, mlp, train_step, weights
+from tests.interrupting import bytecodes, interrupted, moments
 
 METHODS = [nusam.NuSAM, nusam.NuSAMNorm, nusam.SAM, nusam.SAMON, nusam.GaussSAM]
-PACKAGE = str(Path(nusam.__file__).parent)
-
-
-class Interrupted(BaseException):
-    """Like KeyboardInterrupt: no ``except Exception`` stops it."""
 
 
 def optimizer(kind, model, lr=0.1, **options):
     return kind(torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), rho=0.05, model=model, **options)
-
-
-def bytecodes(run, interrupt_at=None, round_=1):
-    """Run, and list the bytecodes executed inside the package; raise before the given one's n-th round."""
-    seen = []
-    rounds = 0
-
-    def trace(frame, event, argument):
-        nonlocal rounds
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            seen.append((frame.f_code, frame.f_lasti))
-            rounds += seen[-1] == interrupt_at
-            if rounds == round_:
-                sys.settrace(None)
-                raise Interrupted
-        return trace
-
-    gc.disable()  # what earlier tests have left to be collected would be interrupted instead
-    sys.settrace(trace)
-    try:
-        run()
-    except Interrupted:
-        pass
-    finally:
-        sys.settrace(None)
-        gc.enable()
-    return seen
 
 
 def nested_autocasts():
@@ -70,15 +33,15 @@ def forget_autocasts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "accumulate", "options"),
+    ("kind", "accumulate", "options", "phase"),
     [
-        (nusam.NuSAM, False, {"ascent": "gradient"}),
-        (nusam.NuSAM, True, {"ascent": "matrix-free"}),
-        (nusam.NuSAM, False, {"placement": "forward"}),
-        (nusam.SAM, False, {}),
+        (nusam.NuSAM, False, {"ascent": "gradient"}, 0),
+        (nusam.NuSAM, True, {"ascent": "matrix-free"}, 4),
+        (nusam.NuSAM, False, {"placement": "forward"}, 8),
+        (nusam.SAM, False, {}, 12),
     ],
 )
-def test_an_interrupt_at_every_bytecode_of_both_passes(kind, accumulate, options):
+def test_an_interrupt_anywhere_in_both_passes(kind, accumulate, options, phase):
     model = mlp()
     opt = optimizer(kind, model, **options)
     for _ in range(3):
@@ -91,34 +54,41 @@ def test_an_interrupt_at_every_bytecode_of_both_passes(kind, accumulate, options
         for _ in opt.passes(accumulate=accumulate):
             loss_of(model).backward()
 
-    def run(compares, interrupt_at=None, round_=1):
+    def begin(compares):
         for parameter, old in zip(model.parameters(), before, strict=True):
             parameter.data.copy_(old)  # so that each interrupt is judged on its own
             parameter.grad = torch.full_like(old, 7.0)
         verification._age, verification._asked = steps, compares  # and in the same kind of step
-        return bytecodes(passes, interrupt_at, round_)
 
-    run(False)  # from here on the steps are alike
-    served, compared = Counter(run(False)), Counter(run(True))
+    def counted(compares):
+        begin(compares)
+        return Counter(bytecodes(passes))
+
+    counted(False)  # from here on the steps are alike
+    served, compared = counted(False), counted(True)
     assert sum(served.values()) > 1000  # the trace does see the package
-    moments = {(False, bytecode, round_) for bytecode, last in served.items() for round_ in {1, last}}
-    for bytecode in compared.keys() - served.keys():
-        moments |= {(True, bytecode, 1), (True, bytecode, compared[bytecode])}
-    for moment in moments:  # in a loop, its first and its last round
-        assert run(*moment)[-1] == moment[1]
-        # a backward that torch.compile must see through has a plain ``with``, and an interrupt at its end skips that
-        assert nested_autocasts() == 0 or options.get("ascent") == "matrix-free"
-        forget_autocasts()
-        assert torch.is_grad_enabled()
-        assert torch._C._is_torch_function_enabled()
-        assert_unperturbed(model, before)
-        assert not any("forward" in vars(module) for module in model.modules())
-        assert all(p.requires_grad for p in model.parameters())
+    only_compared = Counter({bytecode: compared[bytecode] for bytecode in compared if bytecode not in served})
+    for compares, executed in ((False, served), (True, only_compared)):
+        for bytecode, round_ in moments(executed, phase):
+            begin(compares)
+            assert interrupted(passes, bytecode, round_)
+            assert_nothing_is_left(model, before, options)
     train_step(model, opt)  # and the optimizer is usable
     assert opt.active
     copy.deepcopy(model).load_state_dict(model.state_dict())  # and no guard is left behind
     with torch.no_grad():
         model(batch()[0])
+
+
+def assert_nothing_is_left(model, before, options):
+    # a backward that torch.compile must see through has a plain ``with``, and an interrupt at its end skips that
+    assert nested_autocasts() == 0 or options.get("ascent") == "matrix-free"
+    forget_autocasts()
+    assert torch.is_grad_enabled()
+    assert torch._C._is_torch_function_enabled()
+    assert_unperturbed(model, before)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", METHODS)

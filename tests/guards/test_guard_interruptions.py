@@ -10,7 +10,7 @@ from torch import nn
 from nusam.guards.model_guard import ModelGuard
 from tests.guards.stateful import AbsentAtFirst, AssignedStatistics, Fading, GrowingMemory, Momentum, Queue
 from tests.guards.test_buffers import LARGE, loss_of, state_of
-from tests.test_interruptions import bytecodes
+from tests.interrupting import bytecodes, interrupted, moments
 
 
 def model():
@@ -25,7 +25,7 @@ def equal(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("everything", [True, False])
-def test_an_interrupt_at_every_bytecode(everything):
+def test_an_interrupt_anywhere(everything):
     trained = model()
     guard = ModelGuard(trained)
     reached = []
@@ -42,13 +42,12 @@ def test_an_interrupt_at_every_bytecode(everything):
     step(True)
     executed = bytecodes(lambda: step(everything))
     assert len(executed) > 1000
-    rounds = Counter(executed)
-    for moment in {(bytecode, 1) for bytecode in rounds} | set(rounds.items()):
+    for moment in moments(Counter(executed), phase=8 * everything):
         before = state_of(trained)
         once = copy.deepcopy(trained)
         loss_of(once, 0)
         reached.clear()
-        bytecodes(lambda: step(everything), *moment)
+        interrupted(lambda: step(everything), *moment)
         wanted = state_of(once)
         assert torch.is_grad_enabled()
         assert equal(state_of(trained), wanted) or (not reached and equal(state_of(trained), before)), moment
