@@ -1,4 +1,4 @@
-"""Training in two processes: ``torchrun -m tests.contract.processes FRAMEWORK ENGINE PASSES FOLDER``.
+"""Training in two processes, by :mod:`tests.distributed.launching`; its arguments are FRAMEWORK ENGINE PASSES FOLDER.
 
 FRAMEWORK is ``lightning`` or ``transformers``, ENGINE ``ddp`` or ``fsdp2``, PASSES ``two`` or ``one``. The processes
 share batches of 32, and rank 0 saves the weights.
@@ -99,6 +99,7 @@ def fsdp2_on_cpu() -> None:
 
 def main() -> None:
     framework, engine, passes, folder = sys.argv[1:]
+    Path(folder).mkdir(parents=True, exist_ok=True)
     model = globals()[framework](engine, RUNS[passes], Path(folder))
     assert (engine == "fsdp2") == all(hasattr(p, "full_tensor") for p in model.parameters())
     weights = [getattr(p.detach(), "full_tensor", p.detach)() for p in model.parameters()]
@@ -108,7 +109,3 @@ def main() -> None:
         dist.barrier()  # a process that leaves early takes what the others still wait for
         dist.destroy_process_group()
     os._exit(0)  # under FSDP2 on gloo the interpreter's own end aborts now and then, without nusam too
-
-
-if __name__ == "__main__":
-    main()

@@ -73,7 +73,7 @@ def wrapped(engine: str) -> nn.Module:
 
 def method(model: nn.Module, **options: object) -> nusam.NuSAM:
     base = torch.optim.SGD(model.parameters(), lr=RATE)
-    return nusam.NuSAM(base, RHO, model=model, convolutions=True, power_iterations=20 * ITERATIONS, **options)
+    return nusam.NuSAM(base, RHO, model=model, convolutions=True, power_iterations=2 * ITERATIONS, **options)
 
 
 def equals_one_process(engine: str, each: bool, **options: object) -> None:

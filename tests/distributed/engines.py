@@ -16,7 +16,7 @@ import nusam
 # The processes of a machine with a GPU for each of them use those.
 DEVICE = "cuda" if torch.cuda.device_count() >= int(os.environ.get("WORLD_SIZE", 1)) else "cpu"
 BATCH = 16
-STEPS = 8
+STEPS = 6
 
 
 class Net(nn.Module):

@@ -1,6 +1,8 @@
-"""An example whose process dies once: ``torchrun --max-restarts 1 faulty.py EXAMPLE FAULT ARCHIVE [its arguments]``.
+"""An example whose process dies once: ``python -m tests.distributed.faulty EXAMPLE FAULT ARCHIVE [its arguments]``.
 
-FAULT is where: ``ascent``, ``descent``, ``saving`` or ``nowhere``. Every checkpoint is copied to ARCHIVE as it appears.
+FAULT is where: ``ascent``, ``descent`` or ``saving``; or ``nowhere``, which is a script for torchrun. Every checkpoint
+is copied to ARCHIVE as it appears. torchrun's own launcher starts the processes, and starts them again; it forks them,
+so that all is imported once.
 """
 
 import importlib.util
@@ -9,9 +11,11 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 PASSES = 2 * 15  # of an epoch
 FATAL_EPOCH = 1
@@ -25,12 +29,16 @@ def first_life(rank: int) -> bool:
     return os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and int(os.environ["RANK"]) == rank
 
 
-def main() -> None:
-    path, fault, archive = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+def loaded(path: str) -> ModuleType:
     specification = importlib.util.spec_from_file_location("example", path)
     example = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(example)
-    sys.argv = [str(path), *sys.argv[4:]]
+    return example
+
+
+def run(example: ModuleType, fault: str, archive: Path, *arguments: str) -> None:
+    """One process of the example."""
+    sys.argv = [example.__file__, *arguments]
     archive.mkdir(exist_ok=True)
     calls = 0
     cross_entropy, save, dcp_save, replace, rename = (
@@ -74,6 +82,26 @@ def main() -> None:
     example.cross_entropy, torch.save, dcp.save = fatal_loss, fatal_save, fatal_dcp_save
     os.replace, Path.rename = archived_replace, archived_rename
     example.main()
+
+
+def main() -> None:
+    path, fault, archive, *arguments = sys.argv[1:]
+    example = loaded(path)
+    if "RANK" in os.environ:
+        run(example, fault, Path(archive), *arguments)
+        return
+    how = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=Path(archive).parent.name,
+    )
+    elastic_launch(how, run)(example, fault, Path(archive), *arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tests.distributed.running import Checks, check
 
 CHECKS: Checks = {2: {}}
 
-STEPS = 8
+STEPS = 5
 METHODS = {"NuSAM": nusam.NuSAM, "NuSAMNorm": nusam.NuSAMNorm, "SAM": nusam.SAM, "GaussSAM": nusam.GaussSAM}
 
 

@@ -30,7 +30,3 @@ def five_steps(first: int, old: str, new: str) -> None:
     train(model, opt, torch.float64, False, dist.get_world_size(), dist.get_rank(), steps=5, first=first)
     weights, state = get_state_dict(model, opt)
     dcp.save({"model": weights, "opt": state}, checkpoint_id=new)
-
-
-if __name__ == "__main__":
-    main()

@@ -68,13 +68,14 @@ def assert_none(wrong: list) -> None:
 
 def under_ddp() -> None:
     wrong: list = []
-    for case in each(kind=MOVING, method=list(METHODS), broadcasts=[True, False]):
+    for number, case in enumerate(each(kind=MOVING, method=list(METHODS))):
+        case["broadcasts"] = number % 2 == 0
         made = model_with(case["kind"]).to(DEVICE)
         once = DistributedDataParallel(copy.deepcopy(made), broadcast_buffers=case["broadcasts"])
         model = DistributedDataParallel(made, broadcast_buffers=case["broadcasts"])
         opt = optimizer(case["method"], model, 0.05)
         seen = seen_by(made[1])
-        for step in range(4):
+        for step in range(3):
             with torch.no_grad():
                 for old, new in zip(once.parameters(), model.parameters(), strict=True):
                     old.copy_(new)
@@ -96,7 +97,7 @@ def under_fsdp() -> None:
         fully_shard(model[0], mesh=mesh)
         fully_shard(model, mesh=mesh)
         opt = optimizer(case["method"], model, 0.05)
-        for step in range(4):
+        for step in range(3):
             with torch.no_grad():
                 for old, new in zip(alone.parameters(), model.parameters(), strict=True):
                     old.copy_(full(new))
@@ -116,7 +117,7 @@ def written_under_ddp() -> None:
         made = writing(case["place"], case["write"]).to(DEVICE)
         model = DistributedDataParallel(made)
         opt = optimizer(case["method"], model, 0.0)
-        for step in range(4):
+        for step in range(3):
             once = copy.deepcopy(made)
             once(inputs(step))
             for _ in opt.passes():

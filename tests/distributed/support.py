@@ -1,11 +1,9 @@
 """The support matrix, from what the methods did: ``python -m tests.distributed.support`` writes it into the docs."""
 
-import json
 import re
-import tempfile
-from pathlib import Path
 
-from tests.distributed.launching import ROOT, torchrun
+from tests.distributed.launching import ROOT
+from tests.distributed.running import answers_of
 
 ORDER = ("single", "DDP", "DDP m-SAM", "FSDP2", "TP", "FSDP+TP", "HSDP", "CPU offload")
 BEGIN, END = "<!-- support matrix, generated -->", "<!-- end of the support matrix -->"
@@ -49,12 +47,7 @@ def written(document: str) -> str:
 
 
 def main() -> None:
-    answers = []
-    for processes in (2, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            said = Path(folder) / "answers.json"
-            torchrun(processes, "tests.distributed.running", str(said), "checks", "support", module=True)
-            answers.append(json.loads(said.read_text())["support"]["value"])
+    answers = [answers_of(n, "checks", words=("support",))["checks"]["support"]["value"] for n in (2, 4)]
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
         before, rest = text.split(BEGIN)

@@ -6,14 +6,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import nusam
 from tests.distributed.engines import Net, base_optimizer, train
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import forked
 
 
 @pytest.mark.slow
 def test_two_processes_then_four_then_one(tmp_path):
     for processes, first in ((2, 0), (4, 5), (1, 10)):
         old, new = tmp_path / f"step-{first}", tmp_path / f"step-{first + 5}"
-        torchrun(processes, "tests.distributed.resharding", str(first), str(old), str(new), module=True)
+        forked(processes, "tests.distributed.resharding", (str(first), str(old), str(new)))
     dcp_to_torch_save(tmp_path / "step-15", tmp_path / "whole.pt")
     saved = torch.load(tmp_path / "whole.pt")
     alone = Net(torch.float64)

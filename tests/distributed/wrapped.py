@@ -148,14 +148,15 @@ def equals_one_process(kind, show, **options):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
-for kind in (ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B):
-    for way, show, options in (
-        ("without model=", False, {}),
-        ("gradient weights", True, {"ascent": "gradient"}),
-        ("matrix-free weights", True, {"ascent": "matrix-free"}),
-        ("matrix-free forward", True, {"ascent": "matrix-free", "placement": "forward"}),
-        ("gradient forward", True, {"ascent": "gradient", "placement": "forward"}),
-    ):
+WAYS = (
+    ("without model=", False, {}),
+    ("gradient weights", True, {"ascent": "gradient"}),
+    ("matrix-free weights", True, {"ascent": "matrix-free"}),
+    ("matrix-free forward", True, {"ascent": "matrix-free", "placement": "forward"}),
+    ("gradient forward", True, {"ascent": "gradient", "placement": "forward"}),
+)
+for number, kind in enumerate((ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B)):
+    for way, show, options in (WAYS + WAYS)[2 * number : 2 * number + 3]:
         CHECKS[2][f"pipeline: {kind.__name__} {way}"] = partial(equals_one_process, kind, show, **options)
 
 

@@ -1,6 +1,6 @@
 """Two processes with shares of unequal size train with dropout, are stopped, and go on; and find no room.
 
-torchrun --nproc-per-node 2 -m tests.experiments.resuming FOLDER
+python -m tests.distributed.launching 2 tests.experiments.resuming FOLDER
 """
 
 import sys
@@ -19,7 +19,8 @@ from nusam.experiments.training.spec import Epoch, Recipe, Run
 RUN, RECIPE = Run("bert-tiny", "nusam", 0.01, 0), Recipe(4)
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    folder = Path(sys.argv[1])
     with launched("cpu") as device:
         for parallel in ("ddp", "fsdp2"):
             check(folder, device, parallel)
@@ -55,7 +56,3 @@ def check(folder: Path, device: torch.device, parallel: str) -> None:
         assert run(Checkpoint(path, identity, resume=True)) == undisturbed
     else:
         raise AssertionError("it was not stopped")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

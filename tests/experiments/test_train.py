@@ -29,7 +29,7 @@ from nusam.experiments.training.machine import Machine
 from nusam.experiments.training.methods import BASES, kept_as, title
 from nusam.experiments.training.scalars import Scalars
 from nusam.experiments.training.spec import Epoch, Recipe, Report, Run
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import forked
 from tests.experiments.commands import nusam
 from tests.experiments.full_disks import files_of_at_most
 
@@ -195,7 +195,7 @@ def test_dropout_resumes_bit_equal(tmp_path):
 @pytest.mark.slow
 def test_dropout_resumes_bit_equal_in_every_process(tmp_path):
     pytest.importorskip("transformers")
-    said = torchrun(2, "tests.experiments.resuming", str(tmp_path), module=True)
+    said = forked(2, "tests.experiments.resuming", (str(tmp_path),))
     assert said.count("bit-equal") == 2
     assert said.count("refused") == 2
 
@@ -282,14 +282,26 @@ def test_what_it_refuses(arguments, sentence, tmp_path, monkeypatch):
     assert sentence in refused(*arguments, *out)
 
 
+TOGETHER = [("--parallel", "ddp"), ("--parallel", "fsdp2"), ("--accumulate", "2")]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes have trained, which are started once for all ways."""
+    folder = tmp_path_factory.mktemp("together")
+    lines = (("train", *SMALL, *options, "--out", str(folder / options[1])) for options in TOGETHER)
+    forked(2, "tests.experiments.together", *lines)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--parallel", "ddp"], ["--parallel", "fsdp2"], ["--accumulate", "2"]])
-def test_two_processes_train_as_one_does(options, tmp_path):
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    accumulate = options if "--accumulate" in options else []
-    trained("--out", alone, *accumulate)
-    torchrun(2, "nusam.experiments.commands.main", "train", *SMALL, *options, "--out", str(together), module=True)
-    for ours, theirs in zip(epochs(together), epochs(alone), strict=True):
+@pytest.mark.parametrize("options", TOGETHER)
+def test_two_processes_train_as_one_does(options, tmp_path, undisturbed, together):
+    alone = undisturbed
+    if "--accumulate" in options:
+        alone = tmp_path
+        trained("--out", alone, *options)
+    for ours, theirs in zip(epochs(together / options[1]), epochs(alone), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
 
 
