@@ -52,7 +52,7 @@ class InForward:
         return y.to(W.dtype)
 
     def _added(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
-        if self._forms(W) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._forms(W):
             return kind.apply(x, plus(W, self.u if rows is None else self.u[rows], self.v), extra)
         y = kind.apply(x, W, extra)
         if is_sharded(W):
