@@ -205,8 +205,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("base", bases())
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "base"),
+    [
+        pytest.param(case, base, marks=[] if base == "AdamW" or case == "mean" else [pytest.mark.slow])
+        for case in CASES
+        for base in bases()
+    ],
+)
 def test_it_equals_two_passes_by_hand(case, base):
     kind, options, loss = CASES[case]
     model = built(kind, **options)

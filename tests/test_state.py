@@ -43,6 +43,7 @@ def resume_all(folder: Path) -> None:
         torch.save(weights(model), folder / f"{base}.{method}.resumed.pt")
 
 
+@pytest.mark.slow
 def test_resuming_in_a_new_process_is_bit_exact_for_every_method_and_base_optimizer(tmp_path):
     expected = {}
     for base, method in CASES:

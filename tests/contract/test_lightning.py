@@ -221,6 +221,7 @@ def test_a_step_that_draws_its_own_batches_is_refused():
         fit(Run(steps=5), Drawing)
 
 
+@pytest.mark.slow
 def test_lightning_under_its_other_name():
     """Where only ``lightning`` is installed; here the same modules, aliased."""
     script = """

@@ -62,6 +62,7 @@ def test_a_killed_process_changes_nothing(example, fault, tmp_path, undisturbed)
             assert torch.equal(value, expected[epoch][name]), (epoch, name)
 
 
+@pytest.mark.slow
 def test_an_example_explains_itself():
     for example in ("train_ddp.py", "train_fsdp2.py"):
         said = subprocess.run(

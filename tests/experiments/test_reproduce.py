@@ -42,6 +42,7 @@ def test_smoke(name, results, monkeypatch):
     assert any(re.search(r"\bours\b", note, re.IGNORECASE) for note in result.notes)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_says_and_keeps_the_same(results, tmp_path):
     """The other tests run commands in this process, which has imported everything before."""
     here = reproduce("table3", "--scale", "smoke", "--results", results)

@@ -373,6 +373,7 @@ def test_an_error_of_torch_that_is_no_full_disk_stays_what_it_is(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kilobytes", "left"),
     [(0, r"events\S+\n"), (300, r"events\S+\n"), (1000, r"checkpoint.pt\nevents\S+\n")],
