@@ -63,8 +63,8 @@ class Result:
     @property
     def markdown(self) -> str:
         """For a reader without a browser; curves are left to the report."""
-        data = f", {self.data}" if self.data else ""
-        lines = [f"# {self.title} ({self.name}, {self.scale}{data})", ""]
+        where = ", ".join(filter(None, (self.name, self.scale, self.data)))
+        lines = [f"# {self.title} ({where})", ""]
         lines += ["| " + " | ".join(self.columns) + " |", "| --- " * len(self.columns) + "|"]
         lines += ["| " + " | ".join(_cell(row.get(column)) for column in self.columns) + " |" for row in self.rows]
         lines += ["", self.findings, "", *(f"- {note}" for note in self.notes), ""]
