@@ -74,7 +74,7 @@ class Demo:
         except KeyboardInterrupt:
             console.print(f"Stopped; {len(store)} finished runs are in {self.out}, and the same command goes on.")
             return 130
-        result = replace(result, circumstances=bench.circumstances())
+        result = replace(result, circumstances={**bench.circumstances(), **result.circumstances})
         show(result, console)
         from nusam.experiments.pages.figures import learning_and_price
 

@@ -1,7 +1,7 @@
 """What SAM is for, on two processor cores: images of which some labels are wrong."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
@@ -69,7 +69,8 @@ class Demo:
             "two passes.",
             "SAM and νSAM start after 10% of the steps.",
         ]
-        return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes)
+        setting = {"recipe": asdict(recipe), "seeds": self.seeds, "trial_seeds": 1, "train_size": sizes["train"]}
+        return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes, setting)
 
     def radii(self, model: str) -> Mapping[str, tuple[float, ...]]:
         """The candidates by contender: larger where labels are wrong, and where the ascent sees a share."""
