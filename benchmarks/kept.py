@@ -7,28 +7,27 @@ are not reported, and moved by factors of 2 until the best one has worse neighbo
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from nusam.experiments.runs.contest import interval, mean_and_error
 from nusam.experiments.runs.filling import fill
 from nusam.experiments.runs.store import Cell, Store
+from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.spec import Recipe, Run
 from recording import RESULTS, record
 
 SHARES = {"1": 1.0, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "one sample": 1 / 32}
 LATE = 0.8  # the share of the steps that AdamW takes alone where the perturbation starts late
 TUNING, REPORTED = range(100, 102), range(8)  # seeds
-# A step over AdamW's: passes alone, as counted by floating-point operations (benchmarks/shares.py has measured steps).
-EXTRA = {"nusam": 2 / 3, "sam": 1.0}
-TITLES = {"nusam": "νSAM", "sam": "SAM"}
+COMPARED = ("nusam", "sam")
 
 
 @dataclass(frozen=True)
@@ -121,14 +120,6 @@ class Search:
             self.found = found
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half of its 95% interval by Student's t."""
-    from scipy.special import stdtrit
-
-    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
-    return f"{fmean(values):+.2f} ± {half:.2f}"
-
-
 @dataclass
 class Row:
     """A line of the table before its runs are made."""
@@ -147,28 +138,30 @@ def table(bench: Bench) -> list[dict[str, Any]]:
     rate = Search(task.recipe.learning_rate, lambda rate: (alone, replace(task.recipe, learning_rate=rate)))
     bench.best([rate])
     recipe = replace(task.recipe, learning_rate=rate.found)
-    prices = (1 + EXTRA["nusam"] / 8, 1 + EXTRA["nusam"], 1 + EXTRA["sam"])
+    # passes alone, as counted by floating-point operations (benchmarks/shares.py has measured steps)
+    work = {method: METHODS[method].ascent_work for method in COMPARED}
+    prices = (1 + work["nusam"] / 8, 1 + work["nusam"], 1 + work["sam"])
     rows = [Row(f"AdamW, learning rate {rate.found:g}", "–", "–", 1, alone)]
     rows += [Row("AdamW, as many seconds", "–", "–", price, replace(alone, stretch=price)) for price in prices]
-    for method, extra in EXTRA.items():
+    for method, extra in work.items():
         for name, share in SHARES.items():
             run = Run(task.model, method, 0.0, 0, ascent_share=share)
-            rows.append(Row(TITLES[method], name, "10%", 1 + 0.9 * extra * share, run))
+            rows.append(Row(METHODS[method].title, name, "10%", 1 + 0.9 * extra * share, run))
         for name in ("1/8", "1/16") if method == "nusam" else ():
             run = Run(task.model, method, 0.0, 0, ascent_share=SHARES[name], one_pass=True)
             rows.append(Row("νSAM, in one pass", name, "10%", 1 + 0.9 * extra * SHARES[name], run))
         for name in ("1", "1/8"):
             run = Run(task.model, method, 0.0, 0, delay=LATE, ascent_share=SHARES[name])
-            rows.append(Row(TITLES[method], name, f"{LATE:.0%}", 1 + (1 - LATE) * extra * SHARES[name], run))
+            rows.append(Row(METHODS[method].title, name, f"{LATE:.0%}", 1 + (1 - LATE) * extra * SHARES[name], run))
     searches = [
         Search(task.radii[row.run.method], lambda rho, run=row.run: (replace(run, rho=rho), recipe))  # type: ignore[misc]
         for row in rows
-        if row.run.method in EXTRA
+        if row.run.method in COMPARED
     ]
     bench.best(searches)
     radii = iter(search.found for search in searches)
     for row in rows:
-        if row.run.method in EXTRA:
+        if row.run.method in COMPARED:
             row.run = replace(row.run, rho=next(radii))
     bench.fill([cell for row in rows for cell in bench.cells(row.run, REPORTED, recipe)])
     return described(bench, rows, recipe)
@@ -196,7 +189,7 @@ def described(bench: Bench, rows: list[Row], recipe: Recipe) -> list[dict[str, A
                 "from": row.start,
                 "ρ": f"{row.run.rho:g}" if row.run.rho else "–",
                 "price": f"{row.price:.3f}",
-                "test accuracy": f"{fmean(last):.2f} ± {stdev(last) / math.sqrt(len(last)):.2f}",
+                "test accuracy": mean_and_error(last),
                 "over AdamW": "–" if differences == [0.0] * len(base) else interval(differences),
                 "of the whole batch's gain": f"{fmean(differences) / gain:.0%}" if gain > 0 else "",
                 "best epoch": f"{fmean(best):.2f}",

@@ -29,9 +29,7 @@ def main(folder: Path = DOCS / "assets") -> None:
 
 def draw(result: Result, path: Path) -> None:
     """Every panel of a sweep side by side, on a light ground of its own; the same bytes for the same result."""
-    panels: dict[str, list[Curve]] = {}
-    for curve in result.curves:
-        panels.setdefault(curve.panel, []).append(curve)
+    panels = result.panels
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": path.stem, "font.size": 10}):
         figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained", facecolor="white")
         row = figure.subplots(1, len(panels), squeeze=False)[0]

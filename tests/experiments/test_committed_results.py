@@ -44,7 +44,8 @@ def rendered(result, folder, monkeypatch):
     bench = Bench(Store(folder), result.scale, result.data, folder, 1, torch.device("cpu"), Console(quiet=True))
     if result.name == "demo":
         made_of = result.circumstances
-        return Demo(result.data, Recipe(**made_of["recipe"]), made_of["seeds"], made_of["train_size"]).run(bench)
+        demo = Demo(result.data, Recipe(**made_of["recipe"]), made_of["seeds"], made_of["train_size"])
+        return demo.run(bench, load(result.data, folder, made_of["train_size"]))
     return recipe_of(result.name).run(bench)
 
 

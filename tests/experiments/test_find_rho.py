@@ -10,7 +10,7 @@ import torch
 
 import nusam
 from nusam.experiments.commands.main import main
-from nusam.experiments.commands.rho_search import draw
+from nusam.experiments.pages.radius_figure import draw
 from nusam.tools.radius_search import RadiusSearch, Trial
 from nusam.tools.verdict import Verdict
 

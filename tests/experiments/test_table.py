@@ -5,7 +5,7 @@ import math
 import pytest
 from rich.console import Console
 
-from nusam.experiments.pages.figures import learning_and_price
+from nusam.experiments.pages.demo_figure import learning_and_price
 from nusam.experiments.pages.result import Curve, Result
 from nusam.experiments.pages.table import show
 

@@ -37,6 +37,14 @@ class RadiusSearch:
     verdict: Verdict | None = None
     """The best of all trials on new seeds; with ``confirm`` only."""
 
+    @property
+    def lines(self) -> list[list[Trial]]:
+        """The trials of each method and share, by ρ."""
+        lines: dict[tuple[str, float], list[Trial]] = {}
+        for trial in self.trials:
+            lines.setdefault((trial.method, trial.ascent_share), []).append(trial)
+        return list(lines.values())
+
     def suggestion(self, method: str) -> Trial:
         """The trial with the best mean score; of equal ones, the smallest ρ."""
         return _best(trial for trial in self.trials if trial.method == method)
@@ -185,24 +193,24 @@ class _Search:
         self, radii: Sequence[float], shares: Sequence[float], seeds: range, new_seeds: range, bracket: bool
     ) -> RadiusSearch:
         alone = self.trial(ALONE, 0.0, seeds)
-        bases, lines = [alone], []
+        bases, trials = [alone], []
         at_equal_seconds: dict[tuple[str, float], Trial] = {}
         for name in self.methods:
             for share in shares:
                 line = [self.trial(name, rho, seeds, share) for rho in radii]
                 if bracket:
                     self.extend(line, alone, seeds)
-                lines.append(line)
+                trials += line
                 if new_seeds:
                     steps = self.steps_at_equal_seconds(line, bases)
                     longer = alone if steps == alone.steps else self.trial(ALONE, 0.0, seeds, steps=steps)
                     bases.append(longer)
                     at_equal_seconds[name, share] = longer
-        search = RadiusSearch(alone, tuple(trial for line in lines for trial in line), at_equal_seconds)
+        search = RadiusSearch(alone, tuple(trials), at_equal_seconds)
         if not new_seeds:
             return search
         picked = max(search.trials, key=lambda trial: search.gain(trial).mean)
-        line = next(line for line in lines if picked in line)
+        line = next(line for line in search.lines if picked in line)
         verdict = self.confirm(picked, line, bases, new_seeds, len(search.trials))
         return RadiusSearch(alone, search.trials, at_equal_seconds, verdict)
 

@@ -70,13 +70,13 @@ class Demo:
         bench = Bench(store, "", self.data, self.data_root, self.jobs, self.device, console)
         try:
             with store.locked():
-                result = demo.Demo(self.data, recipe, self.seeds, size).run(bench)
+                result = demo.Demo(self.data, recipe, self.seeds, size).run(bench, source)
         except KeyboardInterrupt:
             console.print(f"Stopped; {len(store)} finished runs are in {self.out}, and the same command goes on.")
             return 130
         result = replace(result, circumstances={**bench.circumstances(), **result.circumstances})
         show(result, console)
-        from nusam.experiments.pages.figures import learning_and_price
+        from nusam.experiments.pages.demo_figure import learning_and_price
 
         picture = self.out / "demo.png"
         with writing_to(self.out):

@@ -30,7 +30,7 @@ from nusam.experiments.training.splits import split
 from nusam.tools.radius_search import RadiusSearch, find_rho
 from nusam.tools.verdict import Trial, Verdict
 
-__all__ = ["RhoSearch", "built_in", "draw"]
+__all__ = ["RhoSearch", "built_in"]
 
 
 def built_in(source: Source, model: str, base: str, learning_rate: float, device: str) -> dict[str, Any]:
@@ -158,10 +158,7 @@ def _table(found: RadiusSearch) -> Table:
     gain = "gain at equal seconds" if found.verdict else "gain"
     for column in ("method", "best ρ", "score", "base alone", gain, "take"):
         table.add_column(column)
-    lines: dict[tuple[str, float], list[Trial]] = {}
-    for trial in found.trials:
-        lines.setdefault((trial.method, trial.ascent_share), []).append(trial)
-    for trials in lines.values():
+    for trials in found.lines:
         best = max(trials, key=lambda trial: trial.score)
         over = found.gain(best)
         if not math.isfinite(max(best.score, found.base.score)):

@@ -52,7 +52,7 @@ class Section:
         self.result = result
         self.anchor = re.sub(r"\W+", "-", result.file_name.removesuffix(".json"))
         looks = _looks(result.curves)
-        self.plots = [Plot(panel, curves, looks) for panel, curves in _panels(result.curves).items()]
+        self.plots = [Plot(panel, curves, looks) for panel, curves in result.panels.items()]
         self.numeric = {name: _is_numeric([row.get(name) for row in result.rows]) for name in result.columns}
         self.rows = [_cells(row, result.columns) for row in result.rows]
         self.findings = _rendered(as_certain(result.findings))
@@ -95,13 +95,6 @@ def _in_reading_order(result: Result) -> tuple[list[tuple[int, str]], int, str]:
     """Table 2 before table 10, and what ran at full scale first."""
     parts = [(int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", result.name)]
     return parts, -SCALES.index(result.scale) if result.scale in SCALES else 0, result.data
-
-
-def _panels(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    panels: dict[str, list[Curve]] = {}
-    for curve in curves:
-        panels.setdefault(curve.panel, []).append(curve)
-    return panels
 
 
 def _looks(curves: Sequence[Curve]) -> dict[str, Look]:

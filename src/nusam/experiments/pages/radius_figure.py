@@ -24,11 +24,8 @@ def draw(found: RadiusSearch, path: Path | str) -> None:
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots()
-    lines: dict[tuple[str, float], list[Trial]] = {}
-    for trial in found.trials:
-        lines.setdefault((trial.method, trial.ascent_share), []).append(trial)
     looks = list(LOOKS.values())[1:]
-    for number, trials in enumerate(lines.values()):
+    for number, trials in enumerate(found.lines):
         colour, dashes = looks[number % len(looks)]
         rhos = [trial.rho for trial in trials]
         label = trials[0].label.partition(",")[0]

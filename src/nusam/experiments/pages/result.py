@@ -55,6 +55,14 @@ class Result:
     circumstances: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def panels(self) -> dict[str, list[Curve]]:
+        """The curves that share axes, by the title of their plot."""
+        panels: dict[str, list[Curve]] = {}
+        for curve in self.curves:
+            panels.setdefault(curve.panel, []).append(curve)
+        return panels
+
+    @property
     def file_name(self) -> str:
         """Of the saved result, in a folder of results."""
         data = "".join(c if c.isalnum() else "-" for c in self.data.lower()).strip("-")

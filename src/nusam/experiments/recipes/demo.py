@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from nusam.experiments.pages.result import Curve, Result
 from nusam.experiments.recipes.experiment import Bench
-from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM
-from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and_error
-from nusam.experiments.training.data import Source, load, with_wrong_labels
+from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM, learning_curve
+from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and_error, standard_error
+from nusam.experiments.training.data import Source, with_wrong_labels
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import SMALL, TITLES
-from nusam.experiments.training.spec import Outcome, Recipe, Run
+from nusam.experiments.training.spec import Recipe, Run
 
 __all__ = ["CONTENDERS", "Demo", "price"]
 
@@ -37,8 +36,8 @@ class Demo:
     seeds: int
     train_size: int | None
 
-    def run(self, bench: Bench) -> Result:
-        """Run what is missing, and measure how long a step takes."""
+    def run(self, bench: Bench, source: Source) -> Result:
+        """Run what is missing of the data, whose labels are right yet, and measure how long a step takes."""
         recipe = replace(self.recipe, validates_epochs=True)
         contests = [
             Contest(Setting(self.data, model, recipe, self.seeds, 1, self.train_size, self.radii(model)), CONTENDERS)
@@ -46,7 +45,7 @@ class Demo:
         ]
         bench.fill(cell for contest in contests for cell in contest.trials())
         bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
-        source = with_wrong_labels(load(self.data, bench.data_root, self.train_size), recipe.wrong_labels)
+        source = with_wrong_labels(source, recipe.wrong_labels)
         rows, curves, collapsed = [], [], []
         for contest in contests:
             seconds = _seconds(contest, bench, source)
@@ -55,15 +54,13 @@ class Demo:
             collapsed += _collapsed(contest, bench, source.classes)
         sizes = source.sizes
         title = f"{source.title}: {sizes['train']} training images, {recipe.epochs} epochs"
+        chosen = "; ρ on the first seed."
+        if recipe.wrong_labels:
+            chosen = f", whose labels are as wrong as those for training{chosen}"
         notes = [
             f"Accuracy: in % on {sizes['test']} test images, whose labels are right, after the last epoch; ± standard "
             f"error of {self.seeds} seeds. Over AdamW: of the differences seed by seed.",
-            f"ρ, and the epoch of “{AT_BEST.label}”, were chosen on {sizes['validation']} validation images"
-            + (
-                ", whose labels are as wrong as those for training; ρ on the first seed."
-                if recipe.wrong_labels
-                else "."
-            ),
+            f"ρ, and the epoch of “{AT_BEST.label}”, were chosen on {sizes['validation']} validation images{chosen}",
             "Work: operations of a step over AdamW's, which is what a large model's step takes. Time: of a "
             "step, measured here over AdamW's; a model this small spends most of it on launching operations, twice for "
             "two passes.",
@@ -89,27 +86,23 @@ def price(run: Run) -> float:
 
 
 def _seconds(contest: Contest, bench: Bench, source: Source) -> dict[str, float]:
-    from nusam.experiments.training.splits import Images, split
     from nusam.experiments.training.step_time import step_seconds
 
-    size = contest.setting.recipe.batch_size
-    train = split(source, 0, bench.device).train
-    batch = Images(train.pixels[:size], train.labels[:size])
     runs = {label: contest.outcomes(bench.store, label)[0].run for label in contest.contenders}
     del runs[AT_BEST.label]  # whose steps are AdamW's
-    seconds = step_seconds(runs, batch, source.classes)
+    seconds = step_seconds(runs, source, contest.setting.recipe.batch_size, bench.device)
     return {**seconds, AT_BEST.label: seconds[ADAMW.label]}
 
 
 def _row(contest: Contest, bench: Bench, label: str, seconds: Mapping[str, float]) -> dict[str, Any]:
     outcome = contest.outcomes(bench.store, label)[0]
-    gain = mean_and_error(contest.differences(bench.store, label, ADAMW.label))
+    differences = contest.differences(bench.store, label, ADAMW.label)
     return {
         "model": TITLES[contest.setting.model],
         "method": label,
         "ρ": f"{outcome.run.rho:g}" if outcome.run.rho else "–",
         "accuracy": mean_and_error(contest.accuracies(bench.store, label)),
-        "over AdamW": "–" if label == ADAMW.label else gain if gain.startswith("-") else f"+{gain}",
+        "over AdamW": "–" if label == ADAMW.label else mean_and_error(differences, "+"),
         "work": f"{price(outcome.run):.2f}",
         "time": f"{seconds[label] / seconds[ADAMW.label]:.2f}",
         "floats of ε": f"{outcome.perturbation_numel:,}",
@@ -117,25 +110,12 @@ def _row(contest: Contest, bench: Bench, label: str, seconds: Mapping[str, float
 
 
 def _over_epochs(contest: Contest, bench: Bench) -> list[Curve]:
-    title, curves = TITLES[contest.setting.model], []
-    for label, contender in contest.contenders.items():
-        if not contender.at_best:
-            mean, error = _mean_and_errors(contest.outcomes(bench.store, label))
-            x = [float(epoch) for epoch in range(1, len(mean) + 1)]
-            curves.append(Curve(title, label, x, mean, "epoch", "test accuracy, %", error))
-    return curves
-
-
-def _mean_and_errors(outcomes: list[Outcome]) -> tuple[list[float | None], list[float] | None]:
-    epochs = [
-        [100 * epoch.test_accuracy for epoch in column] for column in zip(*(o.epochs for o in outcomes), strict=True)
+    title = TITLES[contest.setting.model]
+    return [
+        learning_curve(title, label, contest.outcomes(bench.store, label), banded=True)
+        for label, contender in contest.contenders.items()
+        if not contender.at_best
     ]
-    mean: list[float | None] = [fmean(column) for column in epochs]
-    return mean, [_error(column) for column in epochs] if len(outcomes) > 1 else None
-
-
-def _error(values: list[float]) -> float:
-    return stdev(values) / sqrt(len(values))
 
 
 def _over_price(contest: Contest, bench: Bench) -> list[Curve]:
@@ -143,7 +123,7 @@ def _over_price(contest: Contest, bench: Bench) -> list[Curve]:
     curves = []
     for label in contest.contenders:
         accuracies = contest.accuracies(bench.store, label)
-        error = [_error(accuracies)] if len(accuracies) > 1 else None
+        error = [standard_error(accuracies)] if len(accuracies) > 1 else None
         at = price(contest.outcomes(bench.store, label)[0].run)
         curves.append(
             Curve(panel, label, [at], [fmean(accuracies)], "work of a step, AdamW = 1", "test accuracy, %", error)

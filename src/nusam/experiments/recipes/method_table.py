@@ -6,13 +6,13 @@ from typing import Any
 
 from nusam.experiments.pages.result import Curve, Result
 from nusam.experiments.recipes.experiment import Bench, Experiment
-from nusam.experiments.runs.contest import Contender, Contest, Setting, holm
+from nusam.experiments.runs.contest import Contender, Contest, Setting, holm, standard_error
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import TITLES
 from nusam.experiments.training.spec import METRICS, Outcome
 from nusam.experiments.training.text import metric_of
 
-__all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable", "stand_ins"]
+__all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable", "learning_curve", "stand_ins"]
 
 Cells = Mapping[str, Mapping[str, str]]  # accuracy in % as the paper prints it, by its model, then by label
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # of the data that the paper has cells for
@@ -72,7 +72,7 @@ class MethodTable(Experiment):
                 beside = {column: of_paper.get(row["method"], "not in our text")} if self.paper else {}
                 rows.append({"model": TITLES[model], **row, **beside})
             curves += [
-                _curve(TITLES[model], label, contest.outcomes(bench.store, label), metric_of(bench.data))
+                learning_curve(TITLES[model], label, contest.outcomes(bench.store, label), metric_of(bench.data))
                 for label in contest.contenders
             ]
         findings = self._findings(bench, contests)
@@ -166,8 +166,14 @@ def _few_radii(setting: Any, bench: Bench) -> Any:
     return replace(setting, radii={name: m.radii[small][:1] for name, m in METHODS.items() if m.radii})
 
 
-def _curve(panel: str, label: str, outcomes: list[Outcome], metric: str) -> Curve:
+def learning_curve(
+    panel: str, label: str, outcomes: list[Outcome], metric: str = "accuracy", banded: bool = False
+) -> Curve:
+    """Test accuracy over the epochs, mean of the seeds; if wanted with a band of one standard error."""
     epochs = list(zip(*(outcome.epochs for outcome in outcomes), strict=True))
     means = [100 * sum(epoch.test_accuracy for epoch in column) / len(column) for column in epochs]
     x = [float(i) for i in range(1, len(means) + 1)]
-    return Curve(panel, label, x, list(means), "epoch", METRICS[metric])
+    errors = None
+    if banded and len(outcomes) > 1:
+        errors = [standard_error([100 * epoch.test_accuracy for epoch in column]) for column in epochs]
+    return Curve(panel, label, x, list(means), "epoch", METRICS[metric], errors)

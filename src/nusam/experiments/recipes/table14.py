@@ -29,16 +29,13 @@ class Table14(Experiment):
         source = load(bench.data, bench.data_root, bench.scale.train_size[bench.data], bench.download)
         import torch
 
-        from nusam.experiments.training.splits import Images, split
         from nusam.experiments.training.step_time import step_seconds
 
-        train = split(source, 0, bench.device).train
         size = bench.scale.recipes[bench.data].batch_size
-        batch = Images(train.pixels[:size], train.labels[:size])
         rows = []
         for model in self.models(bench.scale_name):
             runs = {method: Run(model, method, 0.01, 0) for method in _METHODS}
-            seconds = step_seconds(runs, batch, source.classes)
+            seconds = step_seconds(runs, source, size, bench.device)
             for method in _METHODS:
                 rows.append(
                     {

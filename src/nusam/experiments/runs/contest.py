@@ -10,7 +10,16 @@ from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.spec import Outcome, Recipe, Run
 
-__all__ = ["Contender", "Contest", "Setting", "holm", "interval", "mean_and_error", "mean_and_half_width"]
+__all__ = [
+    "Contender",
+    "Contest",
+    "Setting",
+    "holm",
+    "interval",
+    "mean_and_error",
+    "mean_and_half_width",
+    "standard_error",
+]
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,8 @@ class Setting:
     seeds: int
     trial_seeds: int = 2
     train_size: int | None = None
-    radii: Mapping[str, tuple[float, ...]] = field(
-        default_factory=dict
-    )  # by label or method, where not the method's own
+    # by label or method, where not the method's own
+    radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     pretrained: str = ""
 
     def cell(self, contender: Contender, rho: float, seed: int) -> Cell:
@@ -156,8 +164,7 @@ def mean_and_half_width(values: list[float], level: float = 0.95) -> tuple[float
         return fmean(values), math.inf
     from scipy.special import stdtrit
 
-    error = stdev(values) / math.sqrt(len(values))
-    return fmean(values), float(stdtrit(len(values) - 1, (1 + level) / 2)) * error
+    return fmean(values), float(stdtrit(len(values) - 1, (1 + level) / 2)) * standard_error(values)
 
 
 def holm(differences: list[list[float]]) -> list[float]:
@@ -193,7 +200,12 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.2f}" if math.isinf(half) else f"{mean:+.2f} ± {half:.2f}"
 
 
-def mean_and_error(values: list[float]) -> str:
-    """Mean ± standard error."""
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{error}"
+def mean_and_error(values: list[float], sign: str = "") -> str:
+    """Mean ± standard error; with ``sign="+"`` that of a difference."""
+    error = f" ± {standard_error(values):.2f}" if len(values) > 1 else ""
+    return f"{fmean(values):{sign}.2f}{error}"
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean."""
+    return stdev(values) / math.sqrt(len(values))

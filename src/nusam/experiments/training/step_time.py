@@ -10,10 +10,11 @@ from torch.optim import AdamW
 
 from nusam import SharpnessAware
 from nusam.experiments.training.building import build
+from nusam.experiments.training.data import Source
 from nusam.experiments.training.machine import one_thread
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.spec import Run
-from nusam.experiments.training.splits import Images
+from nusam.experiments.training.splits import Images, split
 
 __all__ = ["step_seconds"]
 
@@ -21,9 +22,11 @@ ROUNDS = 10
 STEPS = 10
 
 
-def step_seconds(runs: Mapping[str, Run], batch: Images, classes: int) -> dict[str, float]:
+def step_seconds(runs: Mapping[str, Run], source: Source, batch_size: int, device: str) -> dict[str, float]:
     """Median seconds of a step of each run, by name; they take turns so that all see the same machine."""
-    steps = {name: _stepper(run, batch, classes) for name, run in runs.items()}
+    train = split(source, 0, device).train
+    batch = Images(train.pixels[:batch_size], train.labels[:batch_size])
+    steps = {name: _stepper(run, batch, source.classes) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with one_thread():
         for _ in range(1 + ROUNDS):

@@ -13,13 +13,10 @@ __all__ = ["learning_and_price"]
 
 def learning_and_price(result: Result, path: Path) -> None:
     """A row for each model: test accuracy over the epochs, and accuracy over the work of a step; bands of one s.e."""
-    panels: dict[str, list[Curve]] = {}
-    for curve in result.curves:
-        panels.setdefault(curve.panel, []).append(curve)
-    rows = len(panels) // 2
+    rows = len(result.panels) // 2
     figure = Figure(figsize=(10, 3.4 * rows + 0.5), layout="constrained", dpi=150, facecolor="white")
     axes = figure.subplots(rows, 2, squeeze=False, sharey="row", width_ratios=(3, 2)).flat
-    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+    for ax, (title, curves) in zip(axes, result.panels.items(), strict=True):
         for curve in curves:
             (_point if len(curve.x) == 1 else _line)(ax, curve)
         ax.set(title=title, xlabel=curves[0].x_title, ylabel=curves[0].y_title)
