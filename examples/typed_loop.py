@@ -122,6 +122,17 @@ def main() -> None:
     nusam.step_in_backward(frugal)
     print(f"step in backward: loss {train(lean, frugal):.3f}")
 
+    driven = network()
+    engine = torch.optim.AdamW(driven.parameters(), lr=3e-3)  # stands for one that keeps its step to itself
+    perturbation = nusam.Perturbation(driven, rho=0.05, ascent_share=0.5)
+    for batch in batches():
+        for part in perturbation.passes(batch):
+            loss_of(driven, part).backward()  # type: ignore[no-untyped-call]
+        engine.step()
+        engine.zero_grad()
+    norms = {name: value for name, value in perturbation.metrics().items() if name.startswith("epsilon/")}
+    print(f"an engine's step: {norms}")
+
     search: nusam.RadiusSearch = nusam.find_rho(
         network(),
         lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3),

@@ -29,7 +29,7 @@ STOREYS = [
     {"base_step"},
     {"one_pass"},
     {"optimizer"},
-    {"methods"},
+    {"methods", "perturbation"},
     {"tools"},
     {"integrations"},
     {"experiments"},

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         VaSSO,
     )
     from nusam.optimizer import SharpnessAware, step_in_backward
+    from nusam.perturbation import Perturbation
     from nusam.tools import memory
     from nusam.tools.memory import perturbation_numel
     from nusam.tools.radius_search import RadiusSearch, find_rho
@@ -57,6 +58,7 @@ __all__ = [
     "GaussSAM",
     "NuSAM",
     "NuSAMNorm",
+    "Perturbation",
     "RadiusSearch",
     "SharpnessAware",
     "__version__",
@@ -78,6 +80,7 @@ _MODULE_OF = {
     **dict.fromkeys(("Sharpness", "sharpness"), "tools.sharpness"),
     **dict.fromkeys(("SharpnessAware", "step_in_backward"), "optimizer"),
     "Coverage": "coverage",
+    "Perturbation": "perturbation",
     "perturbation_numel": "tools.memory",
 }
 _MODULES = {"lmo": "lmo", "memory": "tools.memory"}

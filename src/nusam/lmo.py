@@ -283,9 +283,10 @@ class Spectral(LMO):
 
 
 def unpacked_shape(parameter: Tensor) -> torch.Size:
-    """The shape of what a parameter holds, which bitsandbytes packs two entries to a byte."""
+    """The shape of what a parameter holds, which bitsandbytes packs, and DeepSpeed keeps elsewhere."""
     packed = getattr(parameter, "quant_state", None)
-    return parameter.shape if packed is None else torch.Size(packed.shape)
+    shape = getattr(parameter, "ds_shape", parameter.shape) if packed is None else packed.shape
+    return torch.Size(shape)
 
 
 def measured(epsilons: list[Tensor], together: Together) -> list[Perturbation]:

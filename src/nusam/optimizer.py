@@ -158,7 +158,8 @@ class SharpnessAware(Stepping):
         serves = ascent != "gradient" and model is not None and isinstance(lmo, Nuclear)
         everything = ascent == "matrix-free" or (m_sam is not False and DataParallel(model).shards)
         remembers = [combination] if combination else []
-        self._ascent = Ascent(lmo, (0 if everything else WORTH_SERVING) if serves else None, direction, remembers)
+        serve_from = (0 if everything else WORTH_SERVING) if serves else None
+        self._ascent = Ascent(lmo, serve_from, direction, remembers, self._apart)
         self._both = BothGradients(combination)
         self._stacks = self._ascent.stacks
         self._pending: dict[Tensor, Perturbation] | None = None

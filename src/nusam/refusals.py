@@ -9,6 +9,7 @@ from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_join, check_parameter, check_sharded, check_surroundings
+from nusam.guards.engines import check_no_engine
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear
 from nusam.placement.ledger import Counted, Ledger, not_added
@@ -32,6 +33,8 @@ class Checked(Resumable):
     _written: WrittenWeights
     _holders: Holders
     _structure: Structure | None
+    _instead = "placement='weights'"  # of an ε in the forward
+    _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
     _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
 
     def _check_targets(self) -> None:
@@ -66,6 +69,8 @@ class Checked(Resumable):
         """Refuse what can't be run among the processes as they are now, before a pass begins."""
         if is_running():
             check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+            if not self._apart:
+                check_no_engine(self._parameters(), workers, self._holders)
         workers.refuse_unreduced()
         if workers.joins:
             check_join(self._progress.steps < self.delay, self.rho_schedule)
@@ -109,7 +114,7 @@ class Checked(Resumable):
     def _unreachable(self, parameter: Tensor, reason: str) -> RuntimeError:
         return RuntimeError(
             f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
-            "with targets= or use placement='weights'."
+            f"with targets= or use {self._instead}."
         )
 
     def _close_ledger(self, forward: Mapping[Tensor, Counted]) -> None:
@@ -123,4 +128,4 @@ class Checked(Resumable):
         used = [p for p in missed if p.grad is not None or p in stepped]
         self._ascent.verification.refuse(dict.fromkeys(used, "not reached by its ε in the forward"))
         self._ledger.tell(used, self._names, "got a gradient in the descent, where no layer added its perturbation; "
-                          "exclude it with targets= or use placement='weights'")  # fmt: skip
+                          f"exclude it with targets= or use {self._instead}")  # fmt: skip

@@ -60,12 +60,13 @@ class TwoPasses(Checked):
         workers = self._workers()
         self._check_processes(workers)
         workers.reshard()
-        parameters = self._parameters()
+        everything = self._parameters()
+        parameters = [] if self._apart else everything  # whose gradients are ours to put away
         serves = self.model is not None and isinstance(self.lmo, Nuclear)
         in_forward = {target.parameter for target in targets if self._in_forward(target.parameter)} if serves else set()
         frees = self._in_backward is not None
         self._ledger.tell(self._ascent.learn_late(), self._names, OTHERWISE_USED)
-        pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees)
+        pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees, everything)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
         if self._first_ascent is None:
@@ -88,13 +89,15 @@ class TwoPasses(Checked):
             clear_gradients(parameters)
             self._ledger.begin_pass()
             self._guard.before_ascent(check)
-            reached = parameters if self.targets == "trainable" else {*parameters, *(t.parameter for t in targets)}
+            reached = everything if self.targets == "trainable" else {*everything, *(t.parameter for t in targets)}
             self._written.before_ascent(reached, check, self._guard.tree)
-            with self._backwards.of_ascent() if in_forward else nullcontext():
+            silenced = pass_.silenced() if pass_ else nullcontext()
+            with self._backwards.of_ascent() if in_forward else nullcontext(), silenced:
                 yield
             self._guard.after_ascent()
             self._written.after_ascent()
             if pass_:
+                pass_.check_backwards()
                 pass_.settle()
             found = bool(pass_ and pass_.saw_gradients()) or any(p.grad is not None for p in parameters)
             self._ledger.end_pass("ascent", found, self._has_closure)
@@ -222,7 +225,7 @@ class TwoPasses(Checked):
         """ε for every target that the ascent reached."""
         for target in targets:
             gradient = target.parameter.grad
-            if gradient is not None:
+            if gradient is not None and not self._apart:
                 if gradient.layout != torch.strided:
                     check_parameter(target.parameter, self.lmo, self.placement, reachable=True)
                 if gradient.requires_grad:
@@ -245,8 +248,8 @@ class TwoPasses(Checked):
         )
         # what this process alone knows is said once all have had their sums
         records = pass_.records.values() if pass_ is not None and pass_.keeps else []
-        served = [r.parameter for r in records if r.job.in_forward and not r.job.checks and not r.is_altered]
-        beside = [parameter for parameter in served if parameter.grad is not None]
+        served = [r for r in records if r.job.in_forward and not r.job.checks and not r.is_altered]
+        beside = [record.parameter for record in served if record.gradient is not None]
         self._refuse_unreachable(there, dict.fromkeys(beside, "also used outside its layer"))
         self._ascent.verification.advance()
         if found:

@@ -81,7 +81,7 @@ class Library:
         return gradient is not None and bool(gradient.any())
 
     def _note(self) -> None:
-        held = {id(p) for group in self.opt.param_groups for p in group["params"]}
+        held = {id(p) for group in self.base.param_groups for p in group["params"]}
         named = self.model.named_parameters()
         self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None and id(p) in held})
         metrics = self.opt.metrics()

@@ -31,13 +31,19 @@ class Ascent(Serving):
         serve_from: entries from which a matrix is served by its layer; None if none is.
         direction: what the ball maximizes against.
         remembers: what else has a state for every parameter.
+        apart: whether the parameters themselves take part in no backward.
     """
 
     def __init__(
-        self, lmo: LMO, serve_from: int | None, direction: Direction | None = None, remembers: Sequence[Remembers] = ()
+        self,
+        lmo: LMO,
+        serve_from: int | None,
+        direction: Direction | None = None,
+        remembers: Sequence[Remembers] = (),
+        apart: bool = False,
     ) -> None:
         self.direction = direction or Direction()
-        super().__init__(lmo, serve_from, [self.direction, *remembers])
+        super().__init__(lmo, serve_from, [self.direction, *remembers], apart)
         self.measured: dict[Tensor, dict[str, Tensor]] = {}  # what the metrics say of the last ε
 
     @torch.no_grad()

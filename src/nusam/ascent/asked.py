@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nusam.ascent.silence import Silence
 from nusam.interrupts import always
 from nusam.layers.idle import IdleLayers
 
@@ -14,7 +15,7 @@ __all__ = ["standing_in"]
 
 
 @contextmanager
-def standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[None]:
+def standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers, silence: Silence | None = None) -> Iterator[None]:
     """Inside, the loss may ask for the gradient of a served weight: its stand-in answers.
 
     This is where torch.autograd.grad and Tensor.backward(inputs=...) hand over to the engine.
@@ -24,6 +25,14 @@ def standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers) -> Iterator[N
 
     def run_with_stand_ins(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         grad_outputs, retain_graph, create_graph, inputs, *rest = args
+        if silence is not None:
+            silence.admit(inputs, create_graph, kwargs.get("accumulate_grad", False))
+            if not inputs:  # what depends on silent parameters alone has nothing to give
+                reaching = [i for i, output in enumerate(outputs) if output.requires_grad]
+                if not reaching:
+                    return None
+                outputs, grad_outputs = (tuple(those[i] for i in reaching) for those in (outputs, grad_outputs))
+                args = grad_outputs, *args[1:]
         idle.refuse_hidden(inputs)
         served = [x for x in inputs if isinstance(x, Tensor) and x in stand_ins]
         if not served:

@@ -25,6 +25,7 @@ class Job(NamedTuple):
     shares: bool  # with other processes
     frees: bool  # compare and free the gradient as soon as it is complete
     in_forward: bool  # ε is to live in the layers' forward
+    apart: bool = False  # its gradient, where it must be formed, is a stand-in's: no hook of the parameter's sees it
 
 
 class Findings:
@@ -43,8 +44,9 @@ class Findings:
         shape = matrix_shape(parameter)
         device = compute_device(parameter)
         self.parameter = parameter
-        self.frozen = not parameter.requires_grad  # outside of the pass
-        self.thaws = self.frozen and type(parameter) is nn.Parameter and parameter.is_floating_point()
+        self.frozen = job.apart or not parameter.requires_grad  # outside of the pass
+        plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+        self.thaws = self.frozen and plain and not job.apart
         self.job = job
         self.iterations = iterations
         self.u = u if u.device == device else u.to(device)
@@ -68,7 +70,10 @@ class Findings:
         self._bias: Tensor | None = None
         self._stand_in: Tensor | None = None
         self._stand_ins = stand_ins  # leaves with the entries of parameters, which served uses compute with
-        if parameter.requires_grad and not job.checks and not job.keeps and not is_sharded(parameter):
+        served = parameter.requires_grad and not job.checks and not job.keeps and not is_sharded(parameter)
+        self.elsewhere = hasattr(parameter, "ds_id")  # but for the time of each use, as DeepSpeed's ZeRO 3 has it
+        self.leaves: list[Tensor] = []  # of such uses
+        if plain and not self.elsewhere if job.apart else served:
             self._stand_in = stand_ins[parameter] = parameter.detach().requires_grad_()
         self.has_more = False  # whether uses were seen that are not the layers'
         self._tap, self._tap_node = tap, tap_node
@@ -84,6 +89,20 @@ class Findings:
     def tap(self) -> Tensor:
         """What an output depends on that is to be reached where autograd accumulates."""
         return self._tap
+
+    @property
+    def leaf(self) -> Tensor:
+        """Where autograd puts a gradient that must be formed."""
+        own = self._stand_in if self.job.apart else None
+        return self.parameter if own is None else own
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """What has been formed of it."""
+        if not self.elsewhere:
+            return self.leaf.grad
+        parts = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        return reduce(torch.add, parts) if parts else None
 
     @property
     def probed(self) -> Tensor | None:
@@ -139,8 +158,10 @@ class Findings:
         parameter, stand_in = self.parameter, self._stand_ins.get(self.parameter)
         own = None if stand_in is None else stand_in.grad
         if not self.job.checks and not self.job.keeps:
-            self.has_more = parameter.grad is not None or (own is not None and not self.job.forms)
-        if own is not None:
+            beside = not self.job.apart and parameter.grad is not None
+            own_too = own is not None or (self.elsewhere and self.gradient is not None)
+            self.has_more = beside or (own_too and not self.job.forms)
+        if own is not None and not self.job.apart:
             parameter.grad = own if parameter.grad is None else parameter.grad + own
 
     def vectors(self) -> tuple[Tensor, Tensor]:

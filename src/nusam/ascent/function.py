@@ -33,9 +33,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def reporting_layer(
-    kind: type[Kind], x: Tensor, W: Tensor, extra: Any, tap: Tensor, reports: tuple[Any, slice | None, Tensor]
+    kind: type[Kind], x: Tensor, W: Tensor, extra: Any, tap: Tensor, reports: tuple[Any, slice | None, Tensor | None]
 ) -> Tensor:
-    """A layer whose backward reports to a record, of the rows of a matrix and the weight itself."""
+    """A layer whose backward reports to a record, of the rows of a matrix and the weight itself, if it stays."""
     bias = extra if isinstance(extra, Tensor) else None
     output: Tensor = _Reporting.apply(x, W, bias, tap, kind, None if bias is not None else extra, reports)
     return output
@@ -60,12 +60,13 @@ class _Reporting(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, tap: Tensor, kind: type[Kind], extra: Any,
-        reports: tuple[Any, slice | None, Tensor],
+        reports: tuple[Any, slice | None, Tensor | None],
     ) -> Tensor:  # fmt: skip
         y = kind.apply(x, W, extra if bias is None else bias)
         if y._is_view():
             y = y.detach()  # an activation could not overwrite a view
-        ctx.save_for_backward(x, W)
+        late = reports[2] is None  # an engine could not free what is kept here
+        ctx.save_for_backward(x, None if late else W)
         ctx.kind, ctx.extra, ctx.reports = kind, extra, reports
         return y
 
@@ -74,12 +75,19 @@ class _Reporting(torch.autograd.Function):
         x, W = ctx.saved_tensors
         kind: type[Kind] = ctx.kind
         record, rows, own = ctx.reports
+        if W is None:
+            W = record.again()
         n = W.shape[0]
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         input_gradient = weight_gradient = bias_gradient = None
         again = torch.is_grad_enabled()
         accumulates = record.accumulates()
         if again:
+            if own is None:
+                raise RuntimeError(
+                    "A gradient inside the loss depends on weights of which ZeRO 3 keeps a part only; use ZeRO 0 to 2, "
+                    "or leave the perturbation out."
+                )
             W = own  # a gradient inside the loss depends on it
         with without_autocast(D.device):
             X, D = kind.rows(x, D, ctx.extra)  # flat once: what is not contiguous is copied here

@@ -6,8 +6,8 @@ the matrix is no input of the layer's function then, so that nobody's hook sees 
 *checked*: the gradient is formed as ever, and the products beside it.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from nusam.ascent.asked import standing_in
 from nusam.ascent.findings import Job
 from nusam.ascent.function import without_autocast
 from nusam.ascent.record import Record
+from nusam.ascent.silence import Silence
 from nusam.interrupts import always, entered, remove_hook
 from nusam.layers.idle import IdleLayers
 from nusam.layers.kinds import Handler
@@ -36,6 +37,8 @@ class LayerPass:
         idle: layers whose gradients nobody needs.
         needed: parameters whose gradients somebody does.
         watches: whether those of idle layers are formed, to see who asks for them.
+        silent: what takes part in no backward, where matrices are served apart from their parameters.
+        tells: whether others' uses of these can be seen.
     """
 
     def __init__(
@@ -47,11 +50,14 @@ class LayerPass:
         idle: IdleLayers,
         needed: set[Tensor],
         watches: bool,
+        silent: Sequence[Tensor] = (),
+        tells: bool = True,
     ) -> None:
         self._uses = uses
         self._idle = idle
         self._needed = needed
         self._watches = watches
+        self._silence, self._tells = Silence(silent), tells
         self._stand_ins: dict[Tensor, Tensor] = {}
         self.tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self.tap).node
@@ -97,16 +103,25 @@ class LayerPass:
                 parameter.requires_grad_(False)
                 parameter.grad = gradient
             for record in checked:
-                remove_hook(record.parameter, record.complete)
+                remove_hook(record.leaf, record.complete)
 
-        around = self._idle.watched() if self._watches else self._idle.detached(self._needed)
-        with always(undo), rerouted(self._uses, handlers), around, standing_in(self._stand_ins, self._idle):
+        apart = {p: record for p, record in self.records.items() if record.job.apart}
+        around = self._idle.watched() if self._watches and not apart else self._idle.detached(self._needed)
+        asked = standing_in(self._stand_ins, self._idle, self._silence if apart else None)
+        with always(undo), rerouted(self._uses, handlers), around, asked:
             for parameter, _ in thawed:
                 parameter.grad = None
                 parameter.requires_grad_(True)
             for record in checked:
-                if record.parameter.is_leaf:
-                    record.parameter.register_post_accumulate_grad_hook(record.complete)  # type: ignore[no-untyped-call]
+                if record.leaf.is_leaf and not record.elsewhere:
+                    record.leaf.register_post_accumulate_grad_hook(record.complete)  # type: ignore[no-untyped-call]
+            yield
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Inside, no parameter takes part in a backward where matrices are served apart from theirs."""
+        apart = {p: record for p, record in self.records.items() if record.job.apart}
+        with self._silence.kept(apart, self._tells) if apart else nullcontext():
             yield
 
     def settle(self) -> None:
@@ -125,7 +140,12 @@ class LayerPass:
 
     def saw_gradients(self) -> bool:
         """Whether any backward has passed through one of the layers."""
-        return any(record.reached for record in self.records.values())
+        return any(record.reached or record.gradient is not None for record in self.records.values())
+
+    def check_backwards(self) -> None:
+        """Refuse a pass without a backward, where gradients are found by backwards alone."""
+        if any(record.job.apart for record in self.records.values()):
+            self._silence.check()
 
     def top_pairs(self, parameters: Iterable[Tensor]) -> dict[Tensor, TopPair]:
         """The pairs that the layers found for these, each used once."""
@@ -153,4 +173,4 @@ class LayerPass:
     def release(self) -> None:
         """Let go of what was kept, which a loss that lives on would keep alive."""
         for record in self.records.values():
-            record.kept, record.formed, record.waiting = [], None, None
+            record.kept, record.formed, record.waiting, record.leaves = [], None, None, []

@@ -23,9 +23,9 @@ def part_of(parameter: Tensor, record: Record | None, trusted: bool) -> Tensor |
         record: what its layers have, if they were asked.
         trusted: whether that counts where the gradient was formed only to be compared with it.
     """
-    gradient = parameter.grad
     if record is None:
-        return gradient
+        return parameter.grad
+    gradient = record.gradient
     if record.job.checks:
         return Sum(record.kept) if trusted and record.kept else gradient
     parts = list(record.kept)
@@ -43,7 +43,8 @@ def shared_part(
 ) -> tuple[Matrix, Route]:
     """What this process adds to a gradient that several have blocks or summands of, and how it is added up."""
     layers = by_layers(parameter, record, workers, in_summands) if record and record.kept else None
-    gradient = by_gradient(parameter, workers, in_summands)
+    formed = parameter.grad if record is None else record.gradient
+    gradient = by_gradient(parameter, formed, workers, in_summands)
     if record is not None and record.job.checks:
         layers, gradient = (layers, None) if trusted and layers else (None, gradient)
     if layers is not None and gradient is not None:
@@ -63,9 +64,10 @@ def by_layers(parameter: Tensor, record: Record, workers: DataParallel, in_summa
     return BlockOf(Sum(record.kept), here), here.route
 
 
-def by_gradient(parameter: Tensor, workers: DataParallel, in_summands: bool) -> tuple[Matrix, Route] | None:
+def by_gradient(
+    parameter: Tensor, gradient: Tensor | None, workers: DataParallel, in_summands: bool
+) -> tuple[Matrix, Route] | None:
     """The part that autograd has formed."""
-    gradient = parameter.grad
     if gradient is None:
         return None
     matrix = Explicit(as_matrix(local(gradient)).to(working_dtype(gradient)))

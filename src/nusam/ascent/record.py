@@ -10,6 +10,7 @@ from nusam.ascent.function import as_multiplied, layer_with_products, reporting_
 from nusam.ascent.products import LayerGradient, Rows
 from nusam.distributed.blocks import block, is_sharded, layout, local
 from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, tapped
+from nusam.layers.reads import untold
 from nusam.norms import norm_of
 from nusam.power_iteration import Explicit, Matrix, as_matrix, normalized, products
 
@@ -30,16 +31,23 @@ class Record(Findings):
             return self._compiled_use(kind, x, W, extra) if rows is None else kind.apply(x, W, extra)
         if not torch.is_grad_enabled():
             return kind.apply(x, W, extra)
+        if self.job.apart and kind is not Own:
+            if self._comes_again(kind, x, rows):
+                W = untold(self.parameter.detach)
+                x, extra = as_multiplied(kind, x), extra.detach() if isinstance(extra, Tensor) else extra
+                self._count_call()
+                return reporting_layer(kind, x, W, extra, self._tap, (self, None, None))
+            own = self._followed()
+            W = own if rows is None else own[rows]
         if self.job.forms and kind is not Own:
             stand_in = self._stand_ins.get(self.parameter)
             if rows is None:
-                return kind.apply(x, self._stand_in_for(W), extra)
+                return kind.apply(x, W if self.job.apart else self._stand_in_for(W), extra)
             if stand_in is not None:
                 return kind.apply(x, stand_in[rows], extra)
         if not is_plain(x):
             return kind.apply(x, W, extra)
-        # recomputation by activation checkpointing is no new use
-        self.calls += torch._C._current_graph_task_id() == -1
+        self._count_call()
         if rows is not None:
             self.in_pieces = True
         if is_sharded(W) or kind is Own:
@@ -55,13 +63,24 @@ class Record(Findings):
             given, extra = self._stand_in_for(W), self._stand_in_for_bias(extra)
         return reporting_layer(kind, x, given, extra, self._tap, (self, rows, W))
 
+    def _count_call(self) -> None:
+        # recomputation by activation checkpointing is no new use
+        self.calls += torch._C._current_graph_task_id() == -1
+
+    def _comes_again(self, kind: type[Kind], x: Tensor, rows: slice | None) -> bool:
+        """Whether the weight, of which the engine keeps a part only, comes back for the backward of this use."""
+        serves = self.elsewhere and rows is None and not self.job.checks and not self.job.forms
+        return serves and is_plain(x) and not is_altered(kind)
+
     def _compiled_use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> Tensor:
-        if self.job.shares and self.frozen:
+        if self.job.shares and self.frozen and not self.job.apart:
             raise RuntimeError(
                 "A compiled model can't hand out what frozen weights need for an ε that processes share; leave out "
                 "torch.compile, or use m_sam=True."
             )
         probe = self._probe
+        if self.job.apart:
+            W = self.leaf
         if self.job.keeps or self.job.forms or is_sharded(W) or kind is Own or probe is None:
             return kind.apply(x, W, extra)  # its gradient will be formed
         x = as_multiplied(kind, x)
@@ -71,7 +90,7 @@ class Record(Findings):
 
     def _stand_in_for(self, W: Tensor) -> Tensor:
         """What a served use computes with: no hook of the weight's sees a gradient that is not there."""
-        own = self._stand_in if W is self.parameter else None
+        own = self._stand_in if W is self.parameter and not self.job.apart else None
         return W.detach() if own is None else own
 
     def _stand_in_for_bias(self, bias: Any) -> Any:
@@ -82,6 +101,32 @@ class Record(Findings):
             self._bias = bias
             stand_in = self._stand_ins[bias] = bias.detach().requires_grad_()
         return stand_in
+
+    def again(self) -> Tensor:
+        """The weight in its backward."""
+        parameter: Any = self.parameter
+        if not parameter.numel():
+            parameter.all_gather()
+        return cast(Tensor, untold(parameter.detach))
+
+    def told(self, of: str) -> None:
+        """Whoever keeps the parameter silent is told in its place."""
+
+    def value(self, W: Tensor, tracked: bool) -> Tensor:
+        """For a function that reads the weight beside its layer: what gets a gradient in its place."""
+        if not tracked or not torch.is_grad_enabled() or (self.elsewhere and not W.numel()):
+            return W
+        return self._followed()
+
+    def _followed(self) -> Tensor:
+        """What a use apart from the parameter computes with, and autograd follows."""
+        if not self.elsewhere:
+            return self.leaf
+        leaf: Tensor = untold(self.parameter.detach).requires_grad_()
+        if self.job.checks:
+            leaf.register_post_accumulate_grad_hook(self.complete)  # type: ignore[no-untyped-call]
+        self.leaves.append(leaf)
+        return leaf
 
     def make_probe(self) -> None:
         """Make the leaf whose gradient a compiled graph hands the products out by."""
@@ -104,7 +149,7 @@ class Record(Findings):
     ) -> None:
         """Take the products of one use, if autograd accumulates in this backward."""
         if not (self.accumulates() if accumulates is None else accumulates):
-            self.wanted_elsewhere |= self.job.checks and _is_wanted(self.parameter)
+            self.wanted_elsewhere |= self.job.checks and _is_wanted(self.leaf)
             return
         self.takes += 1
         self.dtypes.add(D.dtype)
@@ -145,7 +190,8 @@ class Record(Findings):
 
     def _may_wait(self, G: Matrix) -> bool:
         """Whether to multiply it with others later; a frozen matrix's input would not be kept otherwise."""
-        return not self.frozen and isinstance(G, LayerGradient) and G.is_small()
+        frozen = self.frozen and not self.job.apart
+        return not frozen and isinstance(G, LayerGradient) and G.is_small()
 
     def complete(self, parameter: Tensor) -> None:
         """Autograd has put a gradient into a checked parameter; compare and free it if told so."""

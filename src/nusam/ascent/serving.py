@@ -46,10 +46,14 @@ class Serving:
         lmo: the norm ball.
         serve_from: entries from which a matrix is served by its layer; None if none is.
         remembers: what else has a state for every parameter.
+        apart: whether the parameters themselves take part in no backward.
     """
 
-    def __init__(self, lmo: LMO, serve_from: int | None, remembers: Sequence[Remembers] = ()) -> None:
+    def __init__(
+        self, lmo: LMO, serve_from: int | None, remembers: Sequence[Remembers] = (), apart: bool = False
+    ) -> None:
         self.lmo = lmo
+        self.apart = apart
         self.stacks: set[Tensor] = set()  # parameters that are a matrix for each expert
         self._remembers = remembers
         self.serve_from = serve_from
@@ -96,6 +100,7 @@ class Serving:
         in_forward: set[Tensor],
         workers: DataParallel,
         frees: bool,
+        parameters: Sequence[Tensor] = (),
     ) -> LayerPass | None:
         """The pass that takes the layers' products, if there is any to take.
 
@@ -105,6 +110,7 @@ class Serving:
             in_forward: those whose ε is to live in the forward.
             workers: the processes that share the pass.
             frees: whether a gradient that is formed to be compared goes as soon as it has been.
+            parameters: all that a backward may reach.
         """
         self.unreachable = {}
         if structure is None or not isinstance(self.lmo, Nuclear) or not targets:
@@ -120,7 +126,7 @@ class Serving:
             elif target.parameter in in_forward:
                 others.append(target)
         concerned = worth + others
-        reasons = structure.why_not_served([target.parameter for target in concerned])
+        reasons = {} if self.apart else structure.why_not_served([target.parameter for target in concerned])
         if workers.must_reduce:
             workers.refuse_frozen([target.parameter for target in targets])
             reasons = {target.parameter: workers.why_it_must_reduce for target in concerned}
@@ -147,7 +153,17 @@ class Serving:
         checks = any(job.checks for job in jobs.values())
         needed = {target.parameter for target in targets}
         compiles = self.compiles or checks
-        return LayerPass(structure.uses, jobs, self.lmo.power_iterations, compiles, structure.idle, needed, due)
+        return LayerPass(
+            structure.uses,
+            jobs,
+            self.lmo.power_iterations,
+            compiles,
+            structure.idle,
+            needed,
+            due,
+            parameters,
+            self.sees_calls,
+        )
 
     def _is_worth(self, parameter: Tensor) -> bool:
         least = self.serve_from
@@ -163,16 +179,18 @@ class Serving:
         parameter = target.parameter
         found = self.verification.of(parameter)
         known = found in (ONE_USE, SEVERAL_USES)
-        frozen = not parameter.requires_grad
-        comparable = not frozen or (not keeps and type(parameter) is nn.Parameter and parameter.is_floating_point())
+        frozen = self.apart or not parameter.requires_grad
+        plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+        comparable = not frozen or ((self.apart or not keeps) and plain)
         checks = comparable and (found is None or (known and self.verification.is_due()))
         several = frozen and found == SEVERAL_USES
         served = serves and (found == ONE_USE or several or not comparable or (keeps and found == SEVERAL_USES))
-        if not checks and not served and not (in_forward and known and not keeps):
+        if not checks and not served and not (in_forward and known and not keeps) and not self.apart:
             return None
         forms = not served and not checks
         frees = (frees or frozen) and not keeps and not several and parameter not in self._whole
-        return Job(self.state_of(target), known, checks, forms, keeps or several, keeps, frees, in_forward)
+        kept = keeps or several
+        return Job(self.state_of(target), known, checks, forms, kept, keeps, frees, in_forward, self.apart)
 
     # ------------------------------------------------------------ after the pass
 

@@ -118,7 +118,7 @@ def compared(records: Sequence[Record], workers: DataParallel, everyone: DataPar
         everyone: all processes that split the batch, over which gradients may be averaged already.
     """
     together: Ranks | None = None
-    reached = [record for record in records if record.parameter.grad is not None or record.gradient_checked is not None]
+    reached = [record for record in records if record.gradient is not None or record.gradient_checked is not None]
     if workers.splits_the_batch or any(is_sharded(record.parameter) for record in records):
         by_uses, by_gradients, together = _joint(records, everyone)
         reached = list(records)  # the others may have reached what this process did not
@@ -171,7 +171,7 @@ def _verdict(
         return Verdict(SEVERAL_USES if agrees else OTHERWISE, "reached in pieces or by another way")
     if not agrees:
         return Verdict(OTHERWISE, "also used outside its layer" if count else "reached in pieces or by another way")
-    if not is_sharded(record.parameter) and record.parameter.is_leaf and not completed:
+    if not is_sharded(record.parameter) and record.leaf.is_leaf and not completed:
         return Verdict(OTHERWISE, "given its gradient by the loop itself")
     if count == 1 and completed <= 1:
         return Verdict(ONE_USE, "")
@@ -196,7 +196,7 @@ def _joint(records: Sequence[Record], everyone: DataParallel) -> tuple[list[Tens
             route = here.route
         routes.append(route)
     for record in records:
-        found = by_gradient(record.parameter, everyone, in_summands=True)
+        found = by_gradient(record.parameter, record.gradient, everyone, in_summands=True)
         here = averaged(everyone.block(record.parameter, in_layer=True), everyone.summands(record.parameter))
         products.append(_or_zeros(found and found[0].rmatvec(_r(record)), record))
         routes.append(found[1] if found else here.route)
@@ -207,7 +207,7 @@ def _joint(records: Sequence[Record], everyone: DataParallel) -> tuple[list[Tens
 def _gradient_times_r(record: Record) -> Tensor:
     if record.gradient_checked is not None:
         return record.gradient_checked
-    gradient = record.parameter.grad
+    gradient = record.gradient
     assert gradient is not None
     return Explicit(as_matrix(gradient).to(record.u.dtype)).rmatvec(_r(record))
 

@@ -1,7 +1,7 @@
 """Who shares the batch: under DDP and FSDP2 a gradient is the sum of what the processes computed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nusam.distributed.blocks import Block, averaged, block, complete, groups_of, is_sharded, whole
+from nusam.distributed.engines import Engine, is_engine
 from nusam.distributed.sums import Group, Ranks, Route
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
@@ -23,7 +24,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module that wrappers (DistributedDataParallel, torch.compile) stand for, with its own names."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel) or is_engine(model):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
@@ -52,7 +53,10 @@ class DataParallel:
         self._m_sam = m_sam
         self._ddps: list[Any] = []
         self._fsdp: list[Any] = []
-        if model is not None and is_running():
+        self.engine: Engine | None = None
+        if model is not None and is_engine(model):
+            self.engine = Engine(model)
+        elif model is not None and is_running():
             self._ddps, self._fsdp = _wrappers(model)
 
     @property
@@ -67,8 +71,8 @@ class DataParallel:
 
     @property
     def replicates(self) -> bool:
-        """Whether DistributedDataParallel is at work."""
-        return bool(self._ddps)
+        """Whether DistributedDataParallel is at work, or an engine that does the same."""
+        return bool(self._ddps) or self.engine is not None
 
     @property
     def must_reduce(self) -> bool:
@@ -141,6 +145,8 @@ class DataParallel:
             return ()
         if self._m_sam is not False:
             return (self._m_sam,)
+        if self.engine is not None:
+            return self.engine.groups
         if parameter in self._managed:
             return groups_of(self._managed[parameter][0])
         if len(self._ddps) > 1:
@@ -181,7 +187,13 @@ class DataParallel:
     def ascent(self, reduces_gradients: bool) -> Iterator[None]:
         """The ascent pass, in which DDP reduces gradients or leaves each process its own, as told."""
         hook = None
-        if not self._ddps and self._model is not None and not reduces_gradients and is_running():
+        if (
+            self.engine is None
+            and not self._ddps
+            and self._model is not None
+            and not reduces_gradients
+            and is_running()
+        ):
             hook = self._model.register_forward_pre_hook(_refuse_unknown_ddp)
         before = [(ddp, ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._ddps]
 
@@ -193,7 +205,7 @@ class DataParallel:
                 if not ddp._join_config.enable:  # where processes that are through go by what DDP made of it
                     ddp.require_forward_param_sync = broadcasts  # of buffers, in the descent as in the ascent
 
-        with always(undo):
+        with always(undo), nullcontext() if self.engine is None else self.engine.ascent():
             for ddp in self._ddps:
                 ddp.require_backward_grad_sync = reduces_gradients
             yield

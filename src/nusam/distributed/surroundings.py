@@ -39,6 +39,7 @@ class Holders:
         self._asked: tuple[object, ...] = ()
         self._found: list[weakref.ref[Any]] = []
         self._flat: tuple[nn.Module | None, bool] = (None, False)
+        self._engine: bool | None = None
 
     def forget(self) -> None:
         """Look again when they are next asked for."""
@@ -61,6 +62,17 @@ class Holders:
             found = [x for x in _objects(kinds) if not wanted.isdisjoint(getattr(x, "submod", x).parameters())]
             self._found, self._asked = [weakref.ref(x) for x in found], kinds
         return [x for x in (ref() for ref in self._found) if x is not None]
+
+    def engine(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether DeepSpeed's engine holds some of the parameters."""
+        kind = _imported("deepspeed.runtime.engine", "DeepSpeedEngine")
+        if kind is None:
+            return False
+        if self._engine is None:
+            wanted = set(parameters)
+            found = (engine.module.parameters() for engine in _objects((kind,)))
+            self._engine = any(not wanted.isdisjoint(parameters) for parameters in found)
+        return self._engine
 
     def flatten(self, parameters: Sequence[Tensor], model: nn.Module | None) -> bool:
         """Whether FullyShardedDataParallel (FSDP1) keeps some parameter, or wraps a part of the model."""

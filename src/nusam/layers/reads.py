@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from nusam.interrupts import always
 
-__all__ = ["Backwards", "Watched", "Watcher", "untold", "watched"]
+__all__ = ["Backwards", "Watched", "Watcher", "told_of_functions", "untold", "watched"]
 
 
 class Watcher(Protocol):
@@ -22,6 +22,10 @@ class Watcher(Protocol):
 
     def value(self, W: Tensor, tracked: bool) -> Tensor:
         """What a function gets in the parameter's place; ``tracked``: whether autograd is to follow it."""
+        ...
+
+    def told(self, of: str) -> None:
+        """Its ``requires_grad`` is being set, or its ``grad`` looked at or set."""
         ...
 
 
@@ -37,7 +41,10 @@ class Watched(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
-        if not _reads(name, function):
+        if not _reads(name, function) or _is_an_engines(name, function, args):
+            told = "requires_grad" if name == "requires_grad_" else _TOLD.get(function)
+            if told:
+                vars(args[0])[_WATCHER].told(told)
             return untold(function, *args, **kwargs)
         others = any(kind not in (cls, Tensor, nn.Parameter) for kind in types)  # subclasses to be told of the call
         writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
@@ -80,6 +87,31 @@ def watched(watchers: Mapping[Tensor, Watcher]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def told_of_functions() -> Iterator[None]:
+    """Inside, functions with a backward of their own get watched parameters by their values too.
+
+    torch tells of every function but those.
+    """
+    function: Any = torch.autograd.Function
+    apply = vars(function)["apply"]
+
+    def with_values(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = apply.__get__(None, cls)
+        return bound(*(_value(x) for x in args), **{name: _value(x) for name, x in kwargs.items()})
+
+    def undo() -> None:
+        function.apply = apply
+
+    with always(undo):
+        function.apply = classmethod(with_values)
+        yield
+
+
+def _value(x: Any) -> Any:
+    return untold(vars(x)[_WATCHER].value, x, True) if type(x) is Watched else x
+
+
 class Backwards:
     """Counts the backwards of both passes: after the last one, what the loop reads is no part of the computation."""
 
@@ -120,6 +152,10 @@ class Backwards:
 _WATCHER = "_nusam_watcher"
 _READING_PROPERTIES = [getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")]
 _DATA = _READING_PROPERTIES[0]
+_TOLD = {
+    getattr(getattr(Tensor, name), function): name
+    for name, function in (("requires_grad", "__set__"), ("grad", "__get__"), ("grad", "__set__"))
+}
 # what asks for a tensor's shape or place, or speaks of the very tensor
 _NOT_READING = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "get_device",
@@ -127,6 +163,12 @@ _NOT_READING = {
     "can_cast", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad", "data_ptr",
     "storage", "untyped_storage", "_typed_storage", "share_memory_", "backward", "grad", "__set__", "__delete__",
 }  # fmt: skip
+
+
+def _is_an_engines(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether it stores the parameter, or looks for the node that accumulates its gradient: a view as itself."""
+    itself = name in ("view_as", "expand_as") and len(args) == 2 and args[0] is args[1]
+    return itself or (function == _DATA and hasattr(args[0], "ds_id"))
 
 
 def _reads(name: str, function: Callable[..., Any]) -> bool:

@@ -85,7 +85,7 @@ class InForward:
 
     def value(self, W: Tensor, tracked: bool) -> Tensor:
         """W + ε, for a function that reads the weight beside its layer."""
-        if self.is_over():
+        if self.is_over() or not W.numel():  # what an engine keeps elsewhere nobody reads
             return W
         if is_transformed() or (tracked and torch.is_grad_enabled() and W.requires_grad):
             return W + self._outer(W, W.dtype)
@@ -94,6 +94,9 @@ class InForward:
                 values = W + self._outer(W, W.dtype)
             self._values = values, values._version
         return self._values[0]
+
+    def told(self, of: str) -> None:
+        """Its gradient, and whether it gets one, are the loop's own business."""
 
     def is_written(self) -> bool:
         """Whether somebody wrote into what :meth:`value` gave."""

@@ -1,0 +1,108 @@
+"""An ascent in which no parameter takes part in a backward, so that no gradient is formed in one and no hook runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from nusam.interrupts import always
+from nusam.layers.reads import Watcher, told_of_functions, watched
+
+__all__ = ["Silence"]
+
+INSTEAD = "use nusam.NuSAM around an optimizer of your own"
+
+
+class Silence:
+    """Keeps parameters out of the backwards of a pass, and refuses loops that would have looked for them there.
+
+    Args:
+        parameters: all that a backward may reach.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad and p.is_leaf]
+        self._known = set(self._parameters)
+        self._keeps = False
+        self._backwards = 0
+        self._looked = False  # whether somebody has looked at a gradient since the last one
+
+    @contextmanager
+    def kept(self, watchers: Mapping[Tensor, Watcher], tells: bool) -> Iterator[None]:
+        """Inside, who reads one of these beside its layer gets what its watcher has for it, if Python sees that."""
+        before = [(p, p.grad) for p in self._parameters]
+
+        def undo() -> None:
+            self._keeps = False
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
+
+        with always(undo), ExitStack() as contexts:
+            self._keeps = True
+            for parameter in self._parameters:
+                parameter.requires_grad_(False)
+            if tells:
+                contexts.enter_context(watched({p: _Told(self, watcher) for p, watcher in watchers.items()}))
+                contexts.enter_context(told_of_functions())
+            yield
+            written = [p for p, gradient in before if p.grad is not None and p.grad is not gradient]
+            if written:
+                for parameter, gradient in before:
+                    parameter.grad = gradient
+                raise RuntimeError(
+                    f"The loop gives a parameter of shape {tuple(written[0].shape)} its gradient itself inside the "
+                    f"ascent, which no backward leads to; {INSTEAD}."
+                )
+
+    def admit(self, inputs: Sequence[Any], create_graph: bool, accumulates: bool) -> None:
+        """A backward is about to run.
+
+        Raises:
+            RuntimeError: if it can't be what it would be without the silence.
+        """
+        if not self._keeps:
+            return
+        asked = [x for x in inputs if isinstance(x, Tensor) and x in self._known]
+        if asked:
+            raise RuntimeError(
+                f"The loss asks for the gradient of a parameter of shape {tuple(asked[0].shape)}, which a perturbation "
+                f"that leaves gradients to an engine does not form; {INSTEAD}."
+            )
+        if not accumulates or inputs:
+            return
+        if create_graph:
+            raise RuntimeError(
+                "backward(create_graph=True) makes gradients to be differentiated, which a perturbation that leaves "
+                f"gradients to an engine does not form; {INSTEAD}."
+            )
+        if self._backwards and self._looked:
+            raise RuntimeError(
+                "The loop looks at gradients, or clears them, between two backwards of the ascent, which leaves none; "
+                f"take the first by torch.autograd.grad, or {INSTEAD}."
+            )
+        self._backwards, self._looked = self._backwards + 1, False
+
+    def told(self, of: str) -> None:
+        """Somebody sets ``requires_grad`` of a parameter in the pass, or looks at its ``grad`` or sets it."""
+        if of == "requires_grad":
+            raise RuntimeError(
+                "requires_grad of a parameter is set inside the ascent, in which none takes part in a backward; set it "
+                f"before the passes, or {INSTEAD}."
+            )
+        self._looked = True
+
+    def check(self) -> None:
+        """Refuse a pass without a backward."""
+        if not self._backwards:
+            raise RuntimeError(
+                "The ascent pass ended without a backward, which is where a perturbation that leaves gradients to an "
+                "engine finds its own; compute the loss and run it backwards in every pass."
+            )
+
+
+class _Told:
+    """A parameter's watcher, and the silence that it keeps."""
+
+    def __init__(self, silence: Silence, watcher: Watcher) -> None:
+        self.value, self.told = watcher.value, silence.told

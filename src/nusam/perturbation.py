@@ -1,0 +1,262 @@
+"""νSAM for loops whose step belongs to an engine: the passes, and no optimizer to wrap."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nusam.coverage import Coverage
+from nusam.distributed.blocks import is_sharded
+from nusam.distributed.data_parallel import DataParallel, unwrapped
+from nusam.guards.checks import check_radius
+from nusam.guards.engines import check_engine
+from nusam.lmo import Nuclear
+from nusam.optimizer import SharpnessAware
+from nusam.targets import Targets
+
+__all__ = ["Perturbation"]
+
+INSTEAD = "nusam.NuSAM around an optimizer of your own"
+
+
+class Perturbation:
+    """νSAM's two passes for loops whose step belongs to an engine, which keeps gradients and weights to itself::
+
+        perturbation = nusam.Perturbation(model, rho=0.05, ascent_share=1/8)
+        for batch in loader:
+            for part in perturbation.passes(batch):
+                engine.backward(engine(part))
+            engine.step()
+
+    ε is that of :class:`nusam.NuSAM`, which runs on the same passes. The ascent is matrix-free: no parameter takes part
+    in its backward, so that no gradient is left or changed and no hook on one runs. The descent adds ε in the layers'
+    forward, so that no weight is written. What can't be had that way is refused: a matrix that no known layer holds,
+    one that is used beside its layer, or whose gradient the loss itself asks for. Hooks, and loops that edit gradients,
+    see those of the descent alone: what they make of one is not in ε.
+
+    Args:
+        model: the module being trained, with what it is wrapped in (DistributedDataParallel, an engine).
+        rho: radius of the nuclear-norm ball of each matrix; may be changed between steps.
+        ascent_share: the share of each batch that the ascent sees, in (0, 1], see ``docs/cheap.md``.
+        delay: steps before the perturbation starts.
+        rho_schedule: maps the number of steps taken to a factor ≥ 0 on ρ.
+        targets: which of the model's parameters are perturbed, as far as they are matrices: ``"trainable"``,
+            ``"frozen"``, such as the base weights under LoRA, or a predicate ``(name, parameter) -> bool``.
+        power_iterations: T of Algorithm 2.
+        convolutions: whether the kernels of convolutions count as matrices.
+        m_sam: whether every process has an ε of its own; or the process group that shares one.
+        seed: of the warm starts. The global generators are never drawn from.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: in one sentence, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rho: float = 0.05,
+        *,
+        ascent_share: float = 1.0,
+        delay: int = 0,
+        rho_schedule: Callable[[int], float] | None = None,
+        targets: Targets = "trainable",
+        power_iterations: int = 1,
+        convolutions: bool = False,
+        m_sam: Any = False,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be the torch.nn.Module being trained, got {type(model).__name__}; "
+                "pass the module, with what it is wrapped in."
+            )
+        check_radius(rho)
+        parameters = _trained(model)
+        if not parameters:
+            raise ValueError(
+                f"model {type(model).__name__} has no trainable parameter, so that nothing is trained; pass the module "
+                "being trained."
+            )
+        self._passes = _Passes(
+            _Held(parameters, {}),
+            Nuclear(power_iterations, convolutions),
+            rho,
+            model=model,
+            ascent="matrix-free",
+            placement="forward",
+            ascent_share=ascent_share,
+            delay=delay,
+            rho_schedule=rho_schedule,
+            targets=targets,
+            m_sam=m_sam,
+            seed=seed,
+        )
+
+    def passes(self, *batch: Any, ends_step: bool = True) -> Iterator[Any]:
+        """Iterate over the passes of one micro-batch: the ascent, then the descent; only the latter while inactive.
+
+        The loop body computes the loss and runs it backwards, as the engine has it. Gradients that are there are left
+        alone: those of the descent add to them, as those of a single pass would.
+
+        Args:
+            batch: what comes back once a pass: several arguments as a tuple, one as itself, in the ascent cut to
+                ``ascent_share`` of its samples. Without any, ``"ascent"`` and ``"descent"`` come.
+            ends_step: whether the engine steps after this micro-batch; steps are what ``delay`` and ``rho_schedule``
+                count.
+
+        Raises:
+            RuntimeError: inside another pass, or if something can't be had without gradients; the weights are the
+                unperturbed ones then, and no gradient has been touched.
+        """
+        self._passes.follow()
+        yield from self._passes.passes(*batch, accumulate=True)
+        if ends_step:
+            self._passes.step()
+
+    @property
+    def active(self) -> bool:
+        """Whether the next step is perturbed: the delay is over and the radius positive."""
+        return self._passes.active
+
+    @property
+    def rho(self) -> float:
+        """The radius ρ, before the schedule."""
+        return float(self._passes.param_groups[0]["rho"])
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        check_radius(value)
+        self._passes.param_groups[0]["rho"] = value
+        self._passes.defaults["rho"] = value
+
+    @property
+    def ascent_share(self) -> float:
+        """The share of each batch that the ascent sees."""
+        return self._passes.ascent_share
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module being trained."""
+        return self._passes.model
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for any logger, those of :meth:`SharpnessAware.metrics`; the only call that waits."""
+        return self._passes.metrics()
+
+    def coverage(self) -> Coverage:
+        """How many of the model's entries are perturbed, and by name what is not."""
+        return self._passes.coverage()
+
+    def perturbation_numel(self) -> int:
+        """Floats that ε needs: Σ(n+m) over the matrices."""
+        return self._passes.perturbation_numel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The warm starts and what was found of every matrix, by the model's names, and the number of steps.
+
+        All of it is plain numbers and tensors, for the client state of an engine's checkpoint.
+        """
+        return self._passes.saved()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state dict of this class.
+
+        Raises:
+            ValueError: if it does not fit the model; nothing is loaded then.
+        """
+        self._passes.load(state_dict)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rho={self.rho:g}, ascent_share={self.ascent_share:g})"
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in unwrapped(model).parameters() if parameter.requires_grad]
+
+
+class _Held(Optimizer):
+    """The parameters that an engine steps."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: the engine does."""
+
+
+class _Passes(SharpnessAware):
+    """The passes over parameters whose gradients and values are an engine's."""
+
+    _apart = True
+    _instead = INSTEAD
+
+    @property
+    def _what_it_perturbs(self) -> str:
+        return f"Perturbation perturbs a {self._target}"
+
+    def follow(self) -> None:
+        """Hold the parameters that the model trains now."""
+        self._refuse_inside_pass("passes()")
+        self.param_groups[0]["params"][:] = _trained(cast(nn.Module, self.model))
+
+    def saved(self) -> dict[str, Any]:
+        self._refuse_inside_pass("state_dict()")
+        self._progress.warn_if_never_perturbed()
+        names = self._names()
+        return {
+            "rho": self.param_groups[0]["rho"],
+            "steps": self._progress.steps,
+            "matrices": {names[p]: dict(state) for p, state in self._states_to_save().items()},
+            "found": {names[p]: code for p, code in self._ascent.verification.codes()},
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        self._refuse_inside_pass("load_state_dict()")
+        missing = [key for key in ("rho", "steps", "matrices", "found") if key not in saved]
+        if missing:
+            raise ValueError(
+                f"The state dict has no {missing[0]!r}, which those of nusam.Perturbation have; load one that its "
+                "state_dict() gave."
+            )
+        check_radius(saved["rho"])
+        parameters = {name: parameter for parameter, name in self._names().items()}
+        unknown = [name for name in saved["matrices"] if name not in parameters]
+        if unknown:
+            raise ValueError(
+                f"The state dict holds {unknown[0]!r}, which the model has not; load it into the one it was saved from."
+            )
+        given = {parameters[name]: state for name, state in saved["matrices"].items()}
+        states = {p: self._checked_state(p, state) for p, state in given.items() if self._perturbs(p)}
+        for group in self.param_groups:
+            group["rho"] = saved["rho"]
+        self.defaults["rho"] = saved["rho"]
+        self._ascent.states, self._ascent.measured, self._pending = states, {}, None
+        found = {parameters[name]: code for name, code in saved["found"].items() if name in parameters}
+        self._ascent.verification.load(found)
+        self._progress.steps, self._progress.ascents = saved["steps"], max(0, saved["steps"] - self.delay)
+        self._first_ascent = None
+
+    def _check_targets(self) -> None:
+        targets = [target.parameter for target in self._targets(factor=1.0)]
+        names = self._names()
+        for parameter in targets:
+            if is_sharded(parameter):
+                raise NotImplementedError(
+                    f"{names[parameter]} is a DTensor, whose gradients are your loop's and no engine's; use {INSTEAD}."
+                )
+        structure = self._structure
+        if structure is not None:
+            for parameter in targets:
+                if not structure.uses_of(parameter):
+                    raise ValueError(
+                        f"{names[parameter]} is held by no known layer, in whose forward ε could live; exclude it with "
+                        f"targets= or use {INSTEAD}."
+                    )
+        super()._check_targets()
+
+    def _check_processes(self, workers: DataParallel) -> None:
+        if workers.forced is not None:
+            raise RuntimeError(
+                f"A perturbation that leaves gradients alone can't be had where {workers.forced.why}; use "
+                f"{workers.forced.instead}."
+            )
+        check_engine(self._parameters(), workers, self._holders)
+        super()._check_processes(workers)

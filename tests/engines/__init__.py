@@ -1,0 +1,1 @@
+"""Engines that keep the step to themselves, run by several processes."""

@@ -1,0 +1,248 @@
+"""What two processes say of a perturbation under DeepSpeed; ``python -m tests.engines.deepspeeding said.json``."""
+
+import copy
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import nusam
+
+STEPS, RHO, BATCH = 20, 0.1, 16
+CASES = {  # ZeRO's stage, micro-batches of a step, dtype, offload
+    "ZeRO 0": (0, 1, "float32", False),
+    "ZeRO 0, accumulation": (0, 2, "float32", False),
+    "ZeRO 1, accumulation": (1, 2, "float32", False),
+    "ZeRO 2": (2, 1, "float32", False),
+    "ZeRO 2, accumulation, offload": (2, 2, "float32", True),
+    "ZeRO 3": (3, 1, "float32", False),
+    "ZeRO 3, accumulation, offload": (3, 2, "float32", True),
+    "ZeRO 0, bfloat16": (0, 1, "bfloat16", False),
+    "ZeRO 2, bfloat16": (2, 1, "bfloat16", False),
+    "ZeRO 3, bfloat16": (3, 1, "bfloat16", False),
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    layers = [nn.Linear(6, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 64), nn.Tanh(), nn.Linear(64, 4)]
+    return nn.Sequential(*layers)
+
+
+def sample(index: int):
+    """The joint micro-batch."""
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(BATCH, 6, generator=generator), torch.randint(0, 4, (BATCH,), generator=generator)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def engine_of(case):
+    stage, micro_batches, dtype, offload = case
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    if stage == 3 and micro_batches > 1:  # weights go as soon as their layer is through
+        zero |= dict.fromkeys(
+            ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 0
+        )
+    if offload:
+        zero |= {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == 3 else {})
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        "gradient_accumulation_steps": micro_batches,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1 unless told otherwise
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+    model = net()
+    return deepspeed.initialize(model=model, optimizer=sgd(model), config=config)[0]
+
+
+COUNTED = ("all_reduce", "reduce", "broadcast", "reduce_scatter_tensor", "reduce_scatter", "all_to_all_single")
+
+
+@contextmanager
+def counting(calls: Counter):
+    """Count the collectives that add something up or hand it on, gathers of weights apart."""
+    before = {name: getattr(dist, name) for name in COUNTED}
+
+    def counted(name):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return before[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in COUNTED:
+            setattr(dist, name, counted(name))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
+
+
+def train(engine, perturbation, case, steps, faults, calls):
+    _, micro_batches, dtype, _ = case
+    size = BATCH // dist.get_world_size()
+    here = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    for step in steps:
+        for i in range(micro_batches):
+            x, y = (part[here] for part in sample(step * micro_batches + i))
+            part = x.to(getattr(torch, dtype))
+            before = Counter(calls)
+            for number, (xs, ys) in enumerate(perturbation.passes(part, y, ends_step=i == micro_batches - 1)):
+                if number == 1 and step not in (0, 1, 2, 4, 8, 16):  # where it compares, it adds up what it compares
+                    faults += [f"step {step}: {calls - before}"] if calls - before != {"all_reduce": 2} else []
+                gradients = [p.grad for p in engine.module.parameters()]
+                begun = Counter(calls)
+                engine.backward(F.cross_entropy(engine(xs).float(), ys))
+                if number == 0:
+                    same = all(p.grad is g for p, g in zip(engine.module.parameters(), gradients, strict=True))
+                    faults += [] if same else [f"step {step}: the ascent has left a gradient"]
+                    added = calls - begun if step else None  # ZeRO 3 compares its order of modules once
+                    faults += [f"step {step}: the ascent's {added}"] if added else []
+            engine.step()
+
+
+def weights(engine):
+    parameters = list(engine.module.parameters())
+    gathered = deepspeed.zero.GatheredParameters(parameters) if hasattr(parameters[0], "ds_id") else nullcontext()
+    with gathered:
+        return [p.detach().float().clone() for p in parameters]
+
+
+def alone(case, rho=RHO):
+    """The same on the joint batch, in one process; weights below float32 have copies in float32 that are stepped."""
+    _, micro_batches, dtype, _ = case
+    masters = net()
+    model = copy.deepcopy(masters).to(getattr(torch, dtype))
+    step_of = sgd(masters)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.0), rho, model=model, ascent="gradient")
+    for step in range(STEPS):
+        opt.zero_grad()
+        for i in range(micro_batches):
+            x, y = sample(step * micro_batches + i)
+            for xs, ys in opt.passes(x.to(getattr(torch, dtype)), y, accumulate=True):
+                (F.cross_entropy(model(xs).float(), ys) / micro_batches).backward()
+        opt.step()
+        with torch.no_grad():
+            for master, p in zip(masters.parameters(), model.parameters(), strict=True):
+                master.grad = p.grad.float()
+            step_of.step()
+            for master, p in zip(masters.parameters(), model.parameters(), strict=True):
+                p.copy_(master)
+    return [p.detach().float() for p in model.parameters()]
+
+
+def distance(one, other):
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def said_of(case, folder):
+    faults, calls = [], Counter()
+    engine = engine_of(case)
+    perturbation = nusam.Perturbation(engine, RHO)
+    with counting(calls):
+        train(engine, perturbation, case, range(9), faults, calls)
+    engine.save_checkpoint(folder, client_state={"nusam": perturbation.state_dict()})
+    with counting(calls):
+        train(engine, perturbation, case, range(9, STEPS), faults, calls)
+    found = weights(engine)
+    resumed = engine_of(case)
+    perturbation = nusam.Perturbation(resumed, RHO)
+    _, client_state = resumed.load_checkpoint(folder)
+    perturbation.load_state_dict(client_state["nusam"])
+    train(resumed, perturbation, case, range(9, STEPS), [], Counter())
+    try:
+        opt = nusam.NuSAM(sgd(resumed.module), RHO, model=resumed.module)
+        next(iter(opt.passes()))
+        refused = "nothing"
+    except (NotImplementedError, ValueError) as error:
+        refused = str(error)
+    try:
+        next(iter(nusam.Perturbation(resumed.module, RHO).passes()))
+        refused_inside = "nothing"
+    except RuntimeError as error:
+        refused_inside = str(error)
+    return {
+        "off": distance(found, alone(case)),
+        "without off": distance(found, alone(case, 0.0)),
+        "resumed off": distance(found, weights(resumed)),
+        "faults": faults[:3],
+        "refused": [refused, refused_inside],
+        "epsilon": perturbation.metrics()["epsilon/0.weight"],
+    }
+
+
+def run_the_page(folder) -> int:
+    """The recipe of docs/deepspeed.md; the steps that it took."""
+    page = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text("utf-8")
+    (recipe,) = re.findall(r'```py title="DeepSpeed"\n(.*?)```', page, flags=re.DOTALL)
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 2},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    model = net()
+
+    class Initialized:
+        """DeepSpeed, with an optimizer that needs no compiler."""
+
+        @staticmethod
+        def initialize(model, model_parameters, config):
+            return deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model_parameters, lr=0.1), config=config)
+
+    names = {
+        "deepspeed": Initialized,
+        "nusam": nusam,
+        "model": model,
+        "config": config,
+        "loader": [sample(i) for i in range(6)],
+        "criterion": F.cross_entropy,
+        "folder": folder,
+    }
+    exec(compile(recipe, "docs/deepspeed.md", "exec"), names)
+    return names["perturbation"].state_dict()["steps"]
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
+    deepspeed.init_distributed(dist_backend="gloo")
+    said = {}
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        for index, (name, case) in enumerate(CASES.items()):
+            said[name] = copy.deepcopy(said_of(case, f"{shared[0]}/{index}"))
+        steps = run_the_page(f"{shared[0]}/page")
+        if dist.get_rank() == 0:
+            with open(sys.argv[1], "w") as file:
+                json.dump({"cases": said, "steps of the page": steps}, file)
+        dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
