@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.distributed.launching import torchrun
+from tests.distributed.launching import python
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +37,8 @@ def said(tmp_path_factory):
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, ["src", os.environ.get("PYTHONPATH", "")])))
-        torchrun(2, "tests.engines.deepspeeding", str(path), module=True)
+        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        python(*launcher, "--module", "tests.engines.deepspeeding", str(path))
     return json.loads(path.read_text())
 
 

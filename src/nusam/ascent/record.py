@@ -109,9 +109,6 @@ class Record(Findings):
             parameter.all_gather()
         return cast(Tensor, untold(parameter.detach))
 
-    def told(self, of: str) -> None:
-        """Whoever keeps the parameter silent is told in its place."""
-
     def value(self, W: Tensor, tracked: bool) -> Tensor:
         """For a function that reads the weight beside its layer: what gets a gradient in its place."""
         if not tracked or not torch.is_grad_enabled() or (self.elsewhere and not W.numel()):

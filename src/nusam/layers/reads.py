@@ -24,10 +24,6 @@ class Watcher(Protocol):
         """What a function gets in the parameter's place; ``tracked``: whether autograd is to follow it."""
         ...
 
-    def told(self, of: str) -> None:
-        """Its ``requires_grad`` is being set, or its ``grad`` looked at or set."""
-        ...
-
 
 class Watched(nn.Parameter):
     """A parameter in a pass; to everybody else it is what it was."""
@@ -42,9 +38,10 @@ class Watched(nn.Parameter):
                 return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if not _reads(name, function) or _is_an_engines(name, function, args):
-            told = "requires_grad" if name == "requires_grad_" else _TOLD.get(function)
-            if told:
-                vars(args[0])[_WATCHER].told(told)
+            of = "requires_grad" if name == "requires_grad_" else _TOLD.get(function)
+            tell = getattr(vars(args[0])[_WATCHER], "told", None) if of else None
+            if tell:  # who wants to know of its gradient
+                tell(of)
             return untold(function, *args, **kwargs)
         others = any(kind not in (cls, Tensor, nn.Parameter) for kind in types)  # subclasses to be told of the call
         writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING

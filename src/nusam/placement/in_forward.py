@@ -95,9 +95,6 @@ class InForward:
             self._values = values, values._version
         return self._values[0]
 
-    def told(self, of: str) -> None:
-        """Its gradient, and whether it gets one, are the loop's own business."""
-
     def is_written(self) -> bool:
         """Whether somebody wrote into what :meth:`value` gave."""
         return self._values is not None and self._values[0]._version != self._values[1]
