@@ -64,10 +64,8 @@ class LayerPass:
         self._iterations = iterations
         self.records: dict[Tensor, Record] = {}
         self.known: dict[Tensor, TopPair] = {}  # of matrices that others have served in this pass
+        self._compiles = compiles
         self.add(jobs)
-        if compiles:
-            for record in self.records.values():
-                record.make_probe()
 
     def add(self, jobs: dict[Tensor, Job]) -> None:
         """Take the products of these too."""
@@ -75,6 +73,8 @@ class LayerPass:
         for (parameter, job), u in zip(jobs.items(), us, strict=True):
             own = Record(parameter, job, u, self._iterations, self._stand_ins, self.tap, self._tap_node)
             self.records[parameter] = own
+            if self._compiles:
+                own.make_probe()
 
     def accumulates(self) -> bool:
         """Whether the running backward accumulates; if not, it returns gradients that the loss itself asks for."""

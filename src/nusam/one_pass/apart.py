@@ -64,6 +64,8 @@ class Apart:
         self.late: Callable[[], Record | None] = lambda: None  # the record that is needed where it can't
         self.alone: InForward | None = None  # takes over where no samples travel behind
         self._calls = 0
+        # in a compiled graph
+        self.added = None if epsilon is None else InForward(epsilon.u, epsilon.v)
 
     def go_alone(self) -> None:
         """From now on all rows are this batch's."""
@@ -77,6 +79,8 @@ class Apart:
         return self._calls if self.alone is None else self.alone.calls
 
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._in_a_graph(kind, x, W, extra, rows)
         if self.alone is not None:
             return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
         if self.mixed is not None:
@@ -93,6 +97,30 @@ class Apart:
         if is_altered(kind) or not is_plain(x):
             raise CannotJoin("has a layer that computes with another function than torch's")
         y: Tensor = untold(self._apart, kind, x, W, extra, rows)
+        return y
+
+    def _in_a_graph(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None) -> Tensor:
+        """By two calls of the layer's function: a graph can't report, and hands out products as a gradient."""
+        if self.alone is not None:
+            return self.alone(kind, x, W, extra, rows) if self.epsilon is not None else kind.apply(x, W, extra)
+        if rows is not None or kind is Own or is_sharded(W):
+            raise CannotJoin("has a compiled layer that is not served in a graph")
+        side, samples = self.joint.side, sum(self.joint.rows)
+        if side == "both" and self._is_shared(kind, x):
+            x = x.expand(samples, *x.shape[x.ndim > 1 :])
+        self._cut(kind, x)
+        length = x.shape[0]
+        first = length // samples * self.joint.rows.first if side == "both" else length if side == "first" else 0
+        parts = []
+        if first:
+            mine = x[:first]
+            parts.append(kind.apply(mine, W, extra) if self.added is None else self.added(kind, mine, W, extra))
+        if first < length:
+            others, record = x[first:], self.record
+            parts.append(kind.apply(others, W, extra) if record is None else record.use(kind, others, W, extra))
+        y = torch.cat(parts)
+        if y.dtype == torch.float16:
+            raise CannotJoin(IN_HALF)
         return y
 
     def _suits(self, kind: type[Kind], x: Tensor, W: Tensor, rows: slice | None) -> bool:

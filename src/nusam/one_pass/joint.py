@@ -48,12 +48,32 @@ def observed(model: nn.Module, samples: int, seen: dict[nn.Module, list[int | No
         (length,) = lengths if len(lengths) == 1 else (0,)
         seen.setdefault(module, []).append(length // samples if length and length % samples == 0 else None)
 
-    handles = [module.register_forward_hook(note) for module in _outside_of_graphs(model)]
-    try:
-        yield
-    finally:
+    modules = list(_outside_of_graphs(model))
+    graphs = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl is not None}
+
+    def noting(module: nn.Module, graph: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = graph(*args, **kwargs)
+            note(module, args, output)
+            return output
+
+        return call
+
+    handles: list[Any] = []
+
+    def undo() -> None:
         for handle in handles:
             handle.remove()
+        for module, graph in graphs.items():
+            module._compiled_call_impl = graph
+
+    with always(undo):
+        for module in modules:
+            if module in graphs:  # whose hooks are in the graph
+                module._compiled_call_impl = noting(module, graphs[module])
+            else:
+                handles.append(module.register_forward_hook(note))
+        yield
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -116,27 +136,33 @@ class Joint:
         turns = self._second = Turns(lambda: function(second))
         self._settings = Settings()
 
+        # what was compiled in place is called past its own _call_impl
+        compiled = {module: graph for module in self._modules if (graph := module._compiled_call_impl) is not None}
+
         def undo() -> None:
             if turns.waits():
                 with self._settings.swapped(), self._aside():
                     turns.close()
             for module in self._modules:
                 vars(module).pop("_call_impl", None)
+            for module, graph in compiled.items():
+                module._compiled_call_impl = graph
             self.side = "both"
 
         with always(undo):
             self.side = "first"
             for module in self._modules:
-                vars(module)["_call_impl"] = self._meeting(module)
+                if module in compiled:
+                    module._compiled_call_impl = self._meeting(module, compiled[module])
+                else:
+                    vars(module)["_call_impl"] = self._meeting(module, module._call_impl)
             found = function(first)
             request = self._resume()
             if isinstance(request, Call):
                 raise CannotJoin("calls its modules a number of times that depends on the samples")
             return found, request.value
 
-    def _meeting(self, module: nn.Module) -> Callable[..., Any]:
-        alone: Callable[..., Any] = module._call_impl
-
+    def _meeting(self, module: nn.Module, alone: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             turns = self._second
             if self.side == "both" or turns is None:

@@ -1,7 +1,7 @@
 """Losses that are computed to look: which modules can be joined, and whether their samples stay apart."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -93,7 +93,12 @@ class Looks:
         opt = self._opt
         reached = []
         riders.get_ready()
-        with self._without_a_trace() as buffers, opt._workers().ascent(False), self.for_nothing(), self._set_aside():
+        with ExitStack() as contexts:
+            buffers = contexts.enter_context(self._without_a_trace())
+            for context in (opt._workers().ascent(False), self.for_nothing(), self._set_aside()):
+                contexts.enter_context(context)
+            if opt._ascent.compiles:
+                contexts.enter_context(torch.compiler.set_stance("force_eager"))  # a graph shows none of its gradients
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
                 losses = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
-from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES
+from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES, Verdict
 from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.layers.structure import Structure
@@ -146,8 +146,10 @@ class OnePass:
         self._checked = False
         if not self._modules:
             self._refuse("has no module whose output has the samples' dimension")
-        if self._opt._ascent.compiles or any(is_compiled(module) for module in model.modules()):
-            self._refuse("is compiled")
+        if any(is_compiled(module) for module in model.modules()):
+            self._opt._ascent.compiles = True
+        if self._opt._ascent.compiles and self._looks.are_many():
+            self._refuse("is compiled", why="processes add up what a graph does not hand out")
 
     def _joined(
         self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, accumulate: bool, check: bool
@@ -162,7 +164,7 @@ class OnePass:
             if check:
                 self._copies.unwanted = riders.unsuited()
             # a wrapper would wait for the gradients of matrices that a step leaves out
-            riders.get_ready(None if self._looks.are_many() else self._copies)
+            riders.get_ready(None if opt._ascent.compiles or self._looks.are_many() else self._copies)
             goes_backward = False
             try:
                 mine, other = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
@@ -197,6 +199,8 @@ class OnePass:
             verdict = found.get(parameter)
             if structure is None or not structure.uses_of(parameter):
                 self._refuse(f"has no layer that is known to hold {opt._names()[parameter]}")
+            elif opt._ascent.compiles and not _is_served_in_a_graph(structure, parameter, verdict):
+                self._refuse("is compiled", why=f"a graph does not hand out what {opt._names()[parameter]} leaves")
             elif verdict and verdict.found == OTHERWISE:
                 self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
         return not self._refused
@@ -222,7 +226,7 @@ class OnePass:
 
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
-        pass_ = LayerPass(structure.uses, {}, self._iterations(), False, structure.idle, set(), False)
+        pass_ = LayerPass(structure.uses, {}, self._iterations(), opt._ascent.compiles, structure.idle, set(), False)
         rows = Rows(samples_in(batch), samples_in(ahead))
         return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside))
 
@@ -237,7 +241,7 @@ class OnePass:
         ascent = opt._ascent
         pass_ = riders.pass_
         riders.settle(self._iterations())
-        otherwise = [p for p, record in pass_.records.items() if record.is_lost()]
+        otherwise = [p for p, record in pass_.records.items() if record.is_lost() or record.count_differs()]
         for parameter in otherwise:
             ascent.verification.forget(parameter)
         if otherwise:
@@ -284,14 +288,23 @@ class OnePass:
     def _knows_modules(self) -> bool:
         return self._modules is not None and self._structure is self._opt._structure_now()
 
-    def _refuse(self, reason: str, for_good: bool = True) -> None:
+    def _refuse(self, reason: str, for_good: bool = True, why: str = "") -> None:
         self._refused |= for_good
         if reason not in self._told:
             self._told.add(reason)
             how = "from now on every step takes" if for_good else "such a step is followed by one of"
             warnings.warn(
-                f"one_pass() can't tell the samples apart, since the model {reason}; {how} two passes.", stacklevel=2
+                f"one_pass() can't tell the samples apart, since the model {reason}; {how} two passes"
+                f"{f' ({why})' if why else ''}.",
+                stacklevel=2,
             )
+
+
+def _is_served_in_a_graph(structure: Structure, parameter: Tensor, verdict: Verdict | None) -> bool:
+    """Whether a compiled graph hands out the products of a matrix: those of one use by a layer of its own."""
+    (use, *more) = structure.uses_of(parameter)
+    several = bool(more) or (verdict is not None and verdict.found == SEVERAL_USES)
+    return not several and not isinstance(use.module, nn.MultiheadAttention)
 
 
 def _run(part: Any, loss: Loss, backward: Backward) -> Tensor:
