@@ -9,7 +9,7 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.utils import counters
 
-from tests.test_one_pass import Attentive, B, assert_same, by_hand, mean, run, token_batches, wrapped
+from tests.test_one_pass import Attentive, B, assert_same, bases, by_hand, mean, run, token_batches, wrapped
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,6 @@ WAYS = {
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("way", WAYS)
 def test_one_graph_for_all_steps_and_the_steps_by_hand(way, backend, base):
-    from tests.test_one_pass import bases
-
     model, expected, data = made(), made(), batches(14)
     compiled = WAYS[way](model, backend=backend, fullgraph=True)
     opt = wrapped(compiled, base, share=1 / 8, power_iterations=1)
@@ -91,7 +89,7 @@ def test_accumulation():
 
 
 class Blocks(nn.Module):
-    """Of which one is compiled, as a kernel and a table are used."""
+    """Of which one is compiled."""
 
     def __init__(self):
         super().__init__()
@@ -104,6 +102,7 @@ class Blocks(nn.Module):
         return self.head(x + self.block(x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at inputs
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_block_alone_is_compiled(iterations):
     def trained(compiles):
