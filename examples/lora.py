@@ -42,7 +42,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     transformers.utils.logging.set_verbosity_error()
-    rows = [row.split("\t") for row in reviews.open(errors="replace")]
+    rows = [row.split("\t") for row in reviews.read_text(errors="replace").strip().split("\n")]
     data = [(text.strip(), int(float(rating) > 0)) for _, rating, text in rows if abs(float(rating)) >= 0.5]
     sizes = [args.train, 300, args.test]
     train, validation, test, _ = random_split(data, [*sizes, len(data) - sum(sizes)])
