@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
 PYTHON ?= python3
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow test-engines check docs bench clean
 
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --durations 40 --durations-min 4
 
@@ -15,6 +15,10 @@ test: .venv/installed .venv/test-data
 test-slow: .venv/installed .venv/test-data
 	$(PYTEST) --dist loadfile -m slow $(ARGS)
 
+# DeepSpeed by itself: with it installed, Trainer and accelerate import other things.
+test-engines: .venv-engines/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=src .venv-engines/bin/python -m pytest tests/engines $(ARGS)
+
 check: .venv/installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -26,6 +30,13 @@ docs: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[experiments,dev]"
+	touch $@
+
+.venv-engines/installed: .venv/installed
+	.venv/bin/python -m venv .venv-engines
+	echo "$$(cd .venv/lib/python*/site-packages && pwd)" > .venv-engines/base.pth
+	mv .venv-engines/base.pth .venv-engines/lib/python*/site-packages/
+	DS_BUILD_OPS=0 .venv-engines/bin/pip install --quiet --constraint constraints.txt "deepspeed>=0.18"
 	touch $@
 
 .venv/test-data: .venv/installed tests/fetch_data.py
@@ -44,4 +55,4 @@ bench: .venv/installed
 	.venv/bin/python benchmarks/communication.py
 
 clean:
-	rm -rf .venv dist
+	rm -rf .venv .venv-engines dist

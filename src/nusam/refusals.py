@@ -123,6 +123,9 @@ class Checked(Resumable):
         self._ledger.close(stepped, self._names)
         workers = self._workers()
         missed = [] if workers.replicates or workers.shards else not_added(forward)  # gradients come from elsewhere too
+        if missed and self._structure is not None:  # graphs add without counting
+            in_graphs = self._ascent.in_graphs | self._structure.in_graphs()
+            missed = [parameter for parameter in missed if parameter not in in_graphs]
         for parameter in missed:
             self._ascent.measured.pop(parameter, None)
         used = [p for p in missed if p.grad is not None or p in stepped]

@@ -7,8 +7,8 @@ from tests.loops import running
 from tests.loops.engine import Engine, NotAnEngines
 from tests.loops.loop import Loop
 
-# Loops that make of a gradient what no ascent sees that has none, in a hook or by hand; models that are trained in part,
-# or by two optimizers.
+# Loops that make of a gradient what no ascent sees that has none, in a hook or by hand; models that are trained in
+# part, or by two optimizers.
 NOT_AN_ASCENTS = {
     "ACarefulHookIsCalledToo",
     "CompleteGradientsMayBeChanged",

@@ -65,6 +65,7 @@ class Serving:
         self._counts: list[_Count] = []
         self._groups: dict[Tensor, int] = {}  # of each matrix, as its layer uses it
         self.compiles = False  # whether compiled graphs were seen
+        self.in_graphs: set[Tensor] = set()  # what graphs were seen to use
         self.sees_calls = True  # whether all that was compared was called where Python sees it, in no compiled graph
 
     def __getstate__(self) -> dict[str, object]:
@@ -198,6 +199,7 @@ class Serving:
     def compare(self, pass_: LayerPass, workers: DataParallel, everyone: DataParallel) -> None:
         """Learn from what a pass has checked; waits for the device if anything was."""
         self.compiles |= pass_.is_compiled
+        self.in_graphs |= {parameter for parameter, record in pass_.records.items() if record.probed is not None}
         checked = [record for record in pass_.records.values() if record.job.checks]
         self.sees_calls &= not self.compiles and all(record.calls or not record.completed for record in checked)
         if checked:

@@ -1,13 +1,13 @@
 """The modules of a model, walked once and again only where the model has changed."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
-__all__ = ["ModuleTree", "same"]
+__all__ = ["ModuleTree", "is_compiled", "outside_of_graphs", "same"]
 
 _VALUES = operator.methodcaller("values")
 
@@ -43,3 +43,16 @@ class ModuleTree:
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether both hold the same objects, in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module is one of torch.compile, or has been compiled in place."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def outside_of_graphs(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that Python calls; what is compiled is one module."""
+    yield module
+    if not is_compiled(module):
+        for child in module.children():
+            yield from outside_of_graphs(child)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nusam.distributed.surroundings import has_replicas
 from nusam.layers.idle import IdleLayers
+from nusam.layers.module_tree import is_compiled, outside_of_graphs
 from nusam.layers.uses import Use, find_uses
 
 __all__ = ["HOOKED", "Structure"]
@@ -42,6 +43,11 @@ class Structure:
     def uses_of(self, parameter: Tensor) -> list[Use]:
         """The layers that hold the parameter."""
         return self._by_parameter.get(parameter, [])
+
+    def in_graphs(self) -> set[Tensor]:
+        """The parameters of layers that a compiled module calls, unseen by Python."""
+        called = {module for module in outside_of_graphs(self.model) if not is_compiled(module)}
+        return {use.parameter for use in self.uses if use.module not in called}
 
     def why_not_served(self, parameters: Iterable[Tensor]) -> dict[Tensor, str]:
         """The parameters that no layer can serve on its own, as far as the structure tells."""

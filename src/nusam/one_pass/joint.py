@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from nusam.batch import rebuilt
 from nusam.interrupts import always
+from nusam.layers.module_tree import outside_of_graphs
 from nusam.one_pass.turns import Call, Done, Settings, Turns
 
-__all__ = ["CannotJoin", "Joint", "Rows", "is_compiled", "joinable", "observed"]
+__all__ = ["CannotJoin", "Joint", "Rows", "joinable", "observed"]
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def observed(model: nn.Module, samples: int, seen: dict[nn.Module, list[int | No
         (length,) = lengths if len(lengths) == 1 else (0,)
         seen.setdefault(module, []).append(length // samples if length and length % samples == 0 else None)
 
-    modules = list(_outside_of_graphs(model))
+    modules = list(outside_of_graphs(model))
     graphs = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl is not None}
 
     def noting(module: nn.Module, graph: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,19 +75,6 @@ def observed(model: nn.Module, samples: int, seen: dict[nn.Module, list[int | No
             else:
                 handles.append(module.register_forward_hook(note))
         yield
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether the module is one of torch.compile, or has been compiled in place."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-def _outside_of_graphs(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that Python calls; what is compiled is one module."""
-    yield module
-    if not is_compiled(module):
-        for child in module.children():
-            yield from _outside_of_graphs(child)
 
 
 def joinable(model: nn.Module, passes: Sequence[dict[nn.Module, list[int | None]]]) -> list[nn.Module]:

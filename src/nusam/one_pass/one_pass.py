@@ -18,10 +18,11 @@ from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES, Verdict
 from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
+from nusam.layers.module_tree import is_compiled
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear, RankOne
 from nusam.one_pass.copies import Copies
-from nusam.one_pass.joint import CannotJoin, Joint, Rows, is_compiled, joinable, observed
+from nusam.one_pass.joint import CannotJoin, Joint, Rows, joinable, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients

@@ -91,7 +91,7 @@ class Counted(Protocol):
 def not_added(forward: Mapping[Tensor, Counted]) -> list[Tensor]:
     """Those whose ε no layer has added in a descent, though their gradients say that they were used.
 
-    A compiled graph adds without counting, so that nothing is known where nothing was counted.
+    Where nothing at all was counted a compiled graph has added it, which does not count.
     """
     if not any(handler.calls for handler in forward.values()):
         return []
