@@ -14,6 +14,7 @@ from nusam.experiments.recipes.convergence import fig1
 from nusam.experiments.recipes.theory import (
     BALLS,
     METHODS,
+    Product,
     Setting,
     descent_bound,
     expected_gauss_sam,
@@ -22,6 +23,7 @@ from nusam.experiments.recipes.theory import (
     simulate,
     slopes,
     stationarity_bound,
+    stationarity_rate,
 )
 from nusam.reference import nusam_step
 
@@ -201,7 +203,70 @@ def test_balls_are_the_packages(ball, oracle):
     np.testing.assert_allclose(BALLS[ball].lmo(G), epsilon.numpy(), atol=1e-9)
 
 
+PRODUCTS = {"νSAM": Product(BALLS["nuclear"], shared=False), "νSAM-Norm": Product(BALLS["nuclear"], shared=True)}
+PRODUCTS |= {f"max of {name}": Product(ball, shared=False) for name, ball in BALLS.items()}
+products = st.sampled_from(sorted(PRODUCTS))
+shapes_of_several = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=4)
+
+
+@given(products, shapes_of_several, seeds)
+def test_constants_of_balls_on_several_matrices(product, shapes, seed):
+    rng, product = np.random.default_rng(seed), PRODUCTS[product]
+    Gs = [rng.standard_normal(shape) for shape in shapes]
+    epsilons = product.lmo(Gs)
+    assert sum((G * e).sum() for G, e in zip(Gs, epsilons, strict=True)) == pytest.approx(product.dual_norm(Gs))
+    assert length(epsilons) <= product.xi_star(shapes) * (1 + 1e-12)
+    assert length(Gs) <= product.xi(shapes) * product.dual_norm(Gs) * (1 + 1e-12)
+
+
+@given(shapes_of_several, seeds)
+def test_xi_star_is_the_root_of_the_number_of_matrices_for_nusam_and_one_for_nusam_norm(shapes, seed):
+    rng = np.random.default_rng(seed)
+    Gs = [rng.standard_normal(shape) for shape in shapes]
+    assert PRODUCTS["νSAM"].xi_star(shapes) == pytest.approx(math.sqrt(len(shapes)))
+    assert PRODUCTS["νSAM-Norm"].xi_star(shapes) == 1
+    for product in ("νSAM", "νSAM-Norm"):  # every ε of these is as long as any can be
+        assert length(PRODUCTS[product].lmo(Gs)) == pytest.approx(PRODUCTS[product].xi_star(shapes))
+
+
+@pytest.mark.parametrize(("product", "oracle"), [("νSAM", lmo.Nuclear(500)), ("νSAM-Norm", lmo.NuclearNormalized(500))])
+def test_balls_on_several_matrices_are_the_packages(product, oracle):
+    rng = np.random.default_rng(0)
+    Gs = [rng.standard_normal(shape) for shape in ((5, 3), (2, 4), (1, 1))]
+    tensors = [torch.from_numpy(G.copy()) for G in Gs]
+    answers = oracle(tensors, [1.0] * 3, [oracle.init_state(x, i) for i, x in enumerate(tensors)], 0)
+    for expected, answer in zip(PRODUCTS[product].lmo(Gs), answers, strict=True):
+        np.testing.assert_allclose(torch.outer(answer.u, answer.v).numpy(), expected, atol=1e-9)
+
+
+def length(xs):
+    """‖x‖₂ of several matrices."""
+    return math.sqrt(sum((x**2).sum() for x in xs))
+
+
 # Theorem 4.3
+
+
+@given(products, shapes_of_several, seeds, smoothness, radii, st.floats(1e-3, 1))
+def test_descent_inequality_of_several_matrices(product, shapes, seed, L, rho, gamma_L):
+    rng, product = np.random.default_rng(seed), PRODUCTS[product]
+    Ds, gamma = [rng.standard_normal(shape) for shape in shapes], gamma_L / L
+    Gs = [L * D for D in Ds]
+    after = [D - gamma * L * (D + rho * epsilon) for D, epsilon in zip(Ds, product.lmo(Gs), strict=True)]
+    gap = L / 2 * length(Ds) ** 2
+    arguments = gap, product.dual_norm(Gs), gamma, rho, L, product.xi_star(shapes)
+    assert below(L / 2 * length(after) ** 2, repaired_descent_bound(*arguments), gap + L * rho**2 * len(shapes))
+    assert repaired_descent_bound(*arguments) <= descent_bound(*arguments)
+
+
+def test_counterexample_descent_inequality_of_several_matrices_with_the_xi_star_of_one():
+    """f = ‖x‖²/2 of two 1×1 matrices at (1, 1), γ = ρ = 1: νSAM moves both, to (−1, −1)."""
+    ones = [np.ones((1, 1))] * 2
+    epsilons = PRODUCTS["νSAM"].lmo(ones)
+    after = [x - (x + epsilon) for x, epsilon in zip(ones, epsilons, strict=True)]
+    assert length(after) ** 2 / 2 == pytest.approx(1)
+    assert descent_bound(1, 2, gamma=1, rho=1, L=1, xi_star=PRODUCTS["νSAM"].xi_star([(1, 1)] * 2)) == pytest.approx(1)
+    assert descent_bound(1, 2, gamma=1, rho=1, L=1, xi_star=1) == 1 / 2
 
 
 @given(balls, sizes, sizes, seeds, smoothness, radii, st.floats(1e-3, 1))
@@ -303,6 +368,43 @@ def test_stationarity_for_any_bounded_perturbation(function, perturbation, n, m,
     assert min(squares) <= stationarity_bound(gap, gammas.tolist(), rhos.tolist(), L, G_max, xi) * (1 + 1e-10)
 
 
+@given(st.floats(1e-3, 1e3), st.integers(1, 10**6), smoothness, st.floats(1e-3, 1e3), st.floats(0.1, 10))
+def test_the_rate_of_constant_steps_and_radius_follows_from_the_bound(gap, K, L, G, xi):
+    gamma, rho, rate = stationarity_rate(gap, K, L, G, xi)
+    assert 0 < gamma < 2 / L
+    steps = min(K, 1000)  # the bound is linear in the number of equal steps but for gap
+    bound = stationarity_bound(gap * steps / K, [gamma] * steps, [rho] * steps, L, G, xi)
+    assert bound <= rate * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("perturbation", ["nuclear", "ℓ2", "random"])
+def test_the_rate_of_constant_steps_and_radius_holds_on_a_nonconvex_function(perturbation):
+    """f = Σ(1 − cos x) of 3×2 matrices: L = 1, ‖∇f‖₂ ≤ √6."""
+    for K in (1, 10, 100, 1000):
+        rng = np.random.default_rng(K)
+        X = 2 * rng.standard_normal((3, 2))
+        gamma, rho, rate = stationarity_rate(float((1 - np.cos(X)).sum()), K, L=1, G=math.sqrt(6), xi=1)
+        squares = []
+        for _ in range(K):
+            G = np.sin(X)
+            squares.append(float((G**2).sum()))
+            draw = rng.standard_normal((3, 2))
+            epsilon = draw / np.linalg.norm(draw) if perturbation == "random" else BALLS[perturbation].lmo(G)
+            X = X - gamma * np.sin(X + rho * epsilon)
+        assert min(squares) <= rate
+
+
+def test_counterexample_the_rate_without_L():
+    """f = L/2·x² from x = 1 with L = 10⁶ and ρ as small as one likes: Δ₀ without L does not bound ‖∇f‖² = L²."""
+    L, gap, K = 1e6, 5e5, 4
+    gamma, _, rate = stationarity_rate(gap, K, L, G=0, xi=0)
+    x, squares = 1.0, []
+    for _ in range(K):
+        squares.append((L * x) ** 2)
+        x -= gamma * L * x
+    assert 2 * gap / math.sqrt(K) < min(squares) <= rate
+
+
 def test_counterexample_stationarity_with_a_norm_other_than_l2():
     """‖ε‖ ≤ ξ must mean ‖ε‖₂: ε = (1, 1, 1, 1) has maximum norm 1, and x = −ε never moves.
 
@@ -312,3 +414,52 @@ def test_counterexample_stationarity_with_a_norm_other_than_l2():
     assert not (x + epsilon).any()  # so ∇f(x̃) = 0, and x⁺ = x
     assert (x**2).sum() == 4 > stationarity_bound(2, gammas, rhos, L=1, G=2, xi=1)
     assert stationarity_bound(2, gammas, rhos, L=1, G=2, xi=2) >= 4
+
+
+# Others' theorems
+
+
+def test_gauss_sam_looks_flat_for_a_hundred_steps_at_ten_times_the_distance():
+    """What a short run of the figure's kind shows: the start is the minimum, though the expectation falls."""
+    far = Setting(rho=10.0, distance=1.0, steps=100, seeds=200)
+    least = simulate("GaussSAM", far).least
+    assert (least[-1] == least[0]).mean() > 0.7
+    _, expected = expected_gauss_sam(replace(far, steps=10_000), 1.0)
+    assert expected[-1] < 0.05
+
+
+def asymmetric(x):
+    """The slope of x²/2 where x > 0, of 2x² elsewhere."""
+    return np.where(x > 0, x, 4 * x)
+
+
+def test_gauss_sam_stays_in_a_neighbourhood_where_the_mean_over_the_noise_has_another_minimum():
+    """Of an asymmetric f, x = 0.6ρ makes the slopes at x + ρ and x − ρ cancel: so far from 0 it stays for good."""
+    rng, rho, x = np.random.default_rng(0), 0.1, np.ones(2000)
+    for k in range(1, 3000):
+        x = x - 0.5 / k**0.9 * asymmetric(x + rho * rng.choice([-1.0, 1.0], x.shape))
+    assert x.mean() == pytest.approx(0.6 * rho, rel=0.05)
+
+
+@pytest.mark.parametrize(("falls", "left"), [(False, 0.5), (True, 0.0)], ids=["fixed ρ", "falling ρ"])
+def test_samples_keep_a_fixed_radius_from_the_solution(falls, left):
+    """Si & Yun: f_1 = (x + 3)²/2 and f_2 = 3(x − 1)²/2, drawn by turns at random, have their mean's minimum at 0.
+
+    There the slopes are 3 and −3, so that ε is +ρ in one and −ρ in the other, and curvature 3 outweighs 1: x tends
+    to ρ/2. It tends to 0 if ρ falls too (Nam et al.). One dimension: SAM's ball is νSAM's.
+    """
+    rng, x, radius = np.random.default_rng(0), np.ones(2000), 0.2
+    for k in range(1, 4000):
+        first = rng.random(x.shape) < 0.5
+        curvature, centre = np.where(first, 1.0, 3.0), np.where(first, -3.0, 1.0)
+        rho = radius / math.sqrt(k) if falls else radius
+        epsilon = rho * np.sign(curvature * (x - centre))
+        x = x - 0.5 / k**0.9 * curvature * (x + epsilon - centre)
+    assert x.mean() == pytest.approx(left * radius, abs=0.01)
+
+
+def test_without_samples_a_fixed_radius_reaches_the_solution():
+    """Si & Yun's rate for strongly convex functions, 1/k² of f − f*, is that of Figure 1 for both balls."""
+    for method in ("SAM", "νSAM"):
+        k, _, envelope = simulate(method, replace(SETTING, steps=20_000))
+        assert np.mean(slopes(k, envelope, 1)) == pytest.approx(-2, abs=0.2)

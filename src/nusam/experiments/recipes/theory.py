@@ -17,6 +17,7 @@ __all__ = [
     "BALLS",
     "Ball",
     "METHODS",
+    "Product",
     "Setting",
     "Trace",
     "descent_bound",
@@ -26,6 +27,7 @@ __all__ = [
     "simulate",
     "slopes",
     "stationarity_bound",
+    "stationarity_rate",
 ]
 
 POINTS = 200  # of a curve
@@ -206,6 +208,41 @@ BALLS: Mapping[str, Ball] = {
 }
 
 
+@dataclass(frozen=True)
+class Product:
+    """A unit ball on l matrices (M_1, …, M_l), made of a ball on each: the norm is a norm of the matrices' ‖M_i‖_*.
+
+    Attributes:
+        of_each: the ball on a matrix.
+        shared: False for max_i ‖M_i‖_*, where each matrix has the whole radius, as νSAM (Lemma 3.1); True for
+            √Σ‖M_i‖_*², where they share one, as νSAM-Norm (eq. (21)).
+    """
+
+    of_each: Ball
+    shared: bool
+
+    def lmo(self, Gs: Sequence[Array]) -> list[Array]:
+        """G_i (n_i, m_i) to ε_i of the same shapes."""
+        norms = np.array([self.of_each.dual_norm(G) for G in Gs])
+        length = float(np.linalg.norm(norms))
+        shares = norms / (length or 1.0) if self.shared else np.ones(len(Gs))
+        return [share * self.of_each.lmo(G) for share, G in zip(shares, Gs, strict=True)]
+
+    def dual_norm(self, Gs: Sequence[Array]) -> float:
+        """Σ‖G_i‖, or √Σ‖G_i‖² where the radius is shared."""
+        norms = [self.of_each.dual_norm(G) for G in Gs]
+        return float(np.linalg.norm(norms)) if self.shared else sum(norms)
+
+    def xi_star(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """ξ_*: √l for νSAM's ball, 1 for νSAM-Norm's."""
+        each = [self.of_each.xi_star(n, m) for n, m in shapes]
+        return max(each) if self.shared else float(np.linalg.norm(each))
+
+    def xi(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """ξ: reached by a gradient of one matrix alone."""
+        return max(self.of_each.xi(n, m) for n, m in shapes)
+
+
 def descent_bound(gap: float, dual_norm: float, gamma: float, rho: float, L: float, xi_star: float) -> float:
     """Theorem 4.3, eq. (17), as printed: the bound on f(x^{k+1}) − f* where μ = L.
 
@@ -252,6 +289,15 @@ def stationarity_bound(
     steps = list(zip(gammas, rhos, strict=True))
     spent = gap + C1 * sum((gamma * rho) ** 2 for gamma, rho in steps) + C2 * sum(gamma * rho for gamma, rho in steps)
     return spent / sum(gamma * (1 - gamma * L / 2) for gamma in gammas)
+
+
+def stationarity_rate(gap: float, K: int, L: float, G: float, xi: float) -> tuple[float, float, float]:
+    """Theorem 4.6's constant γ and ρ for K steps, and the rate of its last line, with the constants that it leaves out.
+
+    That is 2LΔ₀/√K + 2C₂/√K + 2C₁/(LK^{3/2}): the paper prints Δ₀ without L.
+    """
+    C1, C2, root = L**3 * xi**2 / 2, L * G * xi, math.sqrt(K)
+    return 1 / (L * root), 1 / root, 2 * (L * gap + C2) / root + 2 * C1 / (L * K * root)
 
 
 def _squared(X: Array) -> Array:
