@@ -60,7 +60,7 @@ def test_the_slopes_of_the_theory_are_those_of_figure_1(method):
     numbers = [float(number.replace("−", "-")) for number in re.findall(r"(−?[\d.]+) ±", line)]
     errors = [float(number) for number in re.findall(r"± ([\d.]+)", line)]
     decimals = [len(number.partition(".")[2]) for number in re.findall(r"± ([\d.]+)", line)]
-    for name, number, places in zip(("slope", "slope of the envelope"), numbers, decimals, strict=True):
+    for name, number, places in zip(("slope", "slope of the minimum"), numbers, decimals, strict=True):
         assert number == round(row[name], places), name
     for name, error, places in zip(("s.e.", "its s.e."), errors, decimals, strict=True):
         assert error == round(row[name], places), name
