@@ -171,7 +171,7 @@ def accuracies(encoder: str, sentences: str) -> None:
 def _run(encoder: str, sentences: str, method: str, rho: float, seed: int) -> tuple[float, float]:
     """Validation and test accuracy of one training, in %."""
     command = [sys.executable, EXAMPLE, "--encoder", encoder, "--sentences", sentences]
-    command += ["--method", method, "--rho", str(rho), "--seed", str(seed)]
+    command += ["--method", method, "--rho", str(rho), "--seed", str(seed), "--ascent-share", "1"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     validation, test = re.findall(r"accuracy ([\d.]+)%", output)
     return float(validation), float(test)

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=Path, required=True, help="the folder hutto_ICWSM_2014")
     parser.add_argument("--method", choices=METHODS, default="full")
     parser.add_argument("--rho", type=float, default=0.001)
+    parser.add_argument("--ascent-share", type=float, default=1 / 8, help="of each batch, to find ε with")
     parser.add_argument("--bits", type=int, choices=[4, 8], help="quantize the base, by bitsandbytes")
     parser.add_argument("--train", type=int, default=250, help="sentences to learn from")
     parser.add_argument("--test", type=int, default=800, help="sentences to judge by")
@@ -70,7 +71,8 @@ def main() -> None:
     loader = DataLoader(train, batch_size=25, shuffle=True, collate_fn=collate)
     steps = args.epochs * len(loader)
     if METHODS[args.method]:
-        opt = nusam.NuSAM(opt, args.rho, delay=steps // 10, model=model, targets=METHODS[args.method])
+        options = {"targets": METHODS[args.method], "ascent_share": args.ascent_share}
+        opt = nusam.NuSAM(opt, args.rho, delay=steps // 10, model=model, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
 
     def accuracy(part: Subset) -> float:
@@ -86,8 +88,8 @@ def main() -> None:
         total = 0.0
         for batch in loader:
             batch = batch.to(device)
-            for _ in opt.passes() if args.method != "lora" else ["descent"]:
-                loss = model(**batch).loss
+            for part in opt.passes(batch) if args.method != "lora" else [batch]:
+                loss = model(**part).loss
                 loss.backward()
             opt.step()
             opt.zero_grad()

@@ -1,7 +1,6 @@
 """Trainers that keep state between calls, generate their own batches, or have an optimizer with modes."""
 
 import random
-import string
 from collections import defaultdict, deque
 from functools import partial
 
@@ -395,73 +394,3 @@ def test_accelerates_wrapper_reaches_the_modes_of_the_base():
         ends.append(model.net[0].weight.detach().clone())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[1], ends[2])
-
-
-# ---------------------------------------------------------------- TRL
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # TRL's, of what changes in its next version
-def test_trl_generates_once_for_both_passes(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset, disable_progress_bars
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    disable_progress_bars()
-    letters = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *string.ascii_lowercase])}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "padding_side": "left"}
-
-    class Spying(trl.GRPOTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            self.seen = [*getattr(self, "seen", []), (self._step, inputs["completion_ids"].tolist())]
-            seen.append(self.seen[-1])
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def run(rho, rate):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        seen.clear()
-        torch.manual_seed(0)
-        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), max_position_embeddings=32, **shape, **ends))
-        kinds = (Spying,) if rho is None else (NuSAMTrainerMixin, Spying)
-        options = {} if rho is None else {"sharpness_aware": partial(nusam.NuSAM, rho=rho)}
-        trainer = type("MyTrainer", kinds, {})(
-            model=model,
-            args=trl.GRPOConfig(
-                output_dir=str(tmp_path),
-                per_device_train_batch_size=4,
-                max_steps=3,
-                num_generations=2,
-                max_completion_length=4,
-                steps_per_generation=2,
-                gradient_accumulation_steps=2,
-                num_iterations=2,
-                learning_rate=rate,
-                logging_steps=1,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list([{"prompt": "ab" + c} for c in string.ascii_lowercase[2:]]),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
-            reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-            **options,
-        )
-        trainer.train()
-        return trainer, list(seen)
-
-    seen = []
-    (plain, once), (ours, twice) = run(None, 0.0), run(0.5, 0.0)
-    assert len(once) == 6
-    assert twice == [call for call in once for _ in range(2)]  # step counters and completions
-    for a, b in zip(history(ours, "num_tokens", "entropy"), history(plain, "num_tokens", "entropy"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    (plain, _), (ours, _) = run(None, 0.01), run(0.0, 0.01)
-    for a, b in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
-        assert torch.equal(a, b)
