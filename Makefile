@@ -15,7 +15,7 @@ test: .venv/installed .venv/test-data
 test-slow: .venv/installed .venv/test-data
 	$(PYTEST) --dist loadfile -m slow $(ARGS)
 
-# DeepSpeed by itself: with it installed, Trainer and accelerate import other things.
+# DeepSpeed and JAX by themselves: with the former installed, Trainer and accelerate import other things.
 test-engines: .venv-engines/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=src .venv-engines/bin/python -m pytest tests/engines $(ARGS)
 
@@ -36,7 +36,7 @@ docs: .venv/installed
 	.venv/bin/python -m venv .venv-engines
 	echo "$$(cd .venv/lib/python*/site-packages && pwd)" > .venv-engines/base.pth
 	mv .venv-engines/base.pth .venv-engines/lib/python*/site-packages/
-	DS_BUILD_OPS=0 .venv-engines/bin/pip install --quiet --constraint constraints.txt "deepspeed>=0.18"
+	DS_BUILD_OPS=0 .venv-engines/bin/pip install --quiet --constraint constraints.txt "deepspeed>=0.18" jax optax
 	touch $@
 
 .venv/test-data: .venv/installed tests/fetch_data.py

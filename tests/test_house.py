@@ -31,7 +31,7 @@ STOREYS = [
     {"optimizer"},
     {"methods", "perturbation"},
     {"tools"},
-    {"integrations"},
+    {"integrations", "jax"},
     {"experiments"},
 ]
 FILE, CLASS = 350, 250  # lines
