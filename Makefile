@@ -13,7 +13,7 @@ test: .venv/installed .venv/test-data
 
 # What a change need not wait for: killed processes, clusters, whole demos, long trainings. The gate, .ci/run, runs both.
 test-slow: .venv/installed .venv/test-data
-	$(PYTEST) --dist loadfile -m slow $(ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 # DeepSpeed and JAX by themselves: with the former installed, Trainer and accelerate import other things.
 test-engines: .venv-engines/installed
