@@ -86,18 +86,19 @@ def steps_of(problem: models.Problem, device: str) -> dict[str, Callable[[], Non
 
 
 def alternate(steps: dict[str, Callable[[], None]], rounds: int, synchronize: Callable[[], None]) -> dict[str, float]:
-    """Median seconds a step, after two in which layers are compared with gradients, and one that serves."""
+    """Median seconds a step, but for those that compare layers with gradients: the first, and 2, 4, 8, … after it."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
         step()
-    for _ in range(rounds):
+    for age in range(2, 2 + rounds):
         for name, step in steps.items():
             synchronize()
             start = time.perf_counter()
             step()
             synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            if age & (age - 1):
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
