@@ -91,15 +91,21 @@ def alternate(steps: dict[str, Callable[[], None]], rounds: int, synchronize: Ca
     for step in steps.values():
         step()
         step()
-    for age in range(2, 2 + rounds):
+    *_, last = itertools.islice(filter(_serves, itertools.count(2)), rounds)
+    for age in range(2, last + 1):
         for name, step in steps.items():
             synchronize()
             start = time.perf_counter()
             step()
             synchronize()
-            if age & (age - 1):
+            if _serves(age):
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _serves(age: int) -> bool:
+    """Whether a step so long after the first compares nothing: no power of two."""
+    return bool(age & (age - 1))
 
 
 def own_work(device: str, rounds: int) -> dict[str, object]:

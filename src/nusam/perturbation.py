@@ -6,6 +6,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
+from nusam.ascent.silence import INSTEAD
 from nusam.coverage import Coverage
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, unwrapped
@@ -16,8 +17,6 @@ from nusam.optimizer import SharpnessAware
 from nusam.targets import Targets
 
 __all__ = ["Perturbation"]
-
-INSTEAD = "nusam.NuSAM around an optimizer of your own"
 
 
 class Perturbation:

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # TRL's, of what changes in its next version
 ]
 RHO, STEPS = 0.3, 5
+PAIRS = list(zip(string.ascii_lowercase, string.ascii_lowercase[5:], strict=False))
 LETTERS = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *string.ascii_lowercase])}
 
 
@@ -47,33 +48,27 @@ def common(folder, **options):
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
         "max_steps": STEPS,
-        "learning_rate": 0.2,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
         "disable_tqdm": True,
     } | options
 
 
+def plainly(folder, **options):
+    """SGD at a constant rate."""
+    steps = {"learning_rate": 0.2, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0}
+    return common(folder, **steps, gradient_checkpointing=options.pop("gradient_checkpointing", False), **options)
+
+
 def texts():
-    return Dataset.from_list(
-        [{"text": a + b + b + a} for a, b in zip(string.ascii_lowercase, string.ascii_lowercase[5:], strict=False)]
-    )
+    return Dataset.from_list([{"text": a + b + b + a} for a, b in PAIRS])
 
 
 def preferences():
-    return Dataset.from_list(
-        [
-            {"prompt": a, "chosen": b + a, "rejected": a + b}
-            for a, b in zip(string.ascii_lowercase, string.ascii_lowercase[5:], strict=False)
-        ]
-    )
+    return Dataset.from_list([{"prompt": a, "chosen": b + a, "rejected": a + b} for a, b in PAIRS])
 
 
 def adapters():
@@ -84,7 +79,7 @@ def fine_tuning(folder, **options):
     model = language_model(**options.pop("model", {}))
     return trl.SFTTrainer, {
         "model": model,
-        "args": trl.SFTConfig(**common(folder, **options)),
+        "args": trl.SFTConfig(**plainly(folder, **options)),
         "train_dataset": texts(),
         "processing_class": tokenizer(),
     }
@@ -94,7 +89,7 @@ def preferring(folder, reference=None, lora=False, **options):
     return trl.DPOTrainer, {
         "model": language_model(),
         "ref_model": reference,
-        "args": trl.DPOConfig(**common(folder, **options)),
+        "args": trl.DPOConfig(**plainly(folder, **options)),
         "train_dataset": preferences(),
         "processing_class": tokenizer(),
         "peft_config": adapters() if lora else None,
@@ -236,21 +231,11 @@ def test_completions_are_generated_once_for_both_passes(tmp_path):
         trainer = type("MyTrainer", kinds, {})(
             model=model,
             args=trl.GRPOConfig(
-                output_dir=str(tmp_path),
-                per_device_train_batch_size=4,
-                max_steps=3,
+                **common(tmp_path, max_steps=3, learning_rate=rate, gradient_accumulation_steps=2),
                 num_generations=2,
                 max_completion_length=4,
                 steps_per_generation=2,
-                gradient_accumulation_steps=2,
                 num_iterations=2,
-                learning_rate=rate,
-                logging_steps=1,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list([{"prompt": "ab" + c} for c in string.ascii_lowercase[2:]]),
             processing_class=tokenizer(),

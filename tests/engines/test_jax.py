@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nusam
 from nusam import lmo
 from nusam.reference import nusam_step
 
@@ -139,8 +140,6 @@ def test_twenty_steps_are_algorithm_1s_on_matrices_alone(opaque):
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_twenty_steps_equal_those_around_torchs_optimizers(base):
-    import nusam
-
     weights, biases, batches = network(1)
     params = {f"W{i}": jnp.asarray(W) for i, W in enumerate(weights)}
     params |= {f"b{i}": jnp.asarray(b) for i, b in enumerate(biases)}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import nusam
+from tests.loops.loop import stepped
 from tests.loops.running import Library
 
 
@@ -42,11 +43,7 @@ class Engine(Library):
     closure = halves
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        if scaler is None:
-            self.base.step()
-        else:
-            scaler.step(self.base)
-            scaler.update()
+        stepped(self.base, scaler)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         raise NotAnEngines

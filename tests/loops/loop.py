@@ -14,6 +14,15 @@ FULL = (torch.float64, torch.float32)
 ALL = (*FULL, torch.bfloat16)
 
 
+def stepped(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """The optimizer's step, by the scaler if there is one."""
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
 class Driver(Protocol):
     """What runs a step's passes: the library's optimizer, or the oracle."""
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tests.loops.loop import stepped
+
 
 class Oracle:
     """A loop's training step as the algorithm means it, however slow.
@@ -82,11 +84,7 @@ class Oracle:
         self.update()
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        if scaler is None:
-            self.base.step()
-        else:
-            scaler.step(self.base)
-            scaler.update()
+        stepped(self.base, scaler)
 
     def add_param_group(self, group: dict) -> None:
         self.base.add_param_group(group)

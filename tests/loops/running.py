@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import nusam
-from tests.loops.loop import Loop
+from tests.loops.loop import Loop, stepped
 from tests.loops.oracle import Oracle
 
 MODES: dict[str, dict[str, Any]] = {
@@ -61,11 +61,7 @@ class Library:
         self._note()
 
     def update(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        if scaler is None:
-            self.opt.step()
-        else:
-            scaler.step(self.opt)
-            scaler.update()
+        stepped(self.opt, scaler)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         self.opt.add_param_group(group)

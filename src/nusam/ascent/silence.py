@@ -9,9 +9,9 @@ from torch import Tensor
 from nusam.interrupts import always
 from nusam.layers.reads import Watcher, told_of_functions, watched
 
-__all__ = ["Silence"]
+__all__ = ["INSTEAD", "Silence"]
 
-INSTEAD = "use nusam.NuSAM around an optimizer of your own"
+INSTEAD = "nusam.NuSAM around an optimizer of your own"
 
 
 class Silence:
@@ -52,7 +52,7 @@ class Silence:
                     parameter.grad = gradient
                 raise RuntimeError(
                     f"The loop gives a parameter of shape {tuple(written[0].shape)} its gradient itself inside the "
-                    f"ascent, which no backward leads to; {INSTEAD}."
+                    f"ascent, which no backward leads to; use {INSTEAD}."
                 )
 
     def admit(self, inputs: Sequence[Any], create_graph: bool, accumulates: bool) -> None:
@@ -67,19 +67,19 @@ class Silence:
         if asked:
             raise RuntimeError(
                 f"The loss asks for the gradient of a parameter of shape {tuple(asked[0].shape)}, which a perturbation "
-                f"that leaves gradients to an engine does not form; {INSTEAD}."
+                f"that leaves gradients to an engine does not form; use {INSTEAD}."
             )
         if not accumulates or inputs:
             return
         if create_graph:
             raise RuntimeError(
                 "backward(create_graph=True) makes gradients to be differentiated, which a perturbation that leaves "
-                f"gradients to an engine does not form; {INSTEAD}."
+                f"gradients to an engine does not form; use {INSTEAD}."
             )
         if self._backwards and self._looked:
             raise RuntimeError(
                 "The loop looks at gradients, or clears them, between two backwards of the ascent, which leaves none; "
-                f"take the first by torch.autograd.grad, or {INSTEAD}."
+                f"take the first by torch.autograd.grad, or use {INSTEAD}."
             )
         self._backwards, self._looked = self._backwards + 1, False
 
@@ -88,7 +88,7 @@ class Silence:
         if of == "requires_grad":
             raise RuntimeError(
                 "requires_grad of a parameter is set inside the ascent, in which none takes part in a backward; set it "
-                f"before the passes, or {INSTEAD}."
+                f"before the passes, or use {INSTEAD}."
             )
         self._looked = True
 

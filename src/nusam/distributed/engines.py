@@ -16,7 +16,7 @@ AROUND_BACKWARDS = ("_backward_prologue", "_backward_epilogue")  # where an engi
 
 def is_engine(model: Any) -> bool:
     """Whether the module is DeepSpeed's engine around one."""
-    return any(kind.__name__ in ("DeepSpeedEngine", "PipelineEngine") for kind in type(model).__mro__)
+    return _is_a(model, "DeepSpeedEngine", "PipelineEngine")
 
 
 class Engine:
@@ -43,7 +43,7 @@ class Engine:
         engine = self._engine
         given = (
             "a pipeline's engine"
-            if any(kind.__name__ == "PipelineEngine" for kind in type(engine).__mro__)
+            if _is_a(engine, "PipelineEngine")
             else "layers of experts"
             if getattr(engine, "has_moe_layers", False)
             else "tensor parallelism"
@@ -80,6 +80,11 @@ class Engine:
             for name in AROUND_BACKWARDS:
                 own[name] = _nothing
             yield
+
+
+def _is_a(model: Any, *names: str) -> bool:
+    """By the names of its classes, since nobody here imports them."""
+    return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
 def _nothing() -> None:
