@@ -154,7 +154,7 @@ def bases():
 
 
 def wrapped(model, base="SGD", share=SHARE, **options):
-    options = {"power_iterations": 500, **options}
+    options = {"power_iterations": 250, **options}
     return nusam.NuSAM(bases()[base](model), rho=RHO, model=model, ascent_share=share, **options)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +16,14 @@ import nusam
 from nusam.integrations.accelerate import LoaderAhead, one_pass, passes, sharpness_aware
 from tests.contract.accelerate_loop import float16_on_cpu
 from tests.contract.problem import Run, Trained, loader, scaler
+
+
+@pytest.fixture(autouse=True)
+def _anew():
+    """What accelerate keeps for a whole process is forgotten, a loader that an earlier test left midway too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    Accelerator(cpu=True)
 
 
 @pytest.fixture
@@ -196,7 +204,6 @@ def test_the_loader_of_a_loop_around_is_left_alone(prepared):
 def test_the_last_step_of_one_pass_has_the_micro_batches_that_are_left(clip):
     """Five batches in steps of two, as accelerate cuts them: two, two, one."""
     run = Run(share=1 / 4, batch=8)
-    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     trained = Trained.start(run)
     model, opt, batches = accelerator.prepare(trained.model, trained.wrap(trained.base(), trained.model), loader(run))

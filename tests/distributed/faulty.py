@@ -1,8 +1,8 @@
-"""An example whose process dies once: ``python -m tests.distributed.faulty EXAMPLE FAULT ARCHIVE [its arguments]``.
+"""Examples that lose a process: ``python -m tests.distributed.faulty EXAMPLE FAULT ARCHIVE [ITS ARGUMENTS] [-- …]``.
 
 FAULT is where: ``ascent``, ``descent`` or ``saving``; or ``nowhere``, which is a script for torchrun. Every checkpoint
 is copied to ARCHIVE as it appears. torchrun's own launcher starts the processes, and starts them again; it forks them,
-so that all is imported once.
+so that all is imported once, for the runs up to each ``--`` one after the other.
 """
 
 import importlib.util
@@ -16,6 +16,8 @@ from types import ModuleType
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tests.distributed.launching import runs
 
 PASSES = 2 * 15  # of an epoch
 FATAL_EPOCH = 1
@@ -84,12 +86,7 @@ def run(example: ModuleType, fault: str, archive: Path, *arguments: str) -> None
     example.main()
 
 
-def main() -> None:
-    path, fault, archive, *arguments = sys.argv[1:]
-    example = loaded(path)
-    if "RANK" in os.environ:
-        run(example, fault, Path(archive), *arguments)
-        return
+def launch(path: str, fault: str, archive: str, *arguments: str) -> None:
     how = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -101,7 +98,17 @@ def main() -> None:
         rdzv_endpoint="localhost:0",
         run_id=Path(archive).parent.name,
     )
-    elastic_launch(how, run)(example, fault, Path(archive), *arguments)
+    elastic_launch(how, run)(loaded(path), fault, Path(archive), *arguments)
+
+
+def main() -> None:
+    if "RANK" in os.environ:
+        path, fault, archive, *arguments = sys.argv[1:]
+        run(loaded(path), fault, Path(archive), *arguments)
+        return
+    for words in runs(sys.argv[1:]):
+        print(f"run of {words[2]}", flush=True)
+        launch(*words)
 
 
 if __name__ == "__main__":

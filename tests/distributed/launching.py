@@ -4,6 +4,7 @@
 so many processes, with the environment that torchrun gives them; once for the arguments up to each ``--``.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -46,14 +47,12 @@ def main() -> None:
     processes, module, *words = sys.argv[1:]
     os.environ |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     import_module(module)  # what processes need they have when they begin
+    gc.freeze()  # and no search among all objects goes over it again
     from torch.distributed import TCPStore
     from torch.multiprocessing import start_processes
 
-    runs: list[list[str]] = [[]]
-    for word in words:
-        runs.append([]) if word == "--" else runs[-1].append(word)
     failed = False
-    for run in runs:
+    for run in runs(words):
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # on a port that is free
         try:
             start_processes(_one, (store.port, module, run), nprocs=int(processes), start_method="fork")
@@ -61,6 +60,14 @@ def main() -> None:
             traceback.print_exc()
             failed = True
     sys.exit(failed)
+
+
+def runs(words: list[str]) -> list[list[str]]:
+    """The words up to each ``--``."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        found.append([]) if word == "--" else found[-1].append(word)
+    return found
 
 
 def _one(rank: int, port: int, module: str, arguments: list[str]) -> None:

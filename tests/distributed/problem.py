@@ -11,7 +11,7 @@ import nusam
 from tests.distributed import oracle
 from tests.distributed.engines import DEVICE
 
-STEPS, RATE, RHO, ITERATIONS = 4, 0.2, 0.1, 30
+STEPS, RATE, RHO, ITERATIONS = 4, 0.2, 0.1, 20
 
 
 class Net(nn.Module):

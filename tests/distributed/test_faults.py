@@ -1,8 +1,9 @@
 """A process is killed in the middle of a pass, or of saving: the examples go on as if nothing had happened."""
 
 import re
-import subprocess
+import runpy
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,18 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.distributed.launching import python, torchrun
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES, FAULTS = ("train_ddp.py", "train_fsdp2.py"), ("ascent", "descent", "saving")
 EPOCHS = 3
 
 
-def run(example, fault, folder):
-    """The last loss of every epoch, and every checkpoint, of a run that dies where told."""
-    arguments = [str(EXAMPLES / example), fault, str(folder / "archive")]
-    arguments += ["--folder", str(folder / "run"), "--epochs", str(EPOCHS), "--resume"]
-    if fault == "nowhere":
-        said = torchrun(2, str(Path(__file__).with_name("faulty.py")), *arguments)
-    else:
-        said = python("tests.distributed.faulty", *arguments)
+def arguments(example, fault, folder):
+    words = [str(FOLDER / example), fault, str(folder / "archive")]
+    return [*words, "--folder", str(folder / "run"), "--epochs", str(EPOCHS), "--resume"]
+
+
+def outcome(said, folder):
+    """The last loss of every epoch, and every checkpoint, of a run that said so."""
     losses = {int(epoch): loss for epoch, loss in re.findall(r"epoch (\d+): loss (\S+),", said)}
     return losses, {path.name: weights(path) for path in sorted((folder / "archive").iterdir())}
 
@@ -40,18 +41,30 @@ def weights(checkpoint):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What each example does if nobody kills it."""
-    return {
-        example: run(example, "nowhere", tmp_path_factory.mktemp("undisturbed"))
-        for example in ("train_ddp.py", "train_fsdp2.py")
-    }
+    """What each example does if nobody kills it, as a user starts it."""
+    found = {}
+    for example in EXAMPLES:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        said = torchrun(2, str(Path(__file__).with_name("faulty.py")), *arguments(example, "nowhere", folder))
+        found[example] = outcome(said, folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What it does if a process dies, in a launcher that starts once for all."""
+    folders = {case: tmp_path_factory.mktemp("killed") for case in product(EXAMPLES, FAULTS)}
+    words = [word for case, folder in folders.items() for word in ("--", *arguments(*case, folder))][1:]
+    said = python("tests.distributed.faulty", *words).split("run of ")
+    heard = dict(part.split("\n", 1) for part in said if part)
+    return {case: outcome(heard[str(folder / "archive")], folder) for case, folder in folders.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["ascent", "descent", "saving"])
-@pytest.mark.parametrize("example", ["train_ddp.py", "train_fsdp2.py"])
-def test_a_killed_process_changes_nothing(example, fault, tmp_path, undisturbed):
-    losses, checkpoints = run(example, fault, tmp_path)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_killed_process_changes_nothing(example, fault, undisturbed, killed):
+    losses, checkpoints = killed[example, fault]
     expected_losses, expected = undisturbed[example]
     assert len(expected_losses) == EPOCHS
     assert float(expected_losses[EPOCHS - 1]) < 0.6 * float(expected_losses[0])  # three short epochs
@@ -62,10 +75,9 @@ def test_a_killed_process_changes_nothing(example, fault, tmp_path, undisturbed)
             assert torch.equal(value, expected[epoch][name]), (epoch, name)
 
 
-@pytest.mark.slow
-def test_an_example_explains_itself():
-    for example in ("train_ddp.py", "train_fsdp2.py"):
-        said = subprocess.run(
-            [sys.executable, EXAMPLES / example, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        assert "torchrun" in said
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_explains_itself(example, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [example, "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(FOLDER / example), run_name="__main__")
+    assert "torchrun" in capsys.readouterr().out
