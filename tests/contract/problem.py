@@ -117,7 +117,7 @@ class Trained:
     model: Net
     rates: list[float] = field(default_factory=list)  # learning rate of every step that was taken
     after: list[list[Tensor]] = field(default_factory=list)  # weights after every step that was taken
-    opt: nusam.SharpnessAware | None = None
+    opt: nusam.SharpnessAware | nusam.Perturbation | None = None
 
     @classmethod
     def start(cls, run: Run, kind: type[Net] = Net) -> "Trained":
@@ -135,15 +135,21 @@ class Trained:
         """The method around a base optimizer, noting the steps that it takes."""
         kind = getattr(nusam, self.run.method)
         self.opt = kind(base, RHO, delay=self.run.delay, ascent_share=self.run.share, model=model)
-        self.opt.register_step_post_hook(self._note)
+        self.opt.register_step_post_hook(self.note)
         return self.opt
 
-    def _note(self, opt: Optimizer, *_: object) -> None:
+    def note(self, opt: Optimizer, *_: object) -> None:
         self.rates.append(opt.param_groups[0]["lr"])
         self.after.append(self.weights)
 
     def schedule(self, optimizer: Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, self.run.rate)
+
+    @property
+    def states(self) -> dict[object, dict[str, Tensor]]:
+        """What is kept of every matrix."""
+        saved = self.opt.state_dict()
+        return saved["matrices" if isinstance(self.opt, nusam.Perturbation) else "state"]
 
     @property
     def weights(self) -> list[Tensor]:

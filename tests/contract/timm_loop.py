@@ -33,7 +33,7 @@ class TimmLoop:
             ascent_share=run.share,
             model=model,
         )
-        opt.register_step_post_hook(trained._note)
+        opt.register_step_post_hook(trained.note)
         schedule, _ = create_scheduler_v2(
             opt,
             "poly" if run.schedule else "none",

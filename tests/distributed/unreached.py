@@ -49,7 +49,7 @@ for backward in (loops.plain, loops.all_drop_a_block, loops.a_block_that_nobody_
     CHECKS[2][f"own perturbations: {backward.__name__} FSDP2"] = partial(own_perturbations, backward, "FSDP2")
 
 
-def frozen_blocks(backward, engine, targets):
+def frozen_blocks(backward, engine, targets, placement):
     """The blocks have no gradient of their own and are perturbed all the same."""
     expected = built(Net)
     frozen = [name for name, _ in expected.named_parameters() if name.startswith("blocks.")]
@@ -63,7 +63,7 @@ def frozen_blocks(backward, engine, targets):
     net.blocks.requires_grad_(False)
     model = loops.wrapped(net, engine, unused=True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained(model, backward, dist.get_rank(), trainable, targets=targets)
+    trained(model, backward, dist.get_rank(), trainable, targets=targets, placement=placement)
     assert_same(model, expected)
 
 
@@ -77,9 +77,9 @@ for turn, engine in enumerate(("DDP", "FSDP2")):
         of_engine += [loops.each_process_another_block, loops.one_process_drops_both]
     for number, backward in enumerate(of_engine, turn):  # either with each, under the one engine or the other
         targets = every_one if number % 2 else "frozen"
-        CHECKS[2][f"frozen: {backward.__name__} {engine} {getattr(targets, '__name__', targets)}"] = partial(
-            frozen_blocks, backward, engine, targets
-        )
+        for placement in ("auto", "weights")[: 2 if number < 4 else 1]:
+            name = f"frozen: {backward.__name__} {engine} {getattr(targets, '__name__', targets)} {placement}"
+            CHECKS[2][name] = partial(frozen_blocks, backward, engine, targets, placement)
 
 
 # ------------------------------------------------------------------------------- tensor parallelism
