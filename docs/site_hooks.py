@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from posixpath import relpath
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -11,6 +12,11 @@ from mkdocs.structure.pages import Page
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+MATH = re.compile(  # but for code: an equation by itself, one in a line
+    r"^(?P<fence>```+).*?^(?P=fence)$|`[^`\n]+`"
+    r"|^\$\$\n(?P<alone>.+?)(?:\\tag\{(?P<number>.+?)\})?\n\$\$$|\$(?P<inline>[^$\s][^$\n]*)\$",
+    re.MULTILINE | re.DOTALL,
+)
 ADDED: dict[str, Path] = {}  # what is on the site under repository/
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
@@ -31,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links where the files are on the site."""
+    """Point links where the files are on the site, and set equations, which browsers show without a script."""
     uri = page.file.src_uri
     source = ADDED.get(uri, DOCS / uri)
     folder = uri.rpartition("/")[0]
@@ -40,12 +46,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = (source.parent / match[1]).resolve()
         return relpath(_uri(target), folder or ".") if target.is_file() else match[1]
 
-    return LINK.sub(moved, markdown)
+    return MATH.sub(_set, LINK.sub(moved, markdown))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Where code stands beside equations, show it unfolded."""
     return html.replace('<details class="mkdocstrings-source">', '<details class="mkdocstrings-source" open>')
+
+
+def _set(match: re.Match[str]) -> str:
+    if match["inline"]:
+        return convert(match["inline"])
+    if not match["alone"]:
+        return match[0]
+    number = f'<span class="number">({match["number"]})</span>' if match["number"] else ""
+    return f'<div class="equation">{convert(match["alone"], display="block")}{number}</div>'
 
 
 def _targets(page: Path) -> list[Path]:

@@ -35,6 +35,7 @@ const until = async (probe) => {
   return null;
 };
 const visit = (frame, page) => new Promise((resolve) => { frame.onload = resolve; frame.src = page; });
+const beyond = (frame) => frame.contentDocument.documentElement.scrollWidth - frame.contentWindow.innerWidth;
 (async () => {
   const frame = document.createElement("iframe");
   frame.style = "width: 1280px; height: 900px";
@@ -50,9 +51,13 @@ const visit = (frame, page) => new Promise((resolve) => { frame.onload = resolve
       images: images.length,
       broken: images.filter((image) => !image.naturalWidth).map((image) => image.src),
       navigation: inside.querySelectorAll(".md-nav--primary a.md-nav__link").length,
-      wide: inside.documentElement.scrollWidth - frame.contentWindow.innerWidth,
+      wide: beyond(frame),
       title: inside.title,
     };
+    frame.style.width = "360px";  // a small phone
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    found.pages[page].wide_on_a_phone = beyond(frame);
+    frame.style.width = "1280px";
   }
   await visit(frame, pages[0]);
   const query = frame.contentDocument.querySelector("input.md-search__input");
