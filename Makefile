@@ -29,7 +29,8 @@ docs: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[experiments,dev]"
+	.venv/bin/pip install --quiet --no-compile --constraint constraints.txt --editable ".[experiments,dev]"
+	.venv/bin/python -W ignore -m compileall -q -j 0 .venv/lib >/dev/null || true  # on every core; some are for other Pythons
 	touch $@
 
 .venv-engines/installed: .venv/installed

@@ -51,7 +51,7 @@ def fresh_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("since", [0, 3, 5])
+@pytest.mark.parametrize("since", [pytest.param(0, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("placement", ["weights", "forward"])
 @pytest.mark.parametrize("compiled", [in_place, by_wrappers, by_their_functions, a_layer_alone])
 def test_compiled_blocks_take_the_same_steps(compiled, placement, since):

@@ -272,6 +272,7 @@ def test_checkpointed_convolutions(way, reentrant):
     assert_same(checkpointed, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["matrix-free", "forward"])
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_convolutions_have_one_graph_a_kind_of_pass(way):

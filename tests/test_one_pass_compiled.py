@@ -54,9 +54,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("base", ["SGD", "AdamW"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(  # every two of them
+    ("way", "backend", "base"),
+    [
+        ("around", "eager", "SGD"),
+        ("in place", "eager", "AdamW"),
+        pytest.param("around", "aot_eager", "AdamW", marks=pytest.mark.slow),
+        pytest.param("in place", "aot_eager", "SGD", marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_for_all_steps_and_the_steps_by_hand(way, backend, base):
     model, expected, data = made(), made(), batches(14)
     compiled = WAYS[way](model, backend=backend, fullgraph=True)
@@ -75,6 +81,7 @@ def test_one_graph_for_all_steps_and_the_steps_by_hand(way, backend, base):
     assert_same(model, expected)
 
 
+@pytest.mark.slow
 def test_accumulation():
     model, expected, data = made(), made(), batches(12)
     compiled = torch.compile(model, backend="aot_eager", dynamic=False)
@@ -103,7 +110,7 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at inputs
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_block_alone_is_compiled(iterations):
     def trained(compiles):
         torch.manual_seed(0)

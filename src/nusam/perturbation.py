@@ -1,6 +1,6 @@
 """νSAM for loops whose step belongs to an engine: the passes, and no optimizer to wrap."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -92,7 +92,7 @@ class Perturbation:
             seed=seed,
         )
 
-    def passes(self, *batch: Any, ends_step: bool = True) -> Iterator[Any]:
+    def passes(self, *batch: Any, ends_step: bool = True) -> Generator[Any, None, None]:
         """Iterate over the passes of one micro-batch: the ascent, then the descent; only the latter while inactive.
 
         The loop body computes the loss and runs it backwards, as the engine has it. Gradients that are there are left
@@ -110,6 +110,13 @@ class Perturbation:
         """
         self._passes.follow()
         yield from self._passes.passes(*batch, accumulate=True)
+        if ends_step:
+            self._passes.step()
+
+    def _named(self, ends_step: bool) -> Generator[str, None, None]:
+        """The passes by name, for loops that cut the batch themselves."""
+        self._passes.follow()
+        yield from self._passes._passes(accumulate=True)
         if ends_step:
             self._passes.step()
 

@@ -33,8 +33,8 @@ def run(example, options, folder, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # accelerate asks for it on a CPU too
 @pytest.mark.parametrize(
     ("example", "options"),
-    [  # a processor takes its time for bfloat16
-        pytest.param(name, options, marks=[pytest.mark.slow] if "bf16" in options else [])
+    [  # a processor takes its time for bfloat16, and Trainer for its imports
+        pytest.param(name, options, marks=[pytest.mark.slow] if "bf16" in options or "transformers" in name else [])
         for name, many in RUNS.items()
         for options in many
     ],

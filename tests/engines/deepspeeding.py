@@ -51,7 +51,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def engine_of(case):
+def configured(case):
+    """DeepSpeed's configuration."""
     stage, micro_batches, dtype, offload = case
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     if stage == 3 and micro_batches > 1:  # weights go as soon as their layer is through
@@ -60,7 +61,7 @@ def engine_of(case):
         )
     if offload:
         zero |= {"offload_optimizer": {"device": "cpu"}} | ({"offload_param": {"device": "cpu"}} if stage == 3 else {})
-    config = {
+    return {
         "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
         "gradient_accumulation_steps": micro_batches,
         "zero_optimization": zero,
@@ -69,8 +70,11 @@ def engine_of(case):
         "gradient_clipping": 0.0,  # DeepSpeed clips at 1 unless told otherwise
         "bf16": {"enabled": dtype == "bfloat16"},
     }
+
+
+def engine_of(case):
     model = net()
-    return deepspeed.initialize(model=model, optimizer=sgd(model), config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=sgd(model), config=configured(case))[0]
 
 
 COUNTED = ("all_reduce", "reduce", "broadcast", "reduce_scatter_tensor", "reduce_scatter", "all_to_all_single")
@@ -223,21 +227,23 @@ def run_the_page(folder) -> int:
     return names["perturbation"].state_dict()["steps"]
 
 
-def main() -> None:
+def said(folder) -> dict:
+    cases = {name: copy.deepcopy(said_of(case, f"{folder}/{i}")) for i, (name, case) in enumerate(CASES.items())}
+    return {"cases": cases, "steps of the page": run_the_page(f"{folder}/page")}
+
+
+def in_processes(what, path: str) -> None:
+    """Write down what the first process says, which is given a folder that all share."""
     warnings.simplefilter("ignore")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
     deepspeed.init_distributed(dist_backend="gloo")
-    said = {}
     with tempfile.TemporaryDirectory() as own:
         shared = [own]
         dist.broadcast_object_list(shared)
-        for index, (name, case) in enumerate(CASES.items()):
-            said[name] = copy.deepcopy(said_of(case, f"{shared[0]}/{index}"))
-        steps = run_the_page(f"{shared[0]}/page")
+        found = what(shared[0])
         if dist.get_rank() == 0:
-            with open(sys.argv[1], "w") as file:
-                json.dump({"cases": said, "steps of the page": steps}, file)
+            Path(path).write_text(json.dumps(found), "utf-8")
         dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -245,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_processes(said, sys.argv[1])

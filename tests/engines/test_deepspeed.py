@@ -1,20 +1,10 @@
 """A perturbation under DeepSpeed in two processes equals νSAM in one, ends as it was resumed, and adds two sums."""
 
-import importlib.util
-import json
-import os
-
 import pytest
 
-from tests.distributed.launching import python
+from tests.engines.launching import NEEDS_DEEPSPEED, said_by
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None,
-        reason="DeepSpeed is not installed; DS_BUILD_OPS=0 pip install 'nusam[deepspeed]'.",
-    ),
-]
+pytestmark = NEEDS_DEEPSPEED
 CASES = [
     "ZeRO 0",
     "ZeRO 0, accumulation",
@@ -31,15 +21,12 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    path = tmp_path_factory.mktemp("deepspeed") / "said.json"
-    environment = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, ["src", os.environ.get("PYTHONPATH", "")])))
-        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        python(*launcher, "--module", "tests.engines.deepspeeding", str(path))
-    return json.loads(path.read_text())
+    return said_by("tests.engines.deepspeeding", tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    return said_by("tests.engines.killed", tmp_path_factory.mktemp("killed"), restarts=2)
 
 
 def test_the_cases_are_these(said):
@@ -73,3 +60,11 @@ def test_what_does_not_know_of_the_engine_is_refused(said, case):
     assert wrapped.startswith("DeepSpeed steps inside its engine")
     assert "nusam.Perturbation(engine)" in wrapped
     assert inside.startswith("The model given as model= runs inside DeepSpeed's engine")
+
+
+@pytest.mark.parametrize("case", ["ZeRO 2", "ZeRO 3"])
+def test_a_killed_process_changes_nothing_and_leaves_no_perturbed_weight_on_disk(killed, case):
+    assert killed[case]["went on from"] in (6, 9)  # the last life finds the first case at its end
+    assert killed[case]["off"] == 0
+    assert killed[case]["checkpoints"] == 3
+    assert killed[case]["alike on disk"]

@@ -67,6 +67,7 @@ def test_gd_falls_as_one_over_k(traces):
     assert slopes(k, least, 2) == pytest.approx([-1] * SETTING.seeds, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["SAM", "νSAM"])
 def test_the_gradients_direction_gives_at_least_one_over_k_squared(method, traces):
     k, least, envelope = traces[method]
@@ -78,6 +79,7 @@ def test_the_gradients_direction_gives_at_least_one_over_k_squared(method, trace
     assert (leftover < 1.1).all()
 
 
+@pytest.mark.slow
 def test_gauss_sam_converges_as_one_over_k(traces):
     """The paper sees no convergence."""
     k, least, _ = traces["GaussSAM"]

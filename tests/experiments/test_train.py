@@ -76,6 +76,7 @@ def test_it_is_the_training_of_the_experiments(undisturbed):
     assert [epoch["test_accuracy"] for epoch in epochs(undisturbed)] == [e.test_accuracy for e in outcome.epochs]
 
 
+@pytest.mark.slow
 def test_tensorboard_finds_both_losses_and_the_singular_values(undisturbed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

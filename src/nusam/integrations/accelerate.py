@@ -17,6 +17,14 @@ or, in one pass a step (see ``docs/cheap.md``)::
         opt.zero_grad()
 
 ``save_state`` and ``load_state`` need nothing. A closure is refused once a scaler is at work (fp16).
+
+Under DeepSpeed, whose engine keeps gradients and the step to itself, there is no optimizer of nusam's::
+
+    model, opt, loader = accelerator.prepare(model, opt, loader)  # the base optimizer
+    perturbation = nusam.Perturbation(model, rho=0.05)
+    accelerator.register_for_checkpointing(perturbation)
+
+and ``passes(perturbation, model, x, y)`` in the same loop.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,12 +34,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from nusam.integrations.deepspeed import before_the_step
 from nusam.integrations.looking_ahead import Ahead
 from nusam.optimizer import SharpnessAware
+from nusam.perturbation import Perturbation
 
 try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.state import GradientState
     from accelerate.utils import DistributedType
     from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 except ImportError as error:
@@ -44,23 +55,26 @@ __all__ = ["LoaderAhead", "one_pass", "passes", "sharpness_aware"]
 REDUCES_IN_STEP = {DistributedType.XLA, DistributedType.MEGATRON_LM}
 
 
-def passes(optimizer: Optimizer, model: nn.Module, *batch: Any) -> Iterator[Any]:
+def passes(optimizer: Optimizer | Perturbation, model: nn.Module, *batch: Any) -> Iterator[Any]:
     """The passes over one micro-batch, :meth:`nusam.SharpnessAware.passes` with ``accumulate=True``.
 
     Call ``zero_grad()`` once a step, as accelerate asks for anyway. Every micro-batch is perturbed on its own.
 
     Args:
-        optimizer: a :class:`nusam.SharpnessAware`, as ``Accelerator.prepare`` gave it back.
+        optimizer: a :class:`nusam.SharpnessAware`, as ``Accelerator.prepare`` gave it back; under DeepSpeed a
+            :class:`nusam.Perturbation` of the model that it gave back, and the engine steps when the passes are over.
         model: as ``Accelerator.prepare`` gave it back. If the optimizer was built with ``model=``, it learns here by
             what that model is wrapped now, so that under DDP all processes share one perturbation.
         batch: what comes back once a pass, in the ascent cut to ``ascent_share``; without any the passes' names come.
 
     Raises:
         TypeError: if the optimizer is none of nusam's.
-        NotImplementedError: under FSDP1, DeepSpeed and Megatron-LM, and on several XLA devices.
+        NotImplementedError: under FSDP1 and Megatron-LM, on several XLA devices, and of an optimizer under DeepSpeed.
     """
-    opt = reaching(optimizer, model)
-    yield from opt.passes(*batch, accumulate=True)
+    if isinstance(optimizer, Perturbation):
+        yield from before_the_step(model, optimizer.passes(*batch, ends_step=GradientState().sync_gradients))
+    else:
+        yield from reaching(optimizer, model).passes(*batch, accumulate=True)
 
 
 def one_pass(
@@ -131,6 +145,11 @@ def reaching(optimizer: Optimizer, model: nn.Module) -> SharpnessAware:
     Raises:
         TypeError, NotImplementedError: as :func:`passes`.
     """
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        raise NotImplementedError(
+            "DeepSpeed steps inside its backward and keeps gradients where the two passes can't reach them; prepare "
+            "the base optimizer, and hand passes() a nusam.Perturbation(model)."
+        )
     opt = sharpness_aware(optimizer)
     is_sharded = isinstance(model, (FSDPModule, FullyShardedDataParallel))
     inner = model if is_sharded else getattr(model, "_orig_mod", model)  # what torch.compile wraps
@@ -139,11 +158,6 @@ def reaching(optimizer: Optimizer, model: nn.Module) -> SharpnessAware:
         raise NotImplementedError(
             f"accelerate adds up the gradients of {launch.distributed_type.value} processes in step() alone, behind "
             "the passes; use DDP or FSDP2 on devices that torch.distributed reaches, or a single process."
-        )
-    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
-        raise NotImplementedError(
-            "DeepSpeed steps inside its backward and keeps gradients where the two passes can't reach them; use DDP, "
-            "or FSDP2 (fsdp_version=2 in accelerate's configuration)."
         )
     if isinstance(inner, FullyShardedDataParallel):
         raise NotImplementedError(

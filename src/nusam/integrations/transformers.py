@@ -1,27 +1,31 @@
 """νSAM in Hugging Face's Trainer: ``class MyTrainer(NuSAMTrainerMixin, Trainer)``, and nothing else changes.
 
-Only public hooks are overridden (``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``training_step``,
-``log``), each calls Trainer's own; ``_prepare_inputs`` is called once a step, in the first of two passes. Accumulation,
-fp16 and bf16, clipping, ``torchrun`` and resuming are Trainer's.
+Only public hooks are overridden (``train``, ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``,
+``training_step``, ``log``), each calls Trainer's own; ``_prepare_inputs`` is called once a step, in the first of two
+passes. Accumulation, fp16 and bf16, clipping, ``torchrun`` and resuming are Trainer's. Under DeepSpeed the passes are
+those of :class:`nusam.Perturbation`, whose state lies beside the engine's in the checkpoints.
 """
 
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nusam.integrations.deepspeed import InEngine, replaced
 from nusam.integrations.replay import Replay
 from nusam.integrations.riding import Riding
 from nusam.methods import NuSAM
 from nusam.optimizer import SharpnessAware
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
 
     from nusam.integrations.accelerate import LoaderAhead, reaching, sharpness_aware
 except ImportError as error:
@@ -82,6 +86,15 @@ class NuSAMTrainerMixin:
         self._calls = _Calls()
         self._step_hook: Any = None  # on the optimizer
         super().__init__(*args, **kwargs)
+        self._engine: InEngine | None = None
+        if cast(Any, self).is_deepspeed_enabled:
+            if one_pass:
+                raise NotImplementedError(
+                    "one_pass=True can't be had under DeepSpeed, whose engine would count the next batch's samples as "
+                    "this step's; leave it out."
+                )
+            self._engine = InEngine(sharpness_aware)
+            cast(Any, self).add_callback(_BesideEngine(self._engine, self._no_passes()))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,8 +104,18 @@ class NuSAMTrainerMixin:
                 f"class {cls.__name__}(NuSAMTrainerMixin, Trainer)."
             )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._engine is not None:
+            last: Callable[[str], Any] = get_last_checkpoint
+            given = resume_from_checkpoint
+            found = last(cast(Any, self).args.output_dir) if given is True else given
+            self._engine.begin(Path(found) if found else None)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         self.optimizer: Any = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self._engine is not None:
+            return cast(Optimizer, self.optimizer)
         try:
             sharpness_aware(self.optimizer)
         except TypeError:
@@ -108,19 +131,27 @@ class NuSAMTrainerMixin:
     def _refuse_step_without_passes(self, opt: Any, *_: Any) -> None:
         at_work = any(float(group.get("lr", 1.0)) != 0 for group in opt.param_groups)
         if at_work and not opt._had_pass:  # torch.distributed.checkpoint takes one at rate 0 to make empty state
-            raise RuntimeError(
-                f"{type(self).__name__}.training_step reaches neither NuSAMTrainerMixin's, which runs the passes, nor "
-                "runs them itself; call super().training_step(model, inputs), or put the class that has it behind the "
-                "mixin."
-            )
+            raise RuntimeError(self._no_passes())
+
+    def _no_passes(self) -> str:
+        return (
+            f"{type(self).__name__}.training_step reaches neither NuSAMTrainerMixin's, which runs the passes, nor "
+            "runs them itself; call super().training_step(model, inputs), or put the class that has it behind the "
+            "mixin."
+        )
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         if self._delay_ratio is not None:
-            sharpness_aware(self.optimizer).delay = int(self._delay_ratio * num_training_steps)
+            delay = int(self._delay_ratio * num_training_steps)
+            if self._engine is not None:
+                self._engine.delay(delay)
+            else:
+                sharpness_aware(self.optimizer).delay = delay
         return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        opt = sharpness_aware(self.optimizer)
+        engine = self._engine
+        opt = engine.of(model)._passes if engine is not None else sharpness_aware(self.optimizer)
         self._taken = {"active": float(opt.active), "rho": max(opt._radii())}
         if self._in_one_pass:
             followers = [following for batch, following in self._followers if batch is inputs]
@@ -131,8 +162,12 @@ class NuSAMTrainerMixin:
         last: Any = None
         owners, kept = (self, self.state), self._replay  # type: ignore[attr-defined]
         with _in_training_mode(self.optimizer), self._inputs_prepared_once(model):
-            reached, share = reaching(self.optimizer, model), opt.ascent_share
-            names = reached.passes(accumulate=True) if share == 1 else reached._passes(accumulate=True)
+            share = opt.ascent_share
+            if engine is not None:
+                names = engine.passes(model, cast(Any, self).accelerator.sync_gradients)
+            else:
+                reached = reaching(self.optimizer, model)
+                names = reached.passes(accumulate=True) if share == 1 else reached._passes(accumulate=True)
             for name, given in kept.passes(names, owners, inputs, share):
                 several = share == 1 and (kept.later or name == "ascent")
                 with self._calls.compared(model, type(self).__name__, kept.later) if several else nullcontext():
@@ -196,7 +231,7 @@ class NuSAMTrainerMixin:
                 )
             return captured.losses[0], returned
 
-        with _in_training_mode(self.optimizer), _replaced(accelerator, "backward", capture) as backward:
+        with _in_training_mode(self.optimizer), replaced(accelerator, "backward", capture) as backward:
             opt, owners = reaching(self.optimizer, model), (self, cast(Any, self).state)
             returned = self._riding.step(
                 opt, owners, inputs, following, run, lambda loss: backward(loss, **captured.options)
@@ -225,18 +260,19 @@ class NuSAMTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-@contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Let an object have another method; the one that it had."""
-    own, before = vars(owner), getattr(owner, name)
-    was_own = name in own
-    setattr(owner, name, function)
-    try:
-        yield before
-    finally:
-        delattr(owner, name)
-        if was_own:
-            own[name] = before
+class _BesideEngine(TrainerCallback):
+    """Keeps νSAM's state beside the engine's, and sees that every step had its passes."""
+
+    def __init__(self, engine: InEngine, otherwise: str) -> None:
+        self._engine, self._otherwise = engine, otherwise
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._engine.had_passes():
+            raise RuntimeError(self._otherwise)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            self._engine.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 @contextmanager
