@@ -9,11 +9,9 @@ CASES = [
     "ZeRO 0",
     "ZeRO 0, accumulation",
     "ZeRO 1, accumulation",
-    "ZeRO 2",
     "ZeRO 2, accumulation, offload",
     "ZeRO 3",
     "ZeRO 3, accumulation, offload",
-    "ZeRO 0, bfloat16",
     "ZeRO 2, bfloat16",
     "ZeRO 3, bfloat16",
 ]

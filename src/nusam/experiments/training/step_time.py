@@ -18,8 +18,8 @@ from nusam.experiments.training.splits import Images, split
 
 __all__ = ["step_seconds"]
 
-ROUNDS = 10
-STEPS = 10
+ROUNDS = 7
+STEPS = 5
 
 
 def step_seconds(runs: Mapping[str, Run], source: Source, batch_size: int, device: str) -> dict[str, float]:
