@@ -11,12 +11,11 @@ from nusam.experiments.recipes.method_table import ADAMW, NUSAM, SAM, learning_c
 from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and_error, standard_error
 from nusam.experiments.training.data import Source, with_wrong_labels
 from nusam.experiments.training.methods import METHODS
-from nusam.experiments.training.models import TITLES
+from nusam.experiments.training.models import SMALL, TITLES
 from nusam.experiments.training.spec import Recipe, Run
 
-__all__ = ["CONTENDERS", "MODELS", "Demo", "price"]
+__all__ = ["CONTENDERS", "Demo", "price"]
 
-MODELS = ("mixer", "vit-mean")  # a ViT with a class token hardly learns from a few hundred images
 SHARE = 1 / 8
 AT_BEST = Contender("AdamW, best epoch", "adamw", at_best=True)
 AT_A_SHARE = Contender("νSAM at 1/8", "nusam", {"ascent_share": SHARE})
@@ -42,7 +41,7 @@ class Demo:
         recipe = replace(self.recipe, validates_epochs=True)
         contests = [
             Contest(Setting(self.data, model, recipe, self.seeds, 1, self.train_size, self.radii(model)), CONTENDERS)
-            for model in MODELS
+            for model in SMALL
         ]
         bench.fill(cell for contest in contests for cell in contest.trials())
         bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
@@ -71,13 +70,12 @@ class Demo:
         return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes, setting)
 
     def radii(self, model: str) -> Mapping[str, tuple[float, ...]]:
-        """Two candidates by contender: larger where labels are wrong, and where the ascent sees a share."""
+        """The candidates by contender: larger where labels are wrong, and where the ascent sees a share."""
         larger = 2 if self.recipe.wrong_labels else 1
-        small = "mixer" if "mixer" in model else "vit"
 
         def of(contender: Contender) -> tuple[float, ...]:
             factor = larger * (2 if "ascent_share" in contender.options else 1)
-            return tuple(factor * rho for rho in METHODS[contender.method].radii.get(small, ())[-2:])
+            return tuple(factor * rho for rho in METHODS[contender.method].radii.get(model, ()))
 
         return {contender.label: of(contender) for contender in CONTENDERS}
 

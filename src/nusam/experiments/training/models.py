@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from nusam.experiments.errors import Refused
 from nusam.experiments.training.text import ENCODERS
 
-__all__ = ["PRETRAINED", "SHAPES", "TITLES", "Shape", "require_fit"]
+__all__ = ["PRETRAINED", "SHAPES", "SMALL", "TITLES", "Shape", "require_fit"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ PRETRAINED = {
     "vit-b/16": ("ViT-B/16", "vit_base_patch16_224"),
     "mixer-b/16": ("Mixer-B/16", "mixer_b16_224"),
 }
+SMALL = ("mixer", "vit")  # those that two processor cores train in seconds
 TITLES = {
     **{name: shape.title for name, shape in SHAPES.items()},
     **{name: title for name, (title, _) in PRETRAINED.items()},
