@@ -215,7 +215,8 @@ class Trial:
             outcome.passes.append(name)
             loss = self._run(self.model, plan, at, name, fails[1] * (name == fails[0]))
             if beside[0] == name and not (beside[1] == "evaluate" and self._writes):  # it would write, too
-                perturbed = name == "descent" and any(key.startswith("epsilon/") for key in self.opt.metrics())
+                has_epsilon = any(key.startswith("epsilon/") for key in self.opt.metrics())  # or the last ascent had
+                perturbed = name == "descent" and self.opt.active and has_epsilon
                 pattern = tried(beside[1], self.opt, self.model, perturbed and self.guarded)
                 Tally.refusals.update([pattern] if pattern else [])
             if name == "ascent" or outcome.loss is None:
