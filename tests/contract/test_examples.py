@@ -18,10 +18,16 @@ RUNS = {
 }
 
 
+def epochs(example, options):
+    """A processor takes its time for bfloat16."""
+    return 3 if "bf16" in options and example != "train_transformers.py" else 4
+
+
 def run(example, options, folder, monkeypatch, capsys):
     """The losses of its epochs, and the accuracy that it ended with in %."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(sys, "argv", [example, "--folder", str(folder), "--epochs", "4", *shlex.split(options)])
+    words = ["--folder", str(folder), "--epochs", str(epochs(example, options)), *shlex.split(options)]
+    monkeypatch.setattr(sys, "argv", [example, *words])
     runpy.run_path(str(EXAMPLES / example), run_name="__main__")
     said = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"epoch \d+: loss ([\d.]+)", said)]
@@ -41,7 +47,7 @@ def run(example, options, folder, monkeypatch, capsys):
 )
 def test_the_loss_goes_down(example, options, tmp_path, monkeypatch, capsys):
     losses, accuracy = run(example, options, tmp_path, monkeypatch, capsys)
-    assert len(losses) == 4
+    assert len(losses) == epochs(example, options)
     assert losses[-1] < 0.9 * losses[0]
     assert accuracy > 30  # of ten digits
 
