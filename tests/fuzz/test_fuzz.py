@@ -52,7 +52,6 @@ FAULTS = {
     "weights-stay-perturbed": ("nusam.placement.in_weights._RankOneInWeights.remove", lambda self: None),
     "hooks-are-overlooked": ("nusam.layers.structure.has_hooks", lambda parameter: False),
     "steps-are-not-saved": ("nusam.saving._STEPS", "elsewhere"),
-    "modes-are-not-watched": ("nusam.ascent.verification.Verification.watch", lambda self, modes: None),
 }
 
 
