@@ -9,7 +9,7 @@ import argparse
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,17 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from nusam.batch import first_samples
 from nusam.experiments.runs.contest import interval, mean_and_error
 from nusam.experiments.training.building import build
 from nusam.experiments.training.data import load, with_wrong_labels
+from nusam.experiments.training.loop import steps_of, warmed_cosine
+from nusam.experiments.training.methods import BASES
 from nusam.experiments.training.scoring import score
+from nusam.experiments.training.spec import Recipe
 from nusam.experiments.training.splits import Images, split
+from nusam.reference import svd_top1
 from recording import record
 
 SHARE = 1 / 8
 TUNING = range(100, 102)  # seeds that are not reported
+PLAIN = Recipe(40)
 
 
 @dataclass(frozen=True)
@@ -37,24 +42,19 @@ class Setting:
     """A Mixer on digits; a share of the steps is taken by AdamW alone."""
 
     title: str
-    wrong_labels: float = 0.0
+    recipe: Recipe = PLAIN
     train_size: int = 300
-    epochs: int = 40
-    batch_size: int = 32
-    rate: float = 4e-3
-    warm_up: float = 0.1
     delay: float = 0.1
-    radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
-PLAIN = Setting("digits")
+RADII = (0.05, 0.1, 0.2, 0.4, 0.8)
 SETTINGS = (
-    PLAIN,
-    Setting("40% of the labels drawn anew", wrong_labels=0.4, train_size=600),
-    replace(PLAIN, title="three times the learning rate", rate=12e-3),
-    replace(PLAIN, title="no warm-up, perturbed from the start", warm_up=0.0, delay=0.0),
-    replace(PLAIN, title="batches of 8", batch_size=8, rate=2e-3),
-    replace(PLAIN, title="the last fifth of the cosine alone", delay=0.8),
+    Setting("digits"),
+    Setting("40% of the labels drawn anew", Recipe(40, wrong_labels=0.4), train_size=600),
+    Setting("three times the learning rate", Recipe(40, learning_rate=12e-3)),
+    Setting("no warm-up, perturbed from the start", Recipe(40, warm_up=0.0), delay=0.0),
+    Setting("batches of 8, half the learning rate", Recipe(40, batch_size=8, learning_rate=2e-3)),
+    Setting("the last fifth of the cosine alone", delay=0.8),
 )
 
 
@@ -77,28 +77,27 @@ SOURCES = (
 def accuracies(setting: Setting, source: Source | None, rho: float, seed: int) -> tuple[float, float]:
     """Of test and validation after the last epoch; without a source AdamW's."""
     torch.set_num_threads(1)
-    digits = with_wrong_labels(load("digits", Path("data"), setting.train_size), setting.wrong_labels)
+    recipe = setting.recipe
+    digits = with_wrong_labels(load("digits", Path("data"), setting.train_size), recipe.wrong_labels)
     data = split(digits, seed, "cpu")
     torch.manual_seed(seed)
     model = build("mixer", digits.image_size, digits.channels, digits.classes)
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=setting.rate, weight_decay=0.05)
-    steps = setting.epochs * -(-setting.train_size // setting.batch_size)
-    warm = max(1, int(setting.warm_up * steps))
-    schedule = SequentialLR(
-        optimizer, [LinearLR(optimizer, 1 / warm, total_iters=warm), CosineAnnealingLR(optimizer, steps - warm)], [warm]
-    )
+    optimizer = BASES[recipe.base].make(model, recipe.learning_rate, recipe.weight_decay)
+    steps = steps_of(recipe, digits)
+    schedule = warmed_cosine(optimizer, recipe, steps)
     us = {name: torch.randn(len(p)) for name, p in parameters.items() if p.ndim == 2}
     older: deque[dict[str, Tensor]] = deque(maxlen=1 + (source.updates_old if source else 0))
     last: Images | None = None
-    for step, batch in enumerate(batches(data.train, setting.batch_size, steps, seed)):
+    for step, batch in enumerate(batches(data.train, recipe.batch_size, steps, seed)):
         epsilon: dict[str, Tensor] = {}
         if source and step >= setting.delay * steps:
             older.append({name: p.detach().clone() for name, p in parameters.items()})
             seen = last if source.of_the_last_batch and last is not None else batch
-            count = -int(-len(seen) * SHARE // 1)
-            gradients = gradients_at(model, older[0], {}, Images(seen.pixels[:count], seen.labels[:count]))
-            epsilon = {name: rho * top_pair(gradients[name], us, name) for name in us}
+            gradients = gradients_at(model, older[0], {}, first_samples(seen, SHARE))
+            for name in us:
+                us[name], v = svd_top1(gradients[name], us[name])
+                epsilon[name] = rho * torch.outer(us[name], v)
         for name, gradient in gradients_at(model, parameters, epsilon, batch).items():
             parameters[name].grad = gradient
         optimizer.step()
@@ -127,15 +126,6 @@ def gradients_at(
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
-def top_pair(gradient: Tensor, us: dict[str, Tensor], name: str) -> Tensor:
-    """u·vᵀ after one power iteration from the step before (Algorithm 2)."""
-    v = nn.functional.normalize(gradient.T @ us[name], dim=0)
-    u = nn.functional.normalize(gradient @ v, dim=0)
-    if u.norm() > 0.5:  # else the gradient is zero
-        us[name] = u
-    return torch.outer(u, v)
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--jobs", type=int, default=2)
@@ -151,16 +141,16 @@ def main() -> None:
             tried = {
                 (source, rho): fmean(validation for _, validation in run(setting, source, rho, TUNING))
                 for source in SOURCES
-                for rho in setting.radii
+                for rho in RADII
             }
             base = [100 * test for test, _ in run(setting, None, 0.0, range(options.seeds))]
             rows = [("AdamW", 0.0, base)]
             for source in SOURCES:
-                rho = max(setting.radii, key=lambda rho, source=source: (tried[source, rho], -rho))  # type: ignore[misc]
+                rho = max(RADII, key=lambda rho, source=source: (tried[source, rho], -rho))  # type: ignore[misc]
                 rows.append((source.label, rho, [100 * t for t, _ in run(setting, source, rho, range(options.seeds))]))
             fresh = rows[1][2]
             for label, rho, tests in rows:
-                end = " (an end)" if rho in (setting.radii[0], setting.radii[-1]) else ""
+                end = " (an end)" if rho in (RADII[0], RADII[-1]) else ""
                 table.append(
                     {
                         "setting": setting.title,
@@ -175,7 +165,11 @@ def main() -> None:
                         ),
                     }
                 )
-    common = {key: value for key, value in asdict(PLAIN).items() if key not in ("title", "radii", "wrong_labels")}
+    plainly = (
+        f"{PLAIN.epochs} epochs of {SETTINGS[0].train_size} images, batches of {PLAIN.batch_size}, learning rate "
+        f"{PLAIN.learning_rate:g}, decay {PLAIN.weight_decay:g}, warm-up {PLAIN.warm_up:.0%} and a cosine, perturbed "
+        f"after {SETTINGS[0].delay:.0%} of the steps"
+    )
     record(
         "staleness",
         "cpu",
@@ -183,9 +177,8 @@ def main() -> None:
         f"νSAM by hand, ε from an eighth of the batch by one warm-started power iteration. {options.seeds} seeds, each "
         "with its own split, order and initial weights, the same for all rows; test accuracy in % after the last "
         "epoch, ± standard error; differences paired by seed, with their 95% intervals. ρ of each row by validation "
-        f"accuracy on {len(TUNING)} other seeds, among {', '.join(f'{rho:g}' for rho in PLAIN.radii)}. AdamW with "
-        "decay 0.05 and a cosine. Unless the setting says otherwise: "
-        f"{', '.join(f'{key} {value:g}' for key, value in common.items())}.",
+        f"accuracy on {len(TUNING)} other seeds, among {', '.join(f'{rho:g}' for rho in RADII)}. AdamW; "
+        f"unless the setting says otherwise, {plainly}.",
     )
 
 

@@ -1,6 +1,6 @@
 """νSAM for loops whose step belongs to an engine: the passes, and no optimizer to wrap."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -108,15 +108,16 @@ class Perturbation:
             RuntimeError: inside another pass, or if something can't be had without gradients; the weights are the
                 unperturbed ones then, and no gradient has been touched.
         """
-        self._passes.follow()
-        yield from self._passes.passes(*batch, accumulate=True)
-        if ends_step:
-            self._passes.step()
+        yield from self._followed(self._passes.passes(*batch, accumulate=True), ends_step)
 
     def _named(self, ends_step: bool) -> Generator[str, None, None]:
         """The passes by name, for loops that cut the batch themselves."""
+        yield from self._followed(self._passes._passes(accumulate=True), ends_step)
+
+    def _followed(self, passes: Iterator[Any], ends_step: bool) -> Iterator[Any]:
+        """Passes over what the model trains now, and the step that may end with them."""
         self._passes.follow()
-        yield from self._passes._passes(accumulate=True)
+        yield from passes
         if ends_step:
             self._passes.step()
 

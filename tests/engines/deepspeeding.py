@@ -45,6 +45,13 @@ def sample(index: int):
     return torch.randn(BATCH, 6, generator=generator), torch.randint(0, 4, (BATCH,), generator=generator)
 
 
+def part(index: int):
+    """The share of it that is this process's."""
+    size = BATCH // dist.get_world_size()
+    here = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+    return [rows[here] for rows in sample(index)]
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -101,14 +108,12 @@ def counting(calls: Counter):
 
 def train(engine, perturbation, case, steps, faults, calls):
     _, micro_batches, dtype, _ = case
-    size = BATCH // dist.get_world_size()
-    here = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     for step in steps:
         for i in range(micro_batches):
-            x, y = (part[here] for part in sample(step * micro_batches + i))
-            part = x.to(getattr(torch, dtype))
+            x, y = part(step * micro_batches + i)
+            x = x.to(getattr(torch, dtype))
             before = Counter(calls)
-            for number, (xs, ys) in enumerate(perturbation.passes(part, y, ends_step=i == micro_batches - 1)):
+            for number, (xs, ys) in enumerate(perturbation.passes(x, y, ends_step=i == micro_batches - 1)):
                 if number == 1 and step not in (0, 1, 2, 4, 8, 16):  # where it compares, it adds up what it compares
                     faults += [f"step {step}: {calls - before}"] if calls - before != {"all_reduce": 2} else []
                 gradients = [p.grad for p in engine.module.parameters()]

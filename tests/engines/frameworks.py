@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from tests.engines.deepspeeding import (
     distance,
     in_processes,
     net,
+    part,
     sample,
     sgd,
     weights,
@@ -57,13 +57,10 @@ def prepared(case):
 
 def train(accelerator, model, optimizer, perturbation, case, steps):
     _, micro_batches, *_ = case
-    size = BATCH // dist.get_world_size()
-    here = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     for step in steps:
         for i in range(micro_batches):
-            x, y = (part[here] for part in sample(step * micro_batches + i))
             with accelerator.accumulate(model):
-                for xs, ys in passes(perturbation, model, x, y):
+                for xs, ys in passes(perturbation, model, *part(step * micro_batches + i)):
                     accelerator.backward(F.cross_entropy(model(xs), ys))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -87,13 +84,13 @@ def through_accelerate(case, folder):
         "off": distance(found, alone(case)),
         "without off": distance(found, alone(case, 0.0)),
         "resumed off": distance(found, weights(resumed[1])),
-        "steps": perturbation_steps(whole[3]),
+        "steps": steps_of(whole[3]),
         "refused": refused,
         "processes": whole[0].num_processes,
     }
 
 
-def perturbation_steps(perturbation):
+def steps_of(perturbation):
     return perturbation.state_dict()["steps"]
 
 
@@ -134,7 +131,7 @@ def trainer_of(case, folder, method=None, kind=Trained, **options):
         report_to=[],
         disable_tqdm=True,
     )
-    method = method or partial(nusam.Perturbation, rho=RHO)
+    method = method or functools.partial(nusam.Perturbation, rho=RHO)
     return kind(WithLoss(), arguments, train_dataset=rows(STEPS * micro_batches), sharpness_aware=method, **options)
 
 
@@ -155,7 +152,7 @@ def through_trainer(case, folder):
         "off": distance(found, alone(case)),
         "without off": distance(found, alone(case, 0.0)),
         "resumed off": distance(found, weights(resumed.model_wrapped)),
-        "steps": perturbation_steps(resumed._engine._perturbation),
+        "steps": steps_of(resumed._engine._perturbation),
         "logged": [log["active"] for log in trainer.state.log_history if "active" in log],
     }
 
@@ -167,7 +164,9 @@ def refusals(case, folder):
         "another method": lambda: trainer_of(case, folder, method=nusam.SAM),
         "one pass": lambda: trainer_of(case, folder, one_pass=True),
         "another training_step": lambda: trainer_of(case, folder, kind=ElsewhereTrained).train(),
-        "another argument": lambda: trainer_of(case, folder, method=partial(nusam.NuSAM, ascent="gradient")).train(),
+        "another argument": lambda: trainer_of(
+            case, folder, method=functools.partial(nusam.NuSAM, ascent="gradient")
+        ).train(),
     }.items():
         try:
             ask()
@@ -192,7 +191,7 @@ def run_the_page(folder):
         "criterion": F.cross_entropy,
     }
     exec(compile(recipes["accelerate"], "docs/deepspeed.md", "exec"), names)
-    steps = {"accelerate": names["perturbation"].state_dict()["steps"]}
+    steps = {"accelerate": steps_of(names["perturbation"])}
     file = Path(folder, "zero2.json")
     file.parent.mkdir(exist_ok=True)
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -209,7 +208,7 @@ def run_the_page(folder):
         "data": rows(4),
     }
     exec(compile(recipes["Trainer"], "docs/deepspeed.md", "exec"), names)
-    return {**steps, "Trainer": names["trainer"]._engine._perturbation.state_dict()["steps"]}
+    return {**steps, "Trainer": steps_of(names["trainer"]._engine._perturbation)}
 
 
 def rows(samples):

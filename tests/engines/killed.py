@@ -11,7 +11,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch.nn import functional as F
 
 import nusam
-from tests.engines.deepspeeding import BATCH, RHO, distance, engine_of, in_processes, sample, weights
+from tests.engines.deepspeeding import RHO, distance, engine_of, in_processes, part, weights
 
 STEPS, BETWEEN, FATAL = 9, 3, 7  # FATAL is behind a checkpoint, and before the next
 CASES = {"ZeRO 2": (2, 1, "float32", False), "ZeRO 3": (3, 1, "float32", False)}
@@ -27,11 +27,8 @@ def train(case, folder, dies_in=None, life=0):
         _, client_state = engine.load_checkpoint(folder)
         perturbation.load_state_dict(client_state["nusam"])
         first = client_state["step"]
-    size = BATCH // dist.get_world_size()
-    here = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     for step in range(first, STEPS):
-        x, y = (part[here] for part in sample(step))
-        for number, (xs, ys) in enumerate(perturbation.passes(x, y)):
+        for number, (xs, ys) in enumerate(perturbation.passes(*part(step))):
             loss = F.cross_entropy(engine(xs), ys)
             if step == FATAL and number == dies_in and life == int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
                 os.kill(os.getpid(), signal.SIGKILL) if dist.get_rank() == 1 else dist.barrier()

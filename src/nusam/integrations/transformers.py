@@ -85,8 +85,8 @@ class NuSAMTrainerMixin:
         self._followers: list[tuple[Any, Any]] = []  # every batch of an update with the one behind it
         self._calls = _Calls()
         self._step_hook: Any = None  # on the optimizer
+        self._engine: InEngine | None = None  # under DeepSpeed
         super().__init__(*args, **kwargs)
-        self._engine: InEngine | None = None
         if cast(Any, self).is_deepspeed_enabled:
             if one_pass:
                 raise NotImplementedError(

@@ -30,7 +30,7 @@ from nusam.experiments.training.scoring import score
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
 from nusam.experiments.training.splits import split
 
-__all__ = ["Stopped", "steps_of", "train"]
+__all__ = ["Stopped", "steps_of", "train", "warmed_cosine"]
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # of all processes together: pixels and labels
 
@@ -88,7 +88,7 @@ def train(
     steps, per_epoch = steps_of(recipe, source, run.stretch), _steps_per_epoch(recipe, source)
     base = BASES[recipe.base].make(model, recipe.learning_rate * run.rate, recipe.weight_decay, recipe.beta2)
     optimizer = METHODS[run.method].wrap(base, run, steps, model)
-    schedule = _schedule(optimizer, recipe, steps)
+    schedule = warmed_cosine(optimizer, recipe, steps)
     order = torch.Generator().manual_seed(run.seed)
     noise = torch.Generator().manual_seed(run.seed)
     saved_noise = torch.Generator().manual_seed(run.seed) if run.one_pass else noise  # as before what rides along
@@ -228,7 +228,8 @@ def _load_what_fits(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict({**own, **{name: w for name, w in weights.items() if w.shape == own[name].shape}})
 
 
-def _schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+def warmed_cosine(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+    """The learning rate rises over the warm-up, and falls as a cosine."""
     warm_up = max(1, int(recipe.warm_up * steps))
     rise = LinearLR(optimizer, start_factor=1 / (warm_up + 1), total_iters=warm_up)
     fall = CosineAnnealingLR(optimizer, T_max=max(1, steps - warm_up))
