@@ -16,12 +16,16 @@ from nusam.placement.ledger import Counted, Ledger, not_added
 from nusam.placement.written_weights import WrittenWeights
 from nusam.resuming import Resumable
 
-__all__ = ["OTHERWISE_USED", "WRITTEN", "Checked"]
+__all__ = ["LOOKED_FOR", "OTHERWISE_USED", "WRITTEN", "Checked"]
 
 
 OTHERWISE_USED = (
     "was used otherwise than in the steps in which it was compared with its gradient, and was not perturbed in this "
     "step; its gradient is formed from now on"
+)
+LOOKED_FOR = (
+    "has no gradient in the ascent, where the loop looked for one; ε does not know what the loop does with gradients "
+    "there, so use ascent='gradient' if it changes them"
 )
 WRITTEN = "written in the passes themselves"
 

@@ -14,12 +14,13 @@ from nusam.distributed.data_parallel import DataParallel
 from nusam.guards.checks import check_parameter
 from nusam.guards.model_guard import ModelGuard
 from nusam.interrupts import always
+from nusam.layers.outside_graphs import watched_outside_graphs
 from nusam.layers.reads import Backwards, watched
 from nusam.layers.uses import rerouted
 from nusam.lmo import Nuclear, Perturbation, RankOne
 from nusam.placement.in_forward import InForward
 from nusam.placement.ledger import clear_gradients
-from nusam.refusals import OTHERWISE_USED, WRITTEN, Checked
+from nusam.refusals import LOOKED_FOR, OTHERWISE_USED, WRITTEN, Checked
 from nusam.targets import Target, mixed
 from nusam.wrapper import itself
 
@@ -91,8 +92,8 @@ class TwoPasses(Checked):
             self._guard.before_ascent(check)
             reached = everything if self.targets == "trainable" else {*everything, *(t.parameter for t in targets)}
             self._written.before_ascent(reached, check, self._guard.tree)
-            silenced = pass_.silenced() if pass_ else nullcontext()
-            with self._backwards.of_ascent() if in_forward else nullcontext(), silenced:
+            in_the_loop = pass_.in_the_loop() if pass_ else nullcontext()
+            with self._backwards.of_ascent() if in_forward else nullcontext(), in_the_loop:
                 yield
             self._guard.after_ascent()
             self._written.after_ascent()
@@ -176,9 +177,8 @@ class TwoPasses(Checked):
             perturbed.add()
             if in_place:
                 workers.reshard()
-            # what a compiled graph does with a weight looks as if somebody read it
-            watch = watched(forward) if self._ascent.sees_calls else nullcontext()
-            with self._backwards.of_descent() if forward else nullcontext(), watch:
+            watch = watched if self._ascent.sees_calls else watched_outside_graphs
+            with self._backwards.of_descent() if forward else nullcontext(), watch(forward):
                 yield
             for parameter, handler in forward.items():
                 if handler.is_written():
@@ -240,6 +240,7 @@ class TwoPasses(Checked):
             targets = [target for target in targets if target.parameter not in surprises]
             self._ascended = [target.parameter for target in targets]
             self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
+            self._ledger.tell(self._ascent.looked_for(pass_), self._names, LOOKED_FOR)
         there = [target.parameter for target in targets if target.parameter in in_forward]
         self._refuse_unreachable(there, self._ascent.unreachable)
         seed = mixed(self.seed, self._progress.steps)

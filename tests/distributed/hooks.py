@@ -1,5 +1,6 @@
 """Communication hooks of DDP, whose state the ascent must not move."""
 
+import warnings
 from functools import partial
 from itertools import product
 
@@ -123,3 +124,34 @@ def hooks_that_can_not_be_left_out_are_refused():
     opt = nusam.NuSAM(torch.optim.SGD(static.parameters(), lr=RATE), 0.1, model=static)
     with pytest.raises(RuntimeError, match="may have a state that the ascent must not move, but DDP with static"):
         next(iter(opt.passes()))
+
+
+# ------------------------------------------------------------------------------- gradients that are looked for
+
+
+def scaled_midway(ascent, match, m_sam=False):
+    """One process alone scales gradients in its passes, from the fourth step on: a sentence, and no process waits."""
+    model = DistributedDataParallel(built(Net))
+    base = torch.optim.SGD(model.parameters(), lr=RATE)
+    opt = nusam.NuSAM(base, 0.1, model=model, ascent=ascent, m_sam=m_sam)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for step in range(STEPS + 2):
+            x, y = sample(step, dist.get_rank())
+            for _ in opt.passes():
+                F.cross_entropy(model(x), y).backward()
+                if step >= 3 and dist.get_rank() == 1:
+                    for gradient in [p.grad for p in model.parameters() if p.grad is not None]:
+                        gradient *= 0.5
+            opt.step()
+    said = [str(w.message) for w in warned]
+    assert len(said) == (dist.get_rank() == 1 and match != ""), said
+    assert all(match in sentence for sentence in said)
+
+
+for name, ascent, match, m_sam in (
+    ("matrix-free", "matrix-free", "has no gradient in the ascent, where the loop looked for one", False),
+    ("matrix-free m-SAM", "matrix-free", "its gradient is formed from now on", True),
+    ("gradient", "gradient", "", False),
+):
+    CHECKS[2][f"looked for: {name}"] = partial(scaled_midway, ascent, match, m_sam)

@@ -38,6 +38,7 @@ class Oracle:
         self.sigma: dict[str, float] = {}
         self.reached: set[str] = set()  # in the last descent
         self.doubt = 0.0  # how large an error of ε rounding explains
+        self.restarted: dict[str, Tensor] = {}  # gradients that missed their u in the last ascent
         self.advanced = False  # whether the last ascent was complete
 
     # ------------------------------------------------------------ the passes
@@ -66,7 +67,7 @@ class Oracle:
     ) -> Tensor:
         """The loss of the first pass. ``without``: matrices that have no ε in this step."""
         parameters = [p for group in self.base.param_groups for p in group["params"]]
-        self.doubt, self.advanced = 0.0, False
+        self.doubt, self.restarted, self.advanced = 0.0, {}, False
         if not self.is_active():
             if not accumulate:
                 self._clear(parameters)
@@ -165,6 +166,7 @@ class Oracle:
         for _ in range(self.iterations):
             v = G.T @ u
             if not v.any():  # u lives on other rows: anew from the gradient itself
+                self.restarted[name] = G
                 v = G.T @ _signs(len(u))
                 if not v.any():
                     return None

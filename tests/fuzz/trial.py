@@ -333,6 +333,8 @@ class Trial:
             return False
         if self.oracle.doubt > DOUBTFUL:
             return True
+        if any((G.T @ self.starts[name]).any() for name, G in self.oracle.restarted.items()):
+            return True  # where one u is 0 on these rows, the other is rounding
         labels = self._labels()
         return any(
             (metrics.get(f"epsilon/{labels[name]}", 0.0) > 0) != (had > 0)

@@ -63,6 +63,35 @@ class GradientsMayBeWrittenMidway(_ByHand):
                 p.grad[: len(p) // 2] = 0
 
 
+class GradientsMayBeScaledNowAndThen(_ByHand):
+    """Where a step's loss is large, .grad is scaled down in each pass"""
+
+    def backward(self, step):
+        super().backward(step)
+        if step % 3 == 2:
+            there = [p.grad for p in self.model.parameters() if p.grad is not None]
+            for gradient, factor in zip(there, (0.3, 0.7) * len(there), strict=False):
+                gradient[0] *= factor
+
+
+class GradientsMayOnlyBeLookedAt(_ByHand):
+    """The norm of all gradients is written down in each pass"""
+
+    def backward(self, step):
+        super().backward(step)
+        self.norms = [float(p.grad.norm()) for p in self.model.parameters() if p.grad is not None]
+
+
+class GradientsMayBeReplacedOnTheirLayer(_ByHand):
+    """weight.grad = a new tensor made from the old one, from the third step on"""
+
+    def backward(self, step):
+        super().backward(step)
+        for layer in self.model.modules():
+            if step >= 2 and isinstance(layer, nn.Linear) and layer.weight.grad is not None:
+                layer.weight.grad = layer.weight.grad.flip(0)
+
+
 class GradientsMayBeOfEachSample(_ByHand):
     """Differentially private SGD: vmap(grad) gives every sample's gradient, clipped and averaged into .grad"""
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.loops.loop import ALL, DOUBLE, Loop, to_target
+from tests.loops.loop import ALL, DOUBLE, FULL, Loop, to_target
 
 
 class _Surrounded(Loop):
@@ -205,3 +205,20 @@ class WeightsOfACompiledModelMayBeRead(ACompiledLoopMayGetASecondBackwardMidway)
     def backward(self, step):
         y = self.compiled(self.normal(step, 8, 6))
         to_target(y * self.model[2].weight.detach().norm()).backward()
+
+
+class WeightsMayBeReadBetweenTwoGraphs(_Surrounded):
+    """Two compiled halves, and between them and in the loss eager code that reads their weights"""
+
+    dtypes = FULL
+    slow = True
+
+    def prepare(self):
+        torch._dynamo.reset()
+        self.halves = [torch.compile(half, backend="aot_eager") for half in (self.model[:2], self.model[2:])]
+
+    def loss(self, step):
+        first, second = self.halves
+        hidden = first(self.normal(step, 8, 6))
+        hidden = hidden / (1 + self.model[0].weight.detach().square().mean())
+        return to_target(second(hidden) * self.model[2].weight.data.abs().max())

@@ -1,6 +1,6 @@
 """Gradients that the loss itself asks for inside an ascent."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,16 @@ __all__ = ["standing_in"]
 
 
 @contextmanager
-def standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers, silence: Silence | None = None) -> Iterator[None]:
+def standing_in(
+    stand_ins: dict[Tensor, Tensor],
+    idle: IdleLayers,
+    ran: Callable[[], None],
+    silence: Silence | None = None,
+) -> Iterator[None]:
     """Inside, the loss may ask for the gradient of a served weight: its stand-in answers.
 
-    This is where torch.autograd.grad and Tensor.backward(inputs=...) hand over to the engine.
+    This is where torch.autograd.grad and Tensor.backward(inputs=...) hand over to the engine. After every backward that
+    accumulates, ``ran`` is called.
     """
     module: Any = torch.autograd
     run = module._engine_run_backward
@@ -54,11 +60,17 @@ def standing_in(stand_ins: dict[Tensor, Tensor], idle: IdleLayers, silence: Sile
             )
         return gradients
 
+    def run_and_tell(*args: Any, **kwargs: Any) -> Any:
+        found = run_with_stand_ins(*args, **kwargs)
+        if kwargs.get("accumulate_grad", False) and torch._C._current_graph_task_id() == -1:  # in no other one
+            ran()
+        return found
+
     def undo() -> None:
         module._engine_run_backward = run
 
     with always(undo):
-        module._engine_run_backward = run_with_stand_ins
+        module._engine_run_backward = run_and_tell
         yield
 
 

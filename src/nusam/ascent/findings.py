@@ -28,6 +28,20 @@ class Job(NamedTuple):
     apart: bool = False  # its gradient, where it must be formed, is a stand-in's: no hook of the parameter's sees it
 
 
+class Looks:
+    """Whether the loop has looked for the gradient of a matrix, after a backward that left none."""
+
+    seen = False
+
+    def value(self, W: Tensor, tracked: bool) -> Tensor:
+        """The weight itself."""
+        return W
+
+    def told(self, of: str) -> None:
+        """Somebody looks at its gradient, sets it, or sets ``requires_grad``."""
+        self.seen |= of == "grad"
+
+
 class Findings:
     """What a pass knows about one matrix once its uses have reported."""
 
@@ -48,6 +62,7 @@ class Findings:
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
         self.thaws = self.frozen and plain and not job.apart
         self.job = job
+        self.looks = Looks()
         self.iterations = iterations
         self.u = u if u.device == device else u.to(device)
         self.kept: list[Matrix] = []  # of every use that is multiplied after the pass
@@ -108,6 +123,14 @@ class Findings:
     def probed(self) -> Tensor | None:
         """What compiled uses have left."""
         return None if self._probe is None else self._probe.grad
+
+    @property
+    def lacks_a_gradient(self) -> bool:
+        """Whether a backward has left none, or not yet, where it leaves one in a loop by hand."""
+        if self.frozen or self.job.checks:
+            return False
+        stand_in = self._stand_ins.get(self.parameter)
+        return self.reached_layers or (stand_in is not None and stand_in.grad is not None)
 
     @property
     def reached(self) -> bool:

@@ -7,7 +7,7 @@ the matrix is no input of the layer's function then, so that nobody's hook sees 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from nusam.ascent.silence import Silence
 from nusam.interrupts import always, entered, remove_hook
 from nusam.layers.idle import IdleLayers
 from nusam.layers.kinds import Handler
+from nusam.layers.reads import watched
 from nusam.layers.uses import Use, rerouted
 from nusam.power_iteration import Matrix, TopPair, meeting, normalized, top_pairs
 
@@ -58,6 +59,7 @@ class LayerPass:
         self._needed = needed
         self._watches = watches
         self._silence, self._tells = Silence(silent), tells
+        self._looks = ExitStack()
         self._stand_ins: dict[Tensor, Tensor] = {}
         self.tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self.tap).node
@@ -107,7 +109,7 @@ class LayerPass:
 
         apart = {p: record for p, record in self.records.items() if record.job.apart}
         around = self._idle.watched() if self._watches and not apart else self._idle.detached(self._needed)
-        asked = standing_in(self._stand_ins, self._idle, self._silence if apart else None)
+        asked = standing_in(self._stand_ins, self._idle, self._see_looks, self._silence if apart else None)
         with always(undo), rerouted(self._uses, handlers), around, asked:
             for parameter, _ in thawed:
                 parameter.grad = None
@@ -118,11 +120,15 @@ class LayerPass:
             yield
 
     @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """Inside, no parameter takes part in a backward where matrices are served apart from theirs."""
+    def in_the_loop(self) -> Iterator[None]:
+        """Inside is the loop's code: no parameter takes part in a backward where matrices are served apart from it."""
         apart = {p: record for p, record in self.records.items() if record.job.apart}
-        with self._silence.kept(apart, self._tells) if apart else nullcontext():
+        with always(self._looks.close), self._silence.kept(apart, self._tells) if apart else nullcontext():
             yield
+
+    def _see_looks(self) -> None:
+        """A backward is over: from here on, see who looks for the gradient that a served matrix does not have."""
+        self._looks.enter_context(watched({p: r.looks for p, r in self.records.items() if r.lacks_a_gradient}))
 
     def settle(self) -> None:
         """The backwards are over: multiply what waits, and put the gradients that stand-ins have into parameters."""

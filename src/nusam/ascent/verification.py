@@ -23,6 +23,7 @@ __all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "
 ONE_USE = "one use"  # the products of a single use of its layer are those of its gradient
 SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
 OTHERWISE = "otherwise"  # it has uses that no layer sees, for good
+LOOKED_FOR = "looked for"  # its products are right, but the loop wants its gradient in the ascent; for good
 
 _ROUNDING = 64.0  # rounding units of what was summed, below which a gradient that cancels says nothing
 IN_A_GRAPH = "used repeatedly in a graph"
@@ -80,12 +81,16 @@ class Verification:
     def learn(self, verdicts: dict[Tensor, Verdict]) -> None:
         """What was seen once to go otherwise stays so."""
         for parameter, verdict in verdicts.items():
-            if self.of(parameter) != OTHERWISE:
+            if self.of(parameter) not in (OTHERWISE, LOOKED_FOR):
                 self.found[parameter] = verdict
 
     def refuse(self, reasons: dict[Tensor, str]) -> None:
         """Never serve these again."""
         self.learn({parameter: Verdict(OTHERWISE, reason) for parameter, reason in reasons.items()})
+
+    def leave_gradient(self, parameter: Tensor) -> None:
+        """Never serve this one again: the loop looks for its gradient."""
+        self.learn({parameter: Verdict(LOOKED_FOR, "looked for by the loop in the ascent")})
 
     def forget(self, parameter: Tensor) -> None:
         """Compare a matrix anew before it is served again."""
