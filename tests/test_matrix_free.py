@@ -516,6 +516,54 @@ def test_a_compiled_model_has_no_graph_break_and_one_graph_a_kind_of_pass(kind, 
 # ------------------------------------------------------------------ what is not formed, not read, not left behind
 
 
+@pytest.mark.parametrize("how", ["halves", "accumulated"])
+def test_a_loop_that_changes_gradients_midway_and_can_not_start_over_is_told(how):
+    model = nn.Sequential(nn.Linear(6, 37), nn.ReLU(), nn.Linear(37, 2))
+    opt = matrix_free(model, 0.1)
+    learn(opt, model, square_loss())
+
+    def one(factor):
+        square_loss()(model).backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad *= factor
+
+    def step(factor):
+        if how == "accumulated":
+            for _ in opt.passes(accumulate=True):
+                one(factor)
+        else:
+            with opt.ascent():
+                one(factor)
+            with opt.descent():
+                one(factor)
+        opt.step()
+
+    opt.zero_grad()
+    with pytest.warns(UserWarning, match="0.weight, 2.weight has its gradient changed by the loop inside the passes"):
+        step(0.5)
+    assert not any(key.startswith("fallback") for key in opt.metrics())
+    step(0.5)  # by gradients, and nothing is left to be said
+    reasons = {key.split(": ")[1] for key in opt.metrics() if key.startswith("fallback")}
+    assert reasons == {"changed by the loop in the passes"}
+
+
+def test_a_loop_that_only_looks_at_gradients_is_served():
+    model = nn.Sequential(nn.Linear(6, 37), nn.ReLU(), nn.Linear(37, 2))
+    opt = matrix_free(model, 0.1)
+    for _ in range(6):
+        passes = []
+        for name in opt.passes():
+            passes.append(name)
+            square_loss()(model).backward()
+            norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+        assert passes == ["ascent", "descent"]
+        assert len(norms) == 4
+        opt.step()
+    assert not any(key.startswith("fallback") for key in opt.metrics())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
 def test_no_gradient_of_a_weight_bias_or_norm_is_formed_in_the_ascent():
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -31,7 +31,8 @@ class Stepping(TwoPasses):
         ones afterwards; a loop left in the ascent leaves no gradient of it behind.
 
         The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
-        layer was compared with its gradient: the second time its gradient is formed.
+        layer was compared with its gradient: the second time its gradient is formed. Both passes come twice in a step
+        whose loop turns out to change gradients inside them, and looked for one that the ascent had not formed.
 
         Args:
             batch: what comes back once a pass: several arguments as a tuple, one (a tensor, dictionary, dataclass,
@@ -57,19 +58,30 @@ class Stepping(TwoPasses):
     def _passes(self, accumulate: bool) -> Generator[str, None, None]:
         """The passes by name, for loops that cut the batch themselves."""
         check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
-        if self.active and self._needs_ascent:
-            self._may_repeat = True
-            try:
+        if not (self.active and self._needs_ascent):
+            with self.descent(accumulate):
+                yield "descent"
+            return
+        try:
+            may_start_over = not accumulate and self.combination is None
+            for again in (False, True):
+                self._may_repeat = True
                 with self.ascent(accumulate):
                     yield "ascent"
                 if self._repeats:
                     self._guard.rewind()
                     with self.ascent(accumulate):
                         yield "ascent"
-            finally:
                 self._may_repeat = self._repeats = False
-        with self.descent(accumulate):
-            yield "descent"
+                self._may_start_over = may_start_over and not again
+                with self.descent(accumulate):
+                    yield "descent"
+                if not self._starts_over:
+                    break
+                self._start_over()
+                self._starts_over = False
+        finally:
+            self._may_repeat = self._repeats = self._may_start_over = self._starts_over = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step with the gradients that are there.

@@ -1,6 +1,6 @@
 """How a step goes: the ascent finds ε, the descent takes the gradient at x + ε."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -11,16 +11,17 @@ from nusam.ascent.layer_pass import LayerPass
 from nusam.both_gradients import BothGradients
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
-from nusam.guards.checks import check_parameter
+from nusam.guards.changes import Changes
 from nusam.guards.model_guard import ModelGuard
+from nusam.guards.weights import check_parameter
 from nusam.interrupts import always
 from nusam.layers.outside_graphs import watched_outside_graphs
 from nusam.layers.reads import Backwards, watched
 from nusam.layers.uses import rerouted
-from nusam.lmo import Nuclear, Perturbation, RankOne
+from nusam.lmo import Nuclear, Perturbation, RankOne, State
 from nusam.placement.in_forward import InForward
 from nusam.placement.ledger import clear_gradients
-from nusam.refusals import LOOKED_FOR, OTHERWISE_USED, WRITTEN, Checked
+from nusam.refusals import CHANGED, OTHERWISE_USED, WRITTEN, Checked
 from nusam.targets import Target, mixed
 from nusam.wrapper import itself
 
@@ -41,6 +42,10 @@ class TwoPasses(Checked):
     _had_pass = False  # whether a descent pass ran since the last step
     _may_repeat = False  # whether a step's loop would come back for another ascent
     _repeats = False  # and whether it must
+    _looked_for: Sequence[Tensor] = ()  # matrices whose gradient the loop looked for in an ascent that left none
+    _states_before: dict[Tensor, State] | None = None  # of before that ascent
+    _may_start_over = False  # whether a step's loop would come back for both passes
+    _starts_over = False  # and whether it must
     _in_scaler = False  # whether a GradScaler has asked, as it does before it calls step()
 
     @property
@@ -84,6 +89,7 @@ class TwoPasses(Checked):
 
         self._pending = self._waiting = None
         self._repeats = False
+        self._looked_for, self._states_before = (), None
         with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
             self._in_scaler = False  # a step that the scaler skipped is over
@@ -154,7 +160,7 @@ class TwoPasses(Checked):
             if in_place:
                 workers.reshard()
             self._pass = None
-            self._ascended = []
+            self._ascended, self._looked_for = [], ()
 
         # ε goes first: what the guard leaves then may be a weight whose copy was restored
         with always(undo), ExitStack() as guards, always(perturbed.remove):
@@ -178,8 +184,12 @@ class TwoPasses(Checked):
             if in_place:
                 workers.reshard()
             watch = watched if self._ascent.sees_calls else watched_outside_graphs
-            with self._backwards.of_descent() if forward else nullcontext(), watch(forward):
+            changes = Changes(self._looked_for)
+            watch_changes = changes.watched() if self._looked_for and not self._in_backward else nullcontext()
+            with self._backwards.of_descent() if forward else nullcontext(), watch(forward), watch_changes:
                 yield
+            if changes.found:
+                self._keep_gradients(list(changes.found), workers)
             for parameter, handler in forward.items():
                 if handler.is_written():
                     raise self._unreachable(parameter, WRITTEN)
@@ -188,6 +198,24 @@ class TwoPasses(Checked):
                 found = any(p.grad is not None for p in parameters)
                 self._ledger.end_pass("descent", found, self._has_closure)
             self._close_ledger({parameter: forward[parameter] for parameter in pairs})
+
+    def _keep_gradients(self, changed: list[Tensor], workers: DataParallel) -> None:
+        """The loop changes gradients, which this step's ascent did not have: begin anew with them, or say so."""
+        if workers.replicates or workers.shards:  # not all of which need know of it
+            self._ledger.tell(changed, self._names, CHANGED)
+            return
+        self._ascent.verification.leave_gradients(changed)
+        if self._may_start_over:
+            self._starts_over = True
+        else:
+            self._ledger.tell(changed, self._names, f"{CHANGED}, as from now on")
+
+    def _start_over(self) -> None:
+        """Go back to before the step's ascent, of which nothing but its verdicts remains."""
+        self._guard.start_over()
+        if self._states_before is not None:
+            self._ascent.states = self._states_before
+            self._progress.ascents -= 1
 
     def _combined(self, workers: DataParallel, accumulate: bool) -> AbstractContextManager[None]:
         seeds = {p: mixed(self.seed, i) for i, p in enumerate(self._parameters())}
@@ -240,7 +268,9 @@ class TwoPasses(Checked):
             targets = [target for target in targets if target.parameter not in surprises]
             self._ascended = [target.parameter for target in targets]
             self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
-            self._ledger.tell(self._ascent.looked_for(pass_), self._names, LOOKED_FOR)
+            self._looked_for = self._ascent.looked_for(pass_)
+            if self._looked_for:
+                self._states_before = self._ascent.copied_states()
         there = [target.parameter for target in targets if target.parameter in in_forward]
         self._refuse_unreachable(there, self._ascent.unreachable)
         seed = mixed(self.seed, self._progress.steps)

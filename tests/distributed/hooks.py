@@ -150,8 +150,8 @@ def scaled_midway(ascent, match, m_sam=False):
 
 
 for name, ascent, match, m_sam in (
-    ("matrix-free", "matrix-free", "has no gradient in the ascent, where the loop looked for one", False),
-    ("matrix-free m-SAM", "matrix-free", "its gradient is formed from now on", True),
+    ("matrix-free", "matrix-free", "has its gradient changed by the loop inside the passes", False),
+    ("matrix-free m-SAM", "matrix-free", "has its gradient changed by the loop inside the passes", True),
     ("gradient", "gradient", "", False),
 ):
     CHECKS[2][f"looked for: {name}"] = partial(scaled_midway, ascent, match, m_sam)

@@ -140,7 +140,7 @@ class Ascent(Serving):
     @contextmanager
     def only_compared(self) -> Iterator[None]:
         """Inside, an ascent is run for its comparisons: nothing else of it is remembered."""
-        states, measured = {parameter: dict(state) for parameter, state in self.states.items()}, self.measured
+        states, measured = self.copied_states(), self.measured
         try:
             yield
         finally:

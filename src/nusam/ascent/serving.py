@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
-from nusam.ascent.verification import IN_A_GRAPH, LOOKED_FOR, ONE_USE, SEVERAL_USES, Verification, compared
+from nusam.ascent.verification import IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
 from nusam.distributed.blocks import compute_device
 from nusam.distributed.data_parallel import DataParallel
 from nusam.interrupts import entered
@@ -86,6 +86,10 @@ class Serving:
         for other in self._remembers:
             state |= other.init_state(parameter)
         return state
+
+    def copied_states(self) -> dict[Tensor, State]:
+        """What is remembered now."""
+        return {parameter: dict(state) for parameter, state in self.states.items()}
 
     @property
     def fallbacks(self) -> dict[Tensor, str]:
@@ -218,15 +222,13 @@ class Serving:
                 reasons[parameter] = IN_A_GRAPH
             elif record.is_lost():
                 reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
-            elif record.looks.seen and not record.job.shares:
-                reasons[parameter] = LOOKED_FOR
             elif record.has_more and (record.pair is not None or (record.job.in_forward and not in_a_graph)):
                 reasons[parameter] = "also used outside its layer"
         return reasons
 
     def looked_for(self, pass_: LayerPass) -> list[Tensor]:
-        """Matrices of whose missing gradient processes can't say together that a loop looked for it."""
-        return [p for p, record in pass_.records.items() if record.looks.seen and record.job.shares]
+        """Matrices that the pass left without a gradient, where the loop looked for one."""
+        return [parameter for parameter, record in pass_.records.items() if record.looks.seen]
 
     def learn_late(self) -> list[Tensor]:
         """Matrices of which a device has counted other uses in an earlier step than it was to; never waits for it."""
@@ -254,8 +256,6 @@ class Serving:
             self._whole.add(parameter)
             if pass_.records[parameter].frozen:
                 self.verification.serve_by_sum(parameter, reason)
-            elif reason == LOOKED_FOR:  # and will be again
-                self.verification.leave_gradient(parameter)
             else:
                 self.verification.forget(parameter)
         self._fell_back |= reasons

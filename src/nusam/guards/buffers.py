@@ -37,6 +37,7 @@ class Buffers:
         self._moving: set[Tensor] = set()  # of large buffers and frozen parameters
         self._deaf: set[Tensor] = set()  # written without a change, as where DDP broadcasts buffers
         self._step: _Step | None = None
+        self._last: _Step | None = None  # of the descent that runs or has just run
         self._plan: _Plan | None = None
         self._find()
 
@@ -62,6 +63,7 @@ class Buffers:
         if everything and still:
             shapes = {parameter.shape for parameter in self._parameters if parameter.requires_grad}
             twins = [parameter for parameter in still if parameter.shape in shapes]
+        self._last = None
         self._step = _Step(self._plan, still, twins, everything)
 
     @contextmanager
@@ -81,9 +83,16 @@ class Buffers:
         if step is not None:
             step.rewind()
 
+    def start_over(self) -> None:
+        """Go back to where the last step's ascent started, after its descent."""
+        if self._last is not None:
+            self._last.rewind()
+        self._last = None
+
     def _completed(self) -> "_Step | None":
         """The step whose ascent is over, with what that left."""
         step, self._step = self._step, None
+        self._last = step
         if step is None:
             return None
         moved = step.moved(self._deaf)

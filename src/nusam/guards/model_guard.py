@@ -35,6 +35,7 @@ class ModelGuard:
         self._buffers = None if self.tree is None else Buffers(self.tree)
         self._refusal = None if self.tree is None else _Refusal(self.tree)
         self._random_state: RandomState | None = None
+        self._replayed: RandomState | None = None  # in the last descent
         self._ascended = False
         self._walk = 0
         self._on_each_device: list[nn.Parameter] = []
@@ -66,6 +67,12 @@ class ModelGuard:
             self._buffers.rewind()
             self._random_state.replay()
 
+    def start_over(self) -> None:
+        """Go back to where the last step's ascent started, after its descent."""
+        if self._buffers is not None and self._replayed is not None:
+            self._buffers.start_over()
+            self._replayed.replay()
+
     def after_ascent(self) -> None:
         """The ascent is complete: the next descent is its second pass."""
         self._ascended = True
@@ -82,6 +89,7 @@ class ModelGuard:
         """
         second, self._ascended = self._ascended, False
         random_state, self._random_state = self._random_state, None
+        self._replayed = random_state
         with ExitStack() as contexts:
             if perturbed and self._refusal is not None:
                 contexts.enter_context(self._refusal.armed())
