@@ -1,12 +1,14 @@
 """Frozen quantized weights are perturbed in the forward, as the dense weights that they stand for would be."""
 
 import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
 import nusam
+from tests import low_precision
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")]
 
@@ -110,3 +112,80 @@ def test_a_quantized_weight_without_the_model_is_refused():
     quantized[0].requires_grad_(False)
     with pytest.raises(ValueError, match="needs model= to reach the layers"):
         nusam.NuSAM(torch.optim.SGD(quantized[4].parameters(), lr=0.1), targets="frozen")
+
+
+@pytest.mark.parametrize("kind", low_precision.KINDS)
+def test_the_page_says_what_becomes_of_weights_of_few_bits(kind):
+    assert low_precision.committed()[kind] == low_precision.cells(kind)  # else: python -m tests.low_precision
+
+
+def test_the_page_lists_these_kinds_and_no_others():
+    assert low_precision.committed().keys() == low_precision.KINDS.keys()
+
+
+@pytest.mark.parametrize("method", [nusam.NuSAM, nusam.SAM])
+def test_a_trained_weight_of_eight_bits_is_written_by_nobody(method):
+    net = low_precision.converted("torchao `int8_weight_only_quantized_training`")
+    before = copy.deepcopy(net.state_dict())
+    options = {} if method is nusam.SAM else {"placement": "weights"}
+    with pytest.raises(TypeError, match=r"keeps its entries in torch.int8, where no ε can be written; use nusam.NuSAM"):
+        method(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.1, model=net, **options)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value.dequantize(), before[name].dequantize())
+
+
+def _torchao(name):
+    return lambda parameters: getattr(pytest.importorskip("torchao.optim"), name)(parameters, lr=1e-3)
+
+
+def _bitsandbytes(name):
+    def make(parameters):
+        return getattr(pytest.importorskip("bitsandbytes").optim, name)(parameters, lr=1e-3, min_8bit_size=256)
+
+    return make
+
+
+FEW_BITS = {
+    **{f"torchao {name}": _torchao(name) for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8")},
+    **{f"bitsandbytes {name}": _bitsandbytes(name) for name in ("AdamW8bit", "Lion8bit")},
+}
+
+
+@pytest.mark.parametrize("base", FEW_BITS)
+def test_a_base_whose_state_has_few_bits_gets_the_gradient_at_the_perturbed_weights_and_resumes(base):
+    def steps(net, opt, numbers):
+        for step in numbers:
+            x, y = low_precision.sample(step)
+            for _ in opt.passes():
+                nn.functional.cross_entropy(net(x), y).backward()
+            torch.manual_seed(step)  # some round by chance
+            opt.step()
+
+    def made():
+        net = low_precision.model()
+        opt = nusam.NuSAM(FEW_BITS[base](list(net.parameters())), rho=0.3, model=net, power_iterations=100)
+        return net, opt
+
+    hand = low_precision.model()
+    theirs = FEW_BITS[base](list(hand.parameters()))
+    net, opt = made()
+    steps(net, opt, [0])
+    for p, q, expected in zip(net.parameters(), hand.parameters(), low_precision.descent_gradients(hand), strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-5)
+        q.grad = p.grad.clone()  # a sign may hang on the last digit
+    torch.manual_seed(0)
+    theirs.step()
+    for p, q in zip(net.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+    steps(net, opt, [1, 2])
+    file = io.BytesIO()
+    torch.save((net.state_dict(), opt.state_dict()), file)
+    steps(net, opt, [3, 4])
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=False)
+    other, resumed = made()
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    steps(other, resumed, [3, 4])
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))

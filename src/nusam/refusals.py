@@ -8,24 +8,26 @@ from nusam.ascent.verification import OTHERWISE
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
-from nusam.guards.checks import check_join, check_parameter, check_sharded, check_surroundings
+from nusam.guards.checks import check_join, check_surroundings
 from nusam.guards.engines import check_no_engine
+from nusam.guards.weights import check_parameter, check_sharded
+from nusam.layers.kinds import held
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear
 from nusam.placement.ledger import Counted, Ledger, not_added
 from nusam.placement.written_weights import WrittenWeights
 from nusam.resuming import Resumable
 
-__all__ = ["LOOKED_FOR", "OTHERWISE_USED", "WRITTEN", "Checked"]
+__all__ = ["CHANGED", "OTHERWISE_USED", "WRITTEN", "Checked"]
 
 
 OTHERWISE_USED = (
     "was used otherwise than in the steps in which it was compared with its gradient, and was not perturbed in this "
     "step; its gradient is formed from now on"
 )
-LOOKED_FOR = (
-    "has no gradient in the ascent, where the loop looked for one; ε does not know what the loop does with gradients "
-    "there, so use ascent='gradient' if it changes them"
+CHANGED = (
+    "has its gradient changed by the loop inside the passes, and had none in this step's ascent to be changed; use "
+    "ascent='gradient'"
 )
 WRITTEN = "written in the passes themselves"
 
@@ -96,7 +98,7 @@ class Checked(Resumable):
     def _in_forward(self, parameter: Tensor) -> bool:
         if self.placement == "auto":
             own_of_a_shard = self.m_sam is not False and is_sharded(parameter)
-            needed = parameter.dtype.itemsize < 4 or not parameter.requires_grad or own_of_a_shard
+            needed = held(parameter).dtype.itemsize < 4 or not parameter.requires_grad or own_of_a_shard
             return needed and self.model is not None and isinstance(self.lmo, Nuclear)
         return self.placement == "forward"
 

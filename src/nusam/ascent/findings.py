@@ -82,6 +82,7 @@ class Findings:
         self.dtypes: set[torch.dtype] = set()
         self.in_pieces = False
         self.is_altered = False  # whether a layer's function was another than torch's
+        self.is_rounded = False  # or computed with far fewer digits than the matrix has
         self._bias: Tensor | None = None
         self._stand_in: Tensor | None = None
         self._stand_ins = stand_ins  # leaves with the entries of parameters, which served uses compute with

@@ -9,7 +9,7 @@ from nusam.ascent.findings import Findings, Job
 from nusam.ascent.function import as_multiplied, layer_with_products, reporting_layer
 from nusam.ascent.products import LayerGradient, Rows
 from nusam.distributed.blocks import block, is_sharded, layout, local
-from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_plain, tapped
+from nusam.layers.kinds import Kind, Linear, Own, is_altered, is_foreign, is_plain, is_quantized, is_rounded, tapped
 from nusam.layers.reads import untold
 from nusam.norms import norm_of
 from nusam.power_iteration import Explicit, Matrix, as_matrix, normalized, products
@@ -50,7 +50,7 @@ class Record(Findings):
         self._count_call()
         if rows is not None:
             self.in_pieces = True
-        if is_sharded(W) or kind is Own:
+        if is_sharded(W) or kind is Own or self._has_own_gradient(kind, W):
             return self._watch(kind, x, W, extra)
         if is_altered(kind):
             self.is_altered = True
@@ -62,6 +62,10 @@ class Record(Findings):
         if not self.job.checks:
             given, extra = self._stand_in_for(W), self._stand_in_for_bias(extra)
         return reporting_layer(kind, x, given, extra, self._tap, (self, rows, W))
+
+    def _has_own_gradient(self, kind: type[Kind], W: Tensor) -> bool:
+        """Whether the weight's class may have another gradient than the layer's."""
+        return kind is not Own and is_foreign(W) and not (self.frozen and is_quantized(W))
 
     def _count_call(self) -> None:
         # recomputation by activation checkpointing is no new use
@@ -81,7 +85,8 @@ class Record(Findings):
         probe = self._probe
         if self.job.apart:
             W = self.leaf
-        if self.job.keeps or self.job.forms or is_sharded(W) or kind is Own or probe is None:
+        own = kind is Own or self._has_own_gradient(kind, W)
+        if self.job.keeps or self.job.forms or is_sharded(W) or own or probe is None:
             return kind.apply(x, W, extra)  # its gradient will be formed
         x = as_multiplied(kind, x)
         if not self.job.checks:
@@ -209,8 +214,10 @@ class Record(Findings):
         split = layout(x, W) if is_sharded(W) else None
         if is_sharded(W) and (split is None or kind is not Linear):
             return kind.apply(x, W, extra)
-        serves = not self.job.checks
-        y = kind.apply(x, W.detach() if split and serves else W, extra)
+        own = self._has_own_gradient(kind, W)
+        if own and self.job.checks:
+            self.is_rounded |= is_rounded(kind, x, W, extra)
+        y = kind.apply(x, W.detach() if (split or own) and not self.job.checks else W, extra)
         if split:
             self.block = block(W)
         X = local(x).detach()

@@ -4,7 +4,7 @@ Loops change, so the comparison is made again 2, 4, 8, … perturbed steps after
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ __all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "
 ONE_USE = "one use"  # the products of a single use of its layer are those of its gradient
 SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
 OTHERWISE = "otherwise"  # it has uses that no layer sees, for good
-LOOKED_FOR = "looked for"  # its products are right, but the loop wants its gradient in the ascent; for good
+CHANGED = "changed"  # its products are right, but the loop changes its gradient in the passes; for good
 
 _ROUNDING = 64.0  # rounding units of what was summed, below which a gradient that cancels says nothing
 IN_A_GRAPH = "used repeatedly in a graph"
@@ -81,16 +81,16 @@ class Verification:
     def learn(self, verdicts: dict[Tensor, Verdict]) -> None:
         """What was seen once to go otherwise stays so."""
         for parameter, verdict in verdicts.items():
-            if self.of(parameter) not in (OTHERWISE, LOOKED_FOR):
+            if self.of(parameter) not in (OTHERWISE, CHANGED):
                 self.found[parameter] = verdict
 
     def refuse(self, reasons: dict[Tensor, str]) -> None:
         """Never serve these again."""
         self.learn({parameter: Verdict(OTHERWISE, reason) for parameter, reason in reasons.items()})
 
-    def leave_gradient(self, parameter: Tensor) -> None:
-        """Never serve this one again: the loop looks for its gradient."""
-        self.learn({parameter: Verdict(LOOKED_FOR, "looked for by the loop in the ascent")})
+    def leave_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Never serve these again: the loop changes their gradients."""
+        self.learn(dict.fromkeys(parameters, Verdict(CHANGED, "changed by the loop in the passes")))
 
     def forget(self, parameter: Tensor) -> None:
         """Compare a matrix anew before it is served again."""
@@ -151,7 +151,7 @@ def compared(records: Sequence[Record], workers: DataParallel, everyone: DataPar
 
 def _facts(record: Record) -> Tensor:
     """What this process saw of the matrix, the more the less it is to be trusted."""
-    seen = (record.completed, record.wanted_elsewhere, record.in_pieces, record.is_altered)
+    seen = (record.completed, record.wanted_elsewhere, record.in_pieces, record.is_altered, record.is_rounded)
     known = [_tolerance(record), *map(float, seen)]
     rounding = record.u.new_zeros(1) if record.scale is None else _ROUNDING * record.scale.reshape(1).to(record.u)
     rounding = rounding * torch.finfo(record.u.dtype).eps
@@ -166,10 +166,13 @@ def _verdict(
     wanted_elsewhere: int,
     in_pieces: int,
     is_altered: int,
+    is_rounded: int,
     count: int,
 ) -> Verdict:
     if wanted_elsewhere:
         return Verdict(OTHERWISE, "asked for its gradient inside the loss")
+    if is_rounded:
+        return Verdict(OTHERWISE, "rounded by its layer before it is used")
     if is_altered:
         return Verdict(SEVERAL_USES, "computed by another function than torch's")
     if in_pieces:

@@ -198,8 +198,37 @@ def as_published(kind: type[nn.Module], name: str = "forward") -> Any:
 
 def dense(W: Tensor, dtype: torch.dtype) -> Tensor:
     """The entries of a weight, which a tensor subclass such as torchao's keeps in another form."""
-    entries = W if type(W) in (Tensor, nn.Parameter, Watched) or is_sharded(W) else W.dequantize()
+    entries = W.dequantize() if is_foreign(W) else W
     return entries if entries.dtype is dtype else entries.to(dtype)
+
+
+def is_foreign(W: Tensor) -> bool:
+    """Whether the weight is of a class of others, such as torchao's, with functions of its own."""
+    return type(W) not in (Tensor, nn.Parameter, Watched) and not is_sharded(W)
+
+
+def held(W: Tensor) -> Tensor:
+    """What a weight's entries are kept in: of a class of others, the largest tensor inside of it."""
+    if not is_foreign(W) or not hasattr(W, "__tensor_flatten__"):
+        return W
+    names, _ = W.__tensor_flatten__()
+    return held(max((getattr(W, name) for name in names), key=Tensor.numel))
+
+
+def is_quantized(W: Tensor) -> bool:
+    """Whether a weight is kept in fewer bits than its own class of numbers has."""
+    kept = held(W).dtype
+    return kept != W.dtype and kept.itemsize < 2
+
+
+@torch.no_grad()
+def is_rounded(kind: type[Kind], x: Tensor, W: Tensor, extra: Any) -> bool:
+    """Whether a layer computes with far fewer digits than its weight has, as those of three values do."""
+    quantized: Any = W
+    entries = quantized.dequantize() if is_quantized(W) else held(W)
+    exact = kind.apply(x, entries.to(x.dtype) if x.is_floating_point() else entries, None).float()
+    computed = kind.apply(x, W, None).float()
+    return float((computed - exact).norm()) > ROUNDED * float(exact.norm())
 
 
 def plus(W: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -226,6 +255,7 @@ def is_altered(kind: type[Kind]) -> bool:
 
 
 _EMBEDDING = F.embedding
+ROUNDED = 0.25  # of an output, by which eight and four bits leave it what it was
 _SAME_LINEAR = {"deepspeed.runtime.zero.linear"}  # the same function, which keeps no weight for its backward
 
 

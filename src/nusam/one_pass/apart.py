@@ -13,7 +13,7 @@ from nusam.ascent.function import as_multiplied, without_autocast
 from nusam.ascent.record import Record
 from nusam.distributed.blocks import Block, block, is_sharded, layout, local, output_of_blocks
 from nusam.layers.convolutions import Convolution
-from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_plain, tapped
+from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered, is_foreign, is_plain, tapped
 from nusam.layers.reads import untold
 from nusam.lmo import RankOne
 from nusam.one_pass.copies import Copy, by_copies, suits
@@ -90,7 +90,7 @@ class Apart:
                 self._calls += torch._C._current_graph_task_id() == -1  # no recomputation
                 return by_copies(self.copies, x, extra)
             self._do_without_copies()
-        if kind is Own:
+        if kind is Own or is_foreign(W):
             raise CannotJoin("has a quantized layer, whose samples are not told apart")
         if is_sharded(W) or is_sharded(x):
             return self._split(kind, x, W, extra)
