@@ -168,7 +168,8 @@ class Oracle:
             if not v.any():  # u lives on other rows: anew from the gradient itself
                 self.restarted[name] = G
                 v = G.T @ _signs(len(u))
-                if not v.any():
+                if not v.any():  # nor do the signs: rounding decides whether anything is there
+                    self.doubt = 1.0
                     return None
             self.doubt = max(self.doubt, noise / float(v.norm()) if v.any() else 1.0)
             v = v / v.norm()
