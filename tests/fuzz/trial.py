@@ -301,7 +301,8 @@ class Trial:
         self._take_over()
         self._hold("after a refusal")
         if said.pattern == sentences.ASKS_IDLE:
-            others = self.left_out or not self.joined  # matrices that are no targets are as idle as a norm
+            still = any(group["rho"] == 0 for group in self.opt.param_groups)
+            others = self.left_out or not self.joined or still  # matrices that are no targets are as idle as a norm
             idle = {"asks idle", "asks all", *({"asks", "backward inputs"} if others else ())}
             assert plan.names & idle, sentence
         if said.pattern == sentences.UNREACHED:
