@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn import functional as F
@@ -14,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nusam
 from tests.distributed import oracle
-from tests.distributed.engines import DEVICE
+from tests.distributed.engines import DEVICE, full
 from tests.distributed.problem import ITERATIONS, RATE, RHO, Net, built, sample
 from tests.distributed.running import Checks, check
 
-CHECKS: Checks = {2: {}}
+CHECKS: Checks = {2: {}, 4: {}}
 
 METHODS = (nusam.NuSAM, nusam.NuSAMNorm, nusam.SAM, nusam.SAMON, nusam.GaussSAM)
 
@@ -105,6 +106,11 @@ def whole_backward(model, step, process):
     F.cross_entropy(model(x), y).backward()
 
 
+def replica_backward(model, step, replica):
+    x, y = sample(step, replica)
+    F.cross_entropy(model(x), y).backward()
+
+
 def modules_of(whole, process, interleaved):
     """The stages of this process: two that follow each other as one, or every second."""
     if interleaved:
@@ -158,6 +164,51 @@ WAYS = (
 for number, kind in enumerate((ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B)):
     for way, show, options in (WAYS + WAYS)[2 * number : 2 * number + 3]:
         CHECKS[2][f"pipeline: {kind.__name__} {way}"] = partial(equals_one_process, kind, show, **options)
+
+
+def equals_one_process_with_replicas(engine, kind, **options):
+    """Two stages in two replicas each: ranks 0 and 1 hold the first, 2 and 3 the second; each replica has a batch."""
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("stage", "replica"))
+    stage, replica = mesh["stage"].get_local_rank(), mesh["replica"].get_local_rank()
+    expected = built(Whole)
+    oracle.train(expected, replica_backward, oracle.nu_sam, RHO, RATE, 5, 2)
+    (module,) = modules_of(built(Whole), stage, False)
+    if engine == "DDP":
+        module = DistributedDataParallel(module, process_group=mesh["replica"].get_group())
+    else:
+        fully_shard(module, mesh=mesh["replica"])
+    opt = nusam.NuSAM(sgd(module), RHO, power_iterations=ITERATIONS, model=module, **options)
+    part = PipelineStage(module, stage, 2, torch.device(DEVICE), group=mesh["stage"].get_group())
+    schedule = kind(part, n_microbatches=3, loss_fn=F.cross_entropy)
+    for step in range(5):
+        x, y = sample(step, replica)
+        for _ in opt.passes():
+            schedule.step(*(() if stage else (x,)), **({"target": y, "losses": []} if stage else {}))
+        opt.step()
+    (theirs,) = modules_of(expected, stage, False)
+    for p, q in zip(module.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(full(p), q, rtol=0, atol=1e-6)
+
+
+for engine in ("DDP", "FSDP2"):
+    for ascent in ("gradient", "matrix-free"):
+        CHECKS[4][f"pipeline: {engine} {ascent}"] = partial(
+            equals_one_process_with_replicas, engine, Schedule1F1B, ascent=ascent
+        )
+
+
+@check(4, among=CHECKS)
+def ddp_inside_a_stage_has_no_m_sam():
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("stage", "replica"))
+    (module,) = modules_of(built(Whole), mesh["stage"].get_local_rank(), False)
+    module = DistributedDataParallel(module, process_group=mesh["replica"].get_group())
+    opt = nusam.NuSAM(sgd(module), RHO, model=module, m_sam=True)
+    stage = PipelineStage(
+        module, mesh["stage"].get_local_rank(), 2, torch.device(DEVICE), group=mesh["stage"].get_group()
+    )
+    with pytest.raises(RuntimeError, match="m_sam needs an ascent that reduces no gradient, but a pipeline makes DDP"):
+        next(iter(opt.passes()))
+    del stage
 
 
 @check(2, among=CHECKS)

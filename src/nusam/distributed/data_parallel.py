@@ -54,6 +54,7 @@ class DataParallel:
         self._ddps: list[Any] = []
         self._fsdp: list[Any] = []
         self.engine: Engine | None = None
+        self.is_in_a_stage = False  # whether a pipeline runs the backwards of what DDP wraps
         if model is not None and is_engine(model):
             self.engine = Engine(model)
         elif model is not None and is_running():
@@ -93,6 +94,8 @@ class DataParallel:
             return Forced(
                 "DDP with mixed_precision= has its weights back only where it reduces gradients", "torch.autocast"
             )
+        if self.is_in_a_stage:
+            return Forced("a pipeline makes DDP reduce every gradient of its stage", "fully_shard inside the stage")
         if self.joins and self._m_sam is not True:
             return Forced(
                 "in DDP.join() the processes that are through answer DDP's own communication alone", "even inputs"

@@ -255,13 +255,16 @@ def check_surroundings(
             "(FSDP2)."
         )
     several = dist.get_world_size() > 1
-    for holder in holders.of(parameters, several and lmo.joint, several and not (workers.replicates or workers.shards)):
+    stages = several and (lmo.joint or workers.replicates)
+    for holder in holders.of(parameters, stages, several and not (workers.replicates or workers.shards)):
         if isinstance(holder, DistributedDataParallel):
             if not all(is_stateless(*registered) for registered in holder._comm_hooks):
                 raise RuntimeError(
                     "DistributedDataParallel has a communication hook, whose state the ascent must not move, and "
                     "model= does not show it; pass the wrapped module as model=."
                 )
+        elif not lmo.joint:
+            workers.is_in_a_stage |= isinstance(holder.submod, DistributedDataParallel)
         elif holder.group_size > 1:
             raise NotImplementedError(
                 f"{type(lmo).__name__} has one radius for all parameters, of which a pipeline stage holds a part; "
