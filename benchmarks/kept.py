@@ -1,8 +1,9 @@
 """What a share of the batch in the ascent keeps of the gain, and what it costs: one table for each task.
 
-``python benchmarks/kept.py TASK ... [--runs FOLDER] [--data-root FOLDER] [--jobs 2]``; the tasks are in ``TASKS``. It
-goes on where it was stopped. Every radius, and AdamW's learning rate, is chosen by validation accuracy on seeds that
-are not reported, and moved by factors of 2 until the best one has worse neighbours.
+``python benchmarks/kept.py [TASK ...] [--runs FOLDER] [--data-root FOLDER] [--jobs 2]``; the tasks are in ``TASKS``. It
+goes on where it was stopped, and puts what has been recorded side by side in ``docs/cheap.md``. Every radius, and the
+learning rate of AdamW, is chosen by validation accuracy on seeds that are not reported, and moved by factors of 2 until
+the best one has worse neighbours.
 """
 
 import argparse
@@ -28,6 +29,9 @@ SHARES = {"1": 1.0, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "o
 LATE = 0.8  # the share of the steps that AdamW takes alone where the perturbation starts late
 TUNING, REPORTED = range(100, 102), range(8)  # seeds
 COMPARED = ("nusam", "sam")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "cheap.md"
+BEGIN, END = "<!-- what a share keeps, generated -->", "<!-- end of what a share keeps -->"
 
 
 @dataclass(frozen=True)
@@ -198,36 +202,89 @@ def described(bench: Bench, rows: list[Row], recipe: Recipe) -> list[dict[str, A
     return lines
 
 
-def draw(path: Path) -> None:
-    """Test error over the price of a run, a panel for each task that has been recorded."""
+def recorded() -> list[list[dict[str, Any]]]:
+    """The tables of the tasks that have been run to their end."""
     found = [RESULTS / f"kept-{name}-cpu.json" for name in TASKS]
-    tables = [json.loads(file.read_text())["table"] for file in found if file.exists()]
+    return [json.loads(file.read_text())["table"] for file in found if file.exists()]
+
+
+def side_by_side() -> str:
+    """Markdown: what each row gains over AdamW on each task, and what a run costs."""
+    tables = recorded()
+    titles = [rows[0]["task"] for rows in tables]
+    lines = [f"| method | share | from | price | {' | '.join(titles)} |", "| --- " * (4 + len(tables)) + "|"]
+    for rows in zip(*tables, strict=True):
+        first = rows[0]
+        alone = first["over AdamW"] == "–"
+        method = "AdamW" if alone else first["method"]
+        cells = [f"{row['test accuracy']} %" if alone else row["over AdamW"].replace("-", "−") for row in rows]
+        lines.append(f"| {' | '.join((method, first['share'], first['from'], first['price'], *cells))} |")
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put the table into the documentation."""
+    before, rest = PAGE.read_text("utf-8").split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{side_by_side()}\n{END}{rest.split(END)[1]}", "utf-8")
+
+
+KINDS = {  # how they are drawn
+    "AdamW, as many seconds": {"color": "black", "marker": "s"},
+    "SAM": {"color": "C0", "marker": "o"},
+    "νSAM": {"color": "C3", "marker": "D"},
+    "νSAM, in one pass": {"color": "C3", "marker": "D", "markerfacecolor": "white"},
+}
+
+
+def draw(path: Path) -> None:
+    """Test error over what a run costs more than AdamW's, a panel for each task that has been recorded."""
+    tables = recorded()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "kept", "font.size": 10}):
-        figure = Figure(figsize=(5.2 * len(tables), 4), layout="constrained", facecolor="white")
-        for axes, rows in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
-            for kind, (colour, marker) in {"AdamW": ("black", "s"), "SAM": ("C0", "o"), "νSAM": ("C3", "D")}.items():
-                own = [row for row in rows if row["method"].split(",")[0] == kind]
-                accuracies = [tuple(map(float, row["test accuracy"].split(" ± "))) for row in own]
-                x, y = [float(row["price"]) for row in own], [100 - mean for mean, _ in accuracies]
-                axes.errorbar(x, y, [error for _, error in accuracies], fmt=marker, color=colour, label=kind, capsize=2)
-                for row, *place in zip(own, x, y, strict=True):
-                    if row["share"] != "–":
-                        late = ", late" if row["from"] != "10%" else ""
-                        axes.annotate(row["share"] + late, place, (4, 4), textcoords="offset points", fontsize=7)
-            axes.set(title=rows[0]["task"], xlabel="price of the run, AdamW = 1", ylabel="test error, %")
+        figure = Figure(figsize=(5.2 * len(tables), 4.2), layout="constrained", facecolor="white")
+        for axes, (adamw, *rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+            mean, error = map(float, adamw["test accuracy"].split(" ± "))
+            axes.axhline(100 - mean, color="black", lw=1, label="AdamW")
+            axes.axhspan(100 - mean - error, 100 - mean + error, color="black", alpha=0.1, lw=0)
+            for kind, style in KINDS.items():
+                late = [row for row in rows if row["method"] == kind and row["from"] == f"{LATE:.0%}"]
+                early = [row for row in rows if row["method"] == kind and row not in late]
+                for own, size, label in ((early, 6, kind), (late, 3.5, f"{kind}, in the last fifth alone")):
+                    points(axes, own, {**style, "markersize": size, "label": label})
+            axes.set(title=adamw["task"], xlabel="work beyond AdamW's, %", ylabel="test error, %", xscale="log")
+            axes.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
+            axes.minorticks_off()
             axes.grid(alpha=0.25)
-            axes.legend(frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def points(axes: Any, rows: list[dict[str, Any]], style: dict[str, Any]) -> None:
+    """One for each row, with its error, and its share beside it."""
+    if not rows:
+        return
+    accuracies = [tuple(map(float, row["test accuracy"].split(" ± "))) for row in rows]
+    x, y = [100 * (float(row["price"]) - 1) for row in rows], [100 - mean for mean, _ in accuracies]
+    axes.errorbar(x, y, [error for _, error in accuracies], ls="", capsize=2, **style)
+    for row, *place in zip(rows, x, y, strict=True):
+        if row["share"] != "–":
+            axes.annotate(row["share"].replace("one sample", "1/32"), place, (4, 4), textcoords="offset points", size=7)
+
+
+def known(name: str) -> str:
+    """A task's name."""
+    if name not in TASKS:
+        raise argparse.ArgumentTypeError(f"needs one of {', '.join(TASKS)}, got {name}")
+    return name
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("tasks", nargs="+", choices=TASKS)
-    arguments.add_argument("--runs", type=Path, default=Path("runs/kept"))
+    arguments.add_argument("tasks", nargs="*", type=known, metavar="TASK", help=", ".join(TASKS))
+    arguments.add_argument("--runs", type=Path, default=RESULTS / "kept")
     arguments.add_argument("--data-root", type=Path, default=Path("data"))
     arguments.add_argument("--jobs", type=int, default=2)
     options = arguments.parse_args()
-    assets = Path(__file__).resolve().parents[1] / "docs" / "assets"
     for name in options.tasks:
         bench = Bench(TASKS[name], Store(options.runs), options.data_root, options.jobs)
         record(
@@ -241,7 +298,8 @@ def main() -> None:
             "floating-point operations of the whole run over AdamW's. AdamW for as many seconds runs so many times as "
             "many epochs. From: where in training the perturbation starts.",
         )
-    draw(assets / "kept.svg")
+    draw(DOCS / "results" / "kept.svg")
+    write_page()
 
 
 if __name__ == "__main__":

@@ -76,3 +76,9 @@ def test_a_committed_result_says_of_how_many_seeds_it_is(path):
     result = json.loads(path.read_text("utf-8"))
     if result["name"] not in ("table1", "table14"):  # counted, and timed
         assert result["circumstances"]["seeds"] >= 3
+
+
+def test_what_a_share_keeps_is_what_was_recorded():
+    kept = pytest.importorskip("kept")
+    page = (DOCS / "cheap.md").read_text("utf-8")
+    assert page.split(kept.BEGIN)[1].split(kept.END)[0].strip() == kept.side_by_side()
