@@ -20,6 +20,7 @@ from rich.console import Console
 
 from nusam.experiments.runs.contest import interval, mean_and_error
 from nusam.experiments.runs.filling import fill
+from nusam.experiments.runs.search import Search, carried_out
 from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.spec import Recipe, Run
@@ -92,36 +93,13 @@ class Bench:
         """Run what is missing."""
         fill(self.store, cells, self.data_root, self.jobs, "cpu", Console(quiet=True))
 
-    def best(self, searches: list["Search"]) -> None:
+    def best(self, searches: list[Search]) -> None:
         """Carry all of the searches to their ends, side by side."""
-        while wanted := [cell for search in searches for cell in search.wanted(self)]:
-            self.fill(wanted)
+        carried_out(searches, self.store, self.fill)
 
-
-class Search:
-    """For the value of a run's radius, or of AdamW's learning rate, with the best validation accuracy.
-
-    It moves by factors of 2 until both neighbours are worse; of equal ones it takes the smallest.
-    """
-
-    def __init__(self, start: float, of: Callable[[float], tuple[Run, Recipe]]) -> None:
-        self.found, self._of = start, of
-
-    def wanted(self, bench: Bench) -> list[Cell]:
-        """Runs that the next move needs, after all moves that are possible; none at the end."""
-        while True:
-            neighbourhood = (self.found, self.found / 2, self.found * 2)
-            cells = {value: bench.cells(self._of(value)[0], TUNING, self._of(value)[1]) for value in neighbourhood}
-            missing = [cell for group in cells.values() for cell in group if cell not in bench.store]
-            if missing:
-                return missing
-            scores = {
-                value: fmean(bench.store[cell].validation_accuracy for cell in group) for value, group in cells.items()
-            }
-            found = max(neighbourhood, key=lambda value: (scores[value], -value))
-            if found == self.found:
-                return []
-            self.found = found
+    def search(self, start: float, of: Callable[[float], tuple[Run, Recipe]]) -> Search:
+        """For the best value of a run or its recipe, over the tuning seeds."""
+        return Search(start, lambda value: self.cells(of(value)[0], TUNING, of(value)[1]))
 
 
 @dataclass
@@ -139,7 +117,7 @@ def table(bench: Bench) -> list[dict[str, Any]]:
     """AdamW, for as many epochs and for as many seconds; SAM and νSAM at every share, from early on and late."""
     task = bench.task
     alone = Run(task.model, "adamw", 0.0, 0)
-    rate = Search(task.recipe.learning_rate, lambda rate: (alone, replace(task.recipe, learning_rate=rate)))
+    rate = bench.search(task.recipe.learning_rate, lambda rate: (alone, replace(task.recipe, learning_rate=rate)))
     bench.best([rate])
     recipe = replace(task.recipe, learning_rate=rate.found)
     # passes alone, as counted by floating-point operations (benchmarks/shares.py has measured steps)
@@ -158,7 +136,7 @@ def table(bench: Bench) -> list[dict[str, Any]]:
             run = Run(task.model, method, 0.0, 0, delay=LATE, ascent_share=SHARES[name])
             rows.append(Row(METHODS[method].title, name, f"{LATE:.0%}", 1 + (1 - LATE) * extra * SHARES[name], run))
     searches = [
-        Search(task.radii[row.run.method], lambda rho, run=row.run: (replace(run, rho=rho), recipe))  # type: ignore[misc]
+        bench.search(task.radii[row.run.method], lambda rho, run=row.run: (replace(run, rho=rho), recipe))  # type: ignore[misc]
         for row in rows
         if row.run.method in COMPARED
     ]

@@ -1,6 +1,7 @@
 """What is refused before a pass, and what is held against what after it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_join, check_surroundings
 from nusam.guards.engines import check_no_engine
 from nusam.guards.weights import check_parameter, check_sharded
+from nusam.interrupts import always
 from nusam.layers.kinds import held
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear
@@ -101,6 +103,17 @@ class Checked(Resumable):
             needed = held(parameter).dtype.itemsize < 4 or not parameter.requires_grad or own_of_a_shard
             return needed and self.model is not None and isinstance(self.lmo, Nuclear)
         return self.placement == "forward"
+
+    @contextmanager
+    def _all_in_forward(self) -> Iterator[None]:
+        """Inside, every ε lives in the forward."""
+        before, self.placement = self.placement, "forward"
+
+        def undo() -> None:
+            self.placement = before
+
+        with always(undo):
+            yield
 
     def _everyone(self, workers: DataParallel) -> DataParallel:
         return workers if self.m_sam is False else DataParallel(self.model)

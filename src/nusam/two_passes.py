@@ -236,17 +236,6 @@ class TwoPasses(Checked):
     def _handlers(self, pairs: dict[Tensor, RankOne]) -> dict[Tensor, Any]:
         return {p: InForward(epsilon.u, epsilon.v, self._backwards.is_over) for p, epsilon in pairs.items()}
 
-    @contextmanager
-    def _all_in_forward(self) -> Iterator[None]:
-        """Inside, every ε lives in the forward."""
-        before, self.placement = self.placement, "forward"
-
-        def undo() -> None:
-            self.placement = before
-
-        with always(undo):
-            yield
-
     def _perturb(
         self, targets: list[Target], pass_: LayerPass | None, workers: DataParallel, in_forward: set[Tensor]
     ) -> dict[Tensor, Perturbation]:

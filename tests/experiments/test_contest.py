@@ -1,13 +1,17 @@
 """ρ is chosen by validation accuracy alone, and differences are those of scipy's paired test."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from nusam.experiments.recipes.study import Hypothesis, judged
 from nusam.experiments.runs.contest import Contender, Contest, Setting, holm, mean_and_half_width
+from nusam.experiments.runs.search import Search, carried_out
 from nusam.experiments.runs.store import Store
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe
 
@@ -115,3 +119,50 @@ def test_holm_takes_single_seeds_and_differences_without_scatter():
 
 def test_a_single_value_has_no_interval():
     assert mean_and_half_width([3.0]) == (3.0, float("inf"))
+
+
+# ------------------------------------------------------------------------------- the study
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "alternatives"),
+    [(0.0, math.inf, ["greater"]), (-0.3, math.inf, ["greater"]), (-0.5, 0.5, ["greater", "less"])],
+)
+def test_the_p_values_of_the_study_are_those_of_t_tests(least, most, alternatives):
+    values = [0.4, -0.1, 0.3, 0.9, 0.2, 0.1]
+    margins = {"greater": least, "less": most}
+    expected = max(stats.ttest_1samp(values, margins[side], alternative=side).pvalue for side in alternatives)
+    assert Hypothesis("", "", "", "", least, most).p_value(values) == pytest.approx(expected)
+
+
+def test_holms_procedure_stops_at_the_first_claim_that_fails():
+    assert judged([0.001, 0.04, 0.012, 0.2]) == [True, False, True, False]
+    assert judged([0.03, 0.02]) == [True, True]
+    assert judged([0.03, 0.026]) == [False, False]
+
+
+class _Store(dict):
+    """Validation accuracies by value."""
+
+    def __getitem__(self, value):
+        return SimpleNamespace(validation_accuracy=super().__getitem__(value))
+
+
+@pytest.mark.parametrize("start", [0.1, 0.4, 3.2])
+def test_a_search_ends_where_both_neighbours_are_worse(start):
+    def curve(value):
+        return -abs(math.log2(value / 0.8))
+
+    store = _Store()
+    search = Search(start, lambda value: [value])
+    carried_out([search], store, lambda values: store.update({value: curve(value) for value in values}))
+    assert search.found == pytest.approx(0.8)
+    assert {0.4, 0.8, 1.6} <= {round(value, 6) for value in store}
+
+
+def test_a_search_takes_the_smallest_of_equal_values_and_stops_at_its_least():
+    store = _Store()
+    search = Search(0.8, lambda value: [value], least=0.2)
+    carried_out([search], store, lambda values: store.update(dict.fromkeys(values, 0.5)))
+    assert search.found == 0.2
+    assert min(store) == 0.2

@@ -23,6 +23,7 @@ __all__ = ["NAMES", "Reproduce", "experiment"]
 NAMES = (
     *("table1", "table2", "table3", "table4", "table5", "table8", "table9", "table10", "table13", "table14"),
     *("fig1", "fig2", "fig3", "fig4", "fig5"),
+    "study",
 )
 
 
@@ -51,7 +52,7 @@ class Reproduce:
     name: Annotated[str, tyro.conf.Positional] = ""
     """table1, table2, ..., fig1, ..."""
     scale: str = "cpu"
-    """smoke takes seconds and tests the pipeline, cpu takes up to two hours on two cores, full is the paper's."""
+    """smoke tests the pipeline, cpu takes up to two hours on two cores, desk (the study) a day, full is the paper's."""
     data: str | None = None
     """One of the scale's data sets instead of all; at the cpu scale also cifar10, which is not run unless named."""
     data_root: Path = Path("data")
@@ -74,8 +75,8 @@ class Reproduce:
             console.print(_catalogue(self.results))
             return 0
         wanted = experiment(self.name)
-        if self.scale not in SCALES:
-            raise Refused(f"--scale must be one of {', '.join(SCALES)}, got {self.scale}.")
+        if self.scale not in SCALES or self.scale not in wanted.takes:
+            raise Refused(f"--scale must be one of {', '.join(wanted.takes)}, got {self.scale}.")
         if self.jobs is not None and self.jobs < 1:
             raise Refused(f"--jobs must be at least 1, got {self.jobs}.")
         every = wanted.data(self.scale)

@@ -118,13 +118,13 @@ def _cell(value: Any) -> str:
 
 
 def read_all(folder: Path) -> list[Result]:
-    """Every saved result of a folder, by name.
+    """Every saved result of a folder, by name, the study before all others.
 
     Raises:
         Refused: if a file is no result.
     """
     results = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda path: (not path.name.startswith("study-"), path)):
         try:
             content = json.loads(path.read_text("utf-8"))
             result = Result(**{**content, "curves": [Curve(**curve) for curve in content["curves"]]})

@@ -27,7 +27,7 @@ TRAIN = 400
 VALIDATION = 1_000
 TEST = 1_000
 
-_FETCHED = ("fashion-mnist", "cifar10", "cifar100")
+_FETCHED = ("fashion-mnist", "cifar10", "cifar10-desk", "cifar100")
 _UNREACHABLE = (URLError, ConnectionError, TimeoutError, HTTPException)
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _TORCHVISION_ADVICE = " You can use download=True to download it"
@@ -49,6 +49,7 @@ class Source:
     test: Pixels | Tokens
     test_labels: Labels
     metric: str = "accuracy"
+    always_split: bool = False  # whether every seed has the same images for training
 
     @property
     def channels(self) -> int:
@@ -164,10 +165,26 @@ def _idx_files(folder: Path, part: str) -> tuple[Pixels, Labels]:
     return np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
-def _cifar10(root: Path, train_size: int | None, download: bool | None) -> Source:
+def _cifar10(
+    root: Path,
+    train_size: int | None,
+    download: bool | None,
+    name: str = "cifar10",
+    validation: int = VALIDATION,
+    tests: int | None = TEST,
+) -> Source:
     if (root / "cifar-10-batches-py").is_dir() or (download and not (root / "train").is_dir()):
-        return _subset("CIFAR-10", train_size, *_cifar("CIFAR10", root, download))
-    return _folders("cifar10", root, "CIFAR-10 (JPEG re-encoded)", train_size, download)
+        parts = _cifar("CIFAR10", root, download)
+        return _subset("CIFAR-10", train_size, *parts, validation=validation, tests=tests)
+    title = "CIFAR-10 (JPEG re-encoded)"
+    return _folders(name, root, title, train_size, download, validation=validation, tests=tests)
+
+
+def _cifar10_desk(root: Path, train_size: int | None, download: bool | None) -> Source:
+    """8,000 images for training and 5,000 for validation, the same for every seed, and the whole test part."""
+    size = 8_000 if train_size is None else train_size
+    source = _cifar10(root, size, download, "cifar10-desk", validation=5_000, tests=None)
+    return replace(source, always_split=True)
 
 
 def _cifar100(root: Path, train_size: int | None, download: bool | None) -> Source:
@@ -209,6 +226,8 @@ def _folders(
     train_size: int | None,
     download: bool | None = None,
     image_size: int | None = None,
+    validation: int = VALIDATION,
+    tests: int | None = TEST,
 ) -> Source:
     _require_train_and_test(name, root, download)
     train, test = (image_folders.found(name, root / part) for part in ("train", "test"))
@@ -221,22 +240,22 @@ def _folders(
     require_two_of_each(name, [train.classes[target] for target in train.targets])
     every = train_size == 0
     targets = np.array(train.targets, np.int64)
-    most = len(targets) if every else (train_size or TRAIN) + VALIDATION
+    most = len(targets) if every else (train_size or TRAIN) + validation
     drawn = with_every_class(shuffled(len(targets), seed=0), targets, min(most, len(targets)), least=2)[:most]
-    tested = shuffled(len(test.targets), seed=0)[: None if every else TEST]
+    tested = shuffled(len(test.targets), seed=0)[: None if every else tests]
     files = [train.files[index] for index in drawn] + [test.files[index] for index in tested]
     pixels = image_folders.pixels(name, root, files, image_size)
     parts = (
         (pixels[: len(drawn)], targets[drawn]),
         (pixels[len(drawn) :], np.array(test.targets, np.int64)[tested]),
     )
-    return _subset(title, train_size, *parts, classes=len(train.classes))
+    return _subset(title, train_size, *parts, classes=len(train.classes), validation=validation, tests=tests)
 
 
 def _require_train_and_test(name: str, root: Path, download: bool | None) -> None:
     if (root / "train").is_dir() and (root / "test").is_dir():
         return
-    others = " or cifar-10-batches-py" if name == "cifar10" else ""
+    others = " or cifar-10-batches-py" if name.startswith("cifar10") else ""
     below = sorted(root.iterdir()) if root.is_dir() else []
     deeper = [folder for folder in below if (folder / "train").is_dir() and (folder / "test").is_dir()]
     seen = [folder.name for folder in below if folder.is_dir() and not folder.name.startswith(".")]
@@ -264,15 +283,22 @@ def _sentences(name: str, title: str, root: Path, train_size: int | None, downlo
 
 
 def _subset(
-    title: str, train_size: int | None, train: tuple[Any, Any], test: tuple[Any, Any], *, classes: int = 0
+    title: str,
+    train_size: int | None,
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
+    *,
+    classes: int = 0,
+    validation: int = VALIDATION,
+    tests: int | None = TEST,
 ) -> Source:
     every = len(train[1])
-    size = _at_most(TRAIN if train_size is None else train_size, every, min(VALIDATION, every // 2))
+    size = _at_most(TRAIN if train_size is None else train_size, every, min(validation, every // 2))
     scores = np.issubdtype(train[1].dtype, np.floating)
     labels = train[1].astype(np.float32 if scores else np.int64)
-    pooled = min(size + VALIDATION, every)
+    pooled = min(size + validation, every)
     pool = with_every_class(shuffled(every, seed=0), labels, pooled, least=2)[:pooled]
-    held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else TEST]
+    held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else tests]
     return Source(
         title,
         classes=classes or (1 if scores else int(labels.max()) + 1),
@@ -312,6 +338,7 @@ DATASETS: dict[str, Callable[[Path, int | None, bool | None], Source]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,
+    "cifar10-desk": _cifar10_desk,
     "cifar100": _cifar100,
     "folder": _folder,
     "digits-28": _digits_28,

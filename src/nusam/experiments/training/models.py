@@ -31,6 +31,8 @@ SHAPES = {
     "vit": Shape("ViT", 64, 2, heads=4, patches=4),
     "mixer-conv": Shape("Mixer (convolution as stem)", 64, 2, patches=4, otherwise=True),
     "vit-mean": Shape("ViT (no class token)", 64, 2, heads=4, patches=4, otherwise=True),
+    "mixer-128": Shape("Mixer of width 128", 128, 4, patch=8),
+    "vit-128": Shape("ViT of width 128", 128, 4, heads=4, patch=8),
     "vit-s/4": Shape("ViT-S/4", 384, 12, heads=6, patch=4),
     "vit-b/4": Shape("ViT-B/4", 768, 12, heads=12, patch=4),
     "mixer-s/4": Shape("Mixer-S/4", 512, 8, patch=4),

@@ -36,7 +36,8 @@ def split(source: Source, seed: int, device: torch.device | str) -> Dataset:
 
     Every class is among those for training, if there are as many as classes.
     """
-    order = with_every_class(shuffled(len(source.pool_labels), seed), source.pool_labels, source.train_size)
+    drawn = shuffled(len(source.pool_labels), 0 if source.always_split else seed)
+    order = with_every_class(drawn, source.pool_labels, source.train_size)
 
     def images(pixels: Pixels | Tokens, labels: Labels) -> Images:
         given = torch.from_numpy(pixels).to(device)
