@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["always", "entered", "remove_hook"]
+__all__ = ["always", "around_backwards", "entered", "remove_hook"]
 
 
 @contextmanager
@@ -34,6 +35,20 @@ def entered(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
     with always(stack.close):
         for context in contexts:
             stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def around_backwards(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, backwards go through what ``make`` makes of the function by which torch hands them to its engine."""
+    module: Any = torch.autograd
+    run = module._engine_run_backward
+
+    def undo() -> None:
+        module._engine_run_backward = run
+
+    with always(undo):
+        module._engine_run_backward = make(run)
         yield
 
 

@@ -1,13 +1,13 @@
 """Gradients that a loop changes inside a pass: between its backwards, or after the last one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nusam.interrupts import always
+from nusam.interrupts import around_backwards
 
 __all__ = ["Changes"]
 
@@ -27,22 +27,19 @@ class Changes:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside is the pass."""
-        module: Any = torch.autograd
-        run = module._engine_run_backward
 
-        def run_watched(*args: Any, **kwargs: Any) -> Any:
-            if torch._C._current_graph_task_id() != -1:  # inside another
-                return run(*args, **kwargs)
-            self._compare()
-            result = run(*args, **kwargs)
-            self._left = {p: _state(p) for p in self._parameters}
-            return result
+        def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+            def run_watched(*args: Any, **kwargs: Any) -> Any:
+                if torch._C._current_graph_task_id() != -1:  # inside another
+                    return run(*args, **kwargs)
+                self._compare()
+                result = run(*args, **kwargs)
+                self._left = {p: _state(p) for p in self._parameters}
+                return result
 
-        def undo() -> None:
-            module._engine_run_backward = run
+            return run_watched
 
-        with always(undo):
-            module._engine_run_backward = run_watched
+        with around_backwards(watched):
             yield
         self._compare()
 

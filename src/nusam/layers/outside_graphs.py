@@ -5,14 +5,13 @@ class only while neither a graph nor a backward runs: torch says when through th
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nusam.interrupts import always
+from nusam.interrupts import always, around_backwards
 from nusam.layers.reads import Watched, Watcher, watched
 
 __all__ = ["watched_outside_graphs"]
@@ -26,8 +25,6 @@ def watched_outside_graphs(watchers: Mapping[Tensor, Watcher]) -> Iterator[None]
     if set_frame is None:  # a torch that compiles otherwise
         yield
         return
-    autograd: Any = torch.autograd
-    run = autograd._engine_run_backward
     with watched(watchers):
         parameters = [parameter for parameter in watchers if type(parameter) is Watched]
 
@@ -49,23 +46,24 @@ def watched_outside_graphs(watchers: Mapping[Tensor, Watcher]) -> Iterator[None]
                 become(Watched)
             return found
 
-        def run_unwatched(*args: Any, **kwargs: Any) -> Any:
-            nonlocal outermost
-            if outermost:
-                return run(*args, **kwargs)
-            outermost = id(sys._getframe())
-            become(nn.Parameter)
-            try:
-                return run(*args, **kwargs)
-            finally:
-                outermost = 0
-                become(Watched)
+        def unwatched(run: Callable[..., Any]) -> Callable[..., Any]:
+            def run_unwatched(*args: Any, **kwargs: Any) -> Any:
+                nonlocal outermost
+                if outermost:
+                    return run(*args, **kwargs)
+                outermost = id(sys._getframe())
+                become(nn.Parameter)
+                try:
+                    return run(*args, **kwargs)
+                finally:
+                    outermost = 0
+                    become(Watched)
+
+            return run_unwatched
 
         def undo() -> None:
             frames._maybe_set_eval_frame = set_frame
-            autograd._engine_run_backward = run
 
-        with always(undo):
+        with always(undo), around_backwards(unwatched):
             frames._maybe_set_eval_frame = set_frame_and_class
-            autograd._engine_run_backward = run_unwatched
             yield

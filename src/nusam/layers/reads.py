@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nusam.interrupts import always
+from nusam.interrupts import always, around_backwards
 
 __all__ = ["Backwards", "Watched", "Watcher", "told_of_functions", "untold", "watched"]
 
@@ -126,19 +126,16 @@ class Backwards:
     def of_descent(self) -> Iterator[None]:
         """Count those of the descent that follows."""
         self._count = 0
-        module: Any = torch.autograd
-        run = module._engine_run_backward
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            found = run(*args, **kwargs)
-            self._count += 1
-            return found
+        def counted(run: Callable[..., Any]) -> Callable[..., Any]:
+            def run_and_count(*args: Any, **kwargs: Any) -> Any:
+                found = run(*args, **kwargs)
+                self._count += 1
+                return found
 
-        def undo() -> None:
-            module._engine_run_backward = run
+            return run_and_count
 
-        with always(undo):
-            module._engine_run_backward = counted
+        with around_backwards(counted):
             yield
 
     def is_over(self) -> bool:
