@@ -195,6 +195,13 @@ def test_a_matrix_that_the_optimizer_does_not_hold_is_idle(start):
     run.take()
 
 
+def test_a_matrix_in_a_group_without_a_radius_is_idle(start):
+    run = start(Spec(2, LINEAR), Options(serves_small=True, later=True))
+    run.join(0.0)
+    run.take()
+    run.take(Plan(extras=(("backward inputs", 0),)))
+
+
 @pytest.mark.parametrize("method", ["NuSAM", "SAM", "SAMON"])
 @pytest.mark.parametrize("before", [0, 1, 2])
 @pytest.mark.parametrize("first", ["reached", "not reached"])
