@@ -16,6 +16,8 @@ NOT_AN_ASCENTS = {
     "GradientsMayBeMasked",
     "GradientsMayBeMaskedAtTheirNode",
     "GradientsMayBeMaskedMidway",
+    "GradientsMayBeReplacedOnTheirLayer",
+    "GradientsMayBeScaledNowAndThen",
     "GradientsMayBeWrittenMidway",
     "GradientsMayGetNoise",
     "GroupsMayJoinMidway",
