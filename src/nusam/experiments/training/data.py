@@ -170,20 +170,19 @@ def _cifar10(
     train_size: int | None,
     download: bool | None,
     name: str = "cifar10",
-    validation: int = VALIDATION,
-    tests: int | None = TEST,
+    held_out: tuple[int, int | None] | None = None,
 ) -> Source:
     if (root / "cifar-10-batches-py").is_dir() or (download and not (root / "train").is_dir()):
         parts = _cifar("CIFAR10", root, download)
-        return _subset("CIFAR-10", train_size, *parts, validation=validation, tests=tests)
+        return _subset("CIFAR-10", train_size, *parts, held_out=held_out)
     title = "CIFAR-10 (JPEG re-encoded)"
-    return _folders(name, root, title, train_size, download, validation=validation, tests=tests)
+    return _folders(name, root, title, train_size, download, held_out=held_out)
 
 
 def _cifar10_desk(root: Path, train_size: int | None, download: bool | None) -> Source:
     """8,000 images for training and 5,000 for validation, the same for every seed, and the whole test part."""
     size = 8_000 if train_size is None else train_size
-    source = _cifar10(root, size, download, "cifar10-desk", validation=5_000, tests=None)
+    source = _cifar10(root, size, download, "cifar10-desk", held_out=(5_000, None))
     return replace(source, always_split=True)
 
 
@@ -226,9 +225,9 @@ def _folders(
     train_size: int | None,
     download: bool | None = None,
     image_size: int | None = None,
-    validation: int = VALIDATION,
-    tests: int | None = TEST,
+    held_out: tuple[int, int | None] | None = None,
 ) -> Source:
+    validation, tests = held_out or (VALIDATION, TEST)
     _require_train_and_test(name, root, download)
     train, test = (image_folders.found(name, root / part) for part in ("train", "test"))
     for here, there in ((train, test), (test, train)):
@@ -249,7 +248,7 @@ def _folders(
         (pixels[: len(drawn)], targets[drawn]),
         (pixels[len(drawn) :], np.array(test.targets, np.int64)[tested]),
     )
-    return _subset(title, train_size, *parts, classes=len(train.classes), validation=validation, tests=tests)
+    return _subset(title, train_size, *parts, classes=len(train.classes), held_out=held_out)
 
 
 def _require_train_and_test(name: str, root: Path, download: bool | None) -> None:
@@ -289,24 +288,25 @@ def _subset(
     test: tuple[Any, Any],
     *,
     classes: int = 0,
-    validation: int = VALIDATION,
-    tests: int | None = TEST,
+    held_out: tuple[int, int | None] | None = None,
 ) -> Source:
+    """Part of a data set; ``held_out``: most images for validation, and for the test, None being all."""
+    validation, tests = held_out or (VALIDATION, TEST)
     every = len(train[1])
     size = _at_most(TRAIN if train_size is None else train_size, every, min(validation, every // 2))
     scores = np.issubdtype(train[1].dtype, np.floating)
     labels = train[1].astype(np.float32 if scores else np.int64)
     pooled = min(size + validation, every)
     pool = with_every_class(shuffled(every, seed=0), labels, pooled, least=2)[:pooled]
-    held_out = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else tests]
+    tested = shuffled(len(test[1]), seed=0)[: None if train_size == 0 else tests]
     return Source(
         title,
         classes=classes or (1 if scores else int(labels.max()) + 1),
         train_size=size,
         pool=train[0][pool],
         pool_labels=labels[pool],
-        test=test[0][held_out],
-        test_labels=test[1][held_out].astype(labels.dtype),
+        test=test[0][tested],
+        test_labels=test[1][tested].astype(labels.dtype),
     )
 
 
