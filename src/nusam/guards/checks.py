@@ -263,9 +263,9 @@ def check_surroundings(
                     "DistributedDataParallel has a communication hook, whose state the ascent must not move, and "
                     "model= does not show it; pass the wrapped module as model=."
                 )
-        elif not lmo.joint:
-            workers.is_in_a_stage |= isinstance(holder.submod, DistributedDataParallel)
-        elif holder.group_size > 1:
+            continue
+        workers.is_in_a_stage |= isinstance(holder.submod, DistributedDataParallel)
+        if lmo.joint and holder.group_size > 1:
             raise NotImplementedError(
                 f"{type(lmo).__name__} has one radius for all parameters, of which a pipeline stage holds a part; "
                 "use NuSAM, whose matrices have a radius each."
