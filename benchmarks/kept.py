@@ -69,7 +69,7 @@ TASKS = {
         "CIFAR-10 (JPEG re-encoded), 2,000 images, Mixer",
         "cifar10",
         "mixer",
-        Recipe(20),
+        Recipe(20, scored_every=4),
         2000,
         {"nusam": 0.1, "sam": 0.4},
     ),
@@ -157,7 +157,7 @@ def described(bench: Bench, rows: list[Row], recipe: Recipe) -> list[dict[str, A
     for row in rows:
         outcomes = [bench.store[cell] for cell in bench.cells(row.run, REPORTED, recipe)]
         last = [100 * outcome.test_accuracy for outcome in outcomes]
-        best = [100 * max(epoch.test_accuracy for epoch in outcome.epochs) for outcome in outcomes]
+        best = [100 * max(outcome.test_accuracies.values()) for outcome in outcomes]
         base = base or last
         differences = [a - b for a, b in zip(last, base, strict=True)]
         if row.share == "1" and row.start == "10%":

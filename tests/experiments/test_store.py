@@ -42,6 +42,18 @@ def test_a_row_comes_back_as_it_was(tmp_path):
     assert other.key != CELL.key
 
 
+def test_epochs_that_were_not_scored_come_back_as_they_were(tmp_path):
+    cell = replace(CELL, recipe=Recipe(3, scored_every=2))
+    scored = Outcome(cell.run, [Epoch(2.0), Epoch(1.5, 0.25, 0.2), Epoch(1.0, 0.5, 0.4)], 0.4, 1, 99, 1.5)
+    Store(tmp_path).add(cell, scored, CPU)
+    assert Store(tmp_path)[cell] == scored
+    assert scored.test_accuracies == {2: 0.25, 3: 0.5}
+    unfinished = replace(SECOND, recipe=cell.recipe)
+    Store(tmp_path).add(unfinished, replace(scored, run=SECOND.run, epochs=[Epoch(2.0)]), CPU)
+    with pytest.raises(Refused, match="is no finished run"):
+        Store(tmp_path)
+
+
 def test_a_line_that_a_crash_cut_short_is_forgotten(tmp_path):
     Store(tmp_path).add(CELL, outcome(CELL), CPU)
     whole = (tmp_path / "runs.jsonl").read_bytes()

@@ -71,6 +71,19 @@ def test_training_learns(digits):
     assert learned.delay_steps == 15
 
 
+def test_scoring_fewer_epochs_changes_nothing_else(digits):
+    run = Run("mixer", "nusam", 0.05, seed=0)
+    recipe = Recipe(epochs=5, validates_epochs=True)
+    every = train(run, recipe, digits, CPU, lambda epoch: None)
+    some = train(run, replace(recipe, scored_every=2), digits, CPU, lambda epoch: None)
+    scored = (2, 4, 5)
+    assert some.test_accuracies == {number: every.test_accuracies[number] for number in scored}
+    assert [epoch.train_loss for epoch in some.epochs] == [epoch.train_loss for epoch in every.epochs]
+    best = max(scored, key=lambda number: every.epochs[number - 1].validation_accuracy)
+    assert some.accuracy_at_best == every.test_accuracies[best]
+    assert some.test_accuracy == every.test_accuracy
+
+
 @pytest.mark.parametrize("model", SMALL)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "adamw"])
 def test_floats_of_the_perturbation_are_those_of_the_model(model, method, digits):

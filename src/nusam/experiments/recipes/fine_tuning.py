@@ -110,7 +110,7 @@ def _pretrain(bench: Bench, cell: Cell, path: Path) -> None:
     source = load(cell.data, bench.data_root, cell.train_size, bench.download)
 
     def tell(epoch: Epoch) -> None:
-        bench.console.print(f"  loss {epoch.train_loss:.3f}, test accuracy {epoch.test_accuracy:.1%}")
+        bench.console.print(f"  {epoch}")
 
     import torch
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from nusam.experiments.pages.result import Curve, Result
@@ -170,10 +171,10 @@ def learning_curve(
     panel: str, label: str, outcomes: list[Outcome], metric: str = "accuracy", banded: bool = False
 ) -> Curve:
     """Test accuracy over the epochs, mean of the seeds; if wanted with a band of one standard error."""
-    epochs = list(zip(*(outcome.epochs for outcome in outcomes), strict=True))
-    means = [100 * sum(epoch.test_accuracy for epoch in column) / len(column) for column in epochs]
-    x = [float(i) for i in range(1, len(means) + 1)]
+    scores = [outcome.test_accuracies for outcome in outcomes]
+    columns = {number: [100 * of_seed[number] for of_seed in scores] for number in scores[0]}
+    means = [fmean(column) for column in columns.values()]
     errors = None
     if banded and len(outcomes) > 1:
-        errors = [standard_error([100 * epoch.test_accuracy for epoch in column]) for column in epochs]
-    return Curve(panel, label, x, list(means), "epoch", METRICS[metric], errors)
+        errors = [standard_error(column) for column in columns.values()]
+    return Curve(panel, label, [float(number) for number in columns], list(means), "epoch", METRICS[metric], errors)

@@ -133,7 +133,7 @@ class Contest:
         for label in self.contenders:
             outcomes = self.outcomes(store, label)
             last = self.accuracies(store, label)
-            best = [100 * max(epoch.test_accuracy for epoch in outcome.epochs) for outcome in outcomes]
+            best = [100 * max(outcome.test_accuracies.values()) for outcome in outcomes]
             rho = self.radius(store, label)
             row: dict[str, Any] = {
                 "method": label,

@@ -36,8 +36,7 @@ class Bars(Progress):
         if report.worker not in self._bars:
             name = describe(report.run, self._base)
             self._bars[report.worker] = self.add_task(name, total=self._epochs, news="")
-        news = f"loss {report.news.train_loss:.3f}, test score {report.news.test_accuracy:.1%}"
-        self.update(self._bars[report.worker], advance=1, news=news)
+        self.update(self._bars[report.worker], advance=1, news=str(report.news))
         self.advance(self._all)
 
 

@@ -52,6 +52,8 @@ class Cell:
             del described["recipe"]["beta2"]
         if not self.recipe.validates_epochs:
             del described["recipe"]["validates_epochs"]
+        if self.recipe.scored_every == 1:
+            del described["recipe"]["scored_every"]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -204,8 +206,8 @@ class Store:
 def _outcome(row: dict[str, Any]) -> Outcome:
     """Of a row, whose numbers must be numbers."""
     epochs = [Epoch(float(loss), *map(float, accuracies)) for loss, *accuracies in row["epochs"]]
-    if not epochs:
-        raise ValueError("no epochs")
+    if not epochs or epochs[-1].test_accuracy is None:
+        raise ValueError("no last score")
     return Outcome(
         run=Run(**row["cell"]["run"]),
         epochs=epochs,

@@ -127,10 +127,10 @@ def train(
         if scalars:
             scalars.step(step, optimizer, losses)
         if progress.step % per_epoch == 0:
-            validation = score(model, data.validation, source.metric) if recipe.validates_epochs else None
-            progress.epochs.append(
-                Epoch(progress.loss / len(data.train), score(model, data.test, source.metric), validation)
-            )
+            scored = progress.step == steps or progress.step // per_epoch % recipe.scored_every == 0
+            test = score(model, data.test, source.metric) if scored else None
+            validation = score(model, data.validation, source.metric) if scored and recipe.validates_epochs else None
+            progress.epochs.append(Epoch(progress.loss / len(data.train), test, validation))
             progress.loss = 0.0
             report(progress.epochs[-1])
             model.train()

@@ -28,10 +28,12 @@ class Recipe:
     accumulate: int = 1  # micro-batches of a step, each perturbed on its own
     wrong_labels: float = 0.0  # share of the labels for training and validation that are drawn anew
     beta2: float | None = None  # of Adam and AdamW; None is torch's own
-    validates_epochs: bool = False  # whether validation accuracy is known of every epoch, and not of the last alone
+    validates_epochs: bool = False  # whether validation accuracy is known of scored epochs, and not of the last alone
+    scored_every: int = 1  # epochs; the last is always scored
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
+        at_least(1, scored_every=self.scored_every)
         not_negative(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         shares(warm_up=self.warm_up)
         part_of(wrong_labels=self.wrong_labels)
@@ -62,11 +64,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known after an epoch."""
+    """What is known after an epoch; accuracies where it was scored."""
 
     train_loss: float
-    test_accuracy: float
+    test_accuracy: float | None = None
     validation_accuracy: float | None = None
+
+    def __str__(self) -> str:
+        """In a reader's words."""
+        scored = "" if self.test_accuracy is None else f", test score {self.test_accuracy:.1%}"
+        return f"loss {self.train_loss:.3f}{scored}"
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,20 @@ class Outcome:
     @property
     def test_accuracy(self) -> float:
         """That of the last epoch; no epoch is picked. By the task's own metric, where it has one."""
-        return self.epochs[-1].test_accuracy
+        return self.test_accuracies[max(self.test_accuracies)]
+
+    @property
+    def test_accuracies(self) -> dict[int, float]:
+        """Of every epoch that was scored, by its number from 1 on."""
+        scores = enumerate((epoch.test_accuracy for epoch in self.epochs), 1)
+        return {number: score for number, score in scores if score is not None}
 
     @property
     def accuracy_at_best(self) -> float:
-        """That of the epoch with the best validation accuracy, the first of equal ones; where every epoch has one."""
-        return max(self.epochs, key=lambda epoch: epoch.validation_accuracy or 0.0).test_accuracy
+        """That of the scored epoch with the best validation accuracy, the first of equal ones."""
+        return self.test_accuracies[
+            max(self.test_accuracies, key=lambda number: self.epochs[number - 1].validation_accuracy or 0.0)
+        ]
 
 
 class Report(NamedTuple):
