@@ -39,6 +39,11 @@ def _line(axes: Axes, curve: Curve) -> None:
 def _point(axes: Axes, curve: Curve) -> None:
     colour, _ = LOOK_OF[curve.label]
     y = float("nan") if curve.y[0] is None else curve.y[0]
+    left = curve.x[0] == 1  # of the base optimizer's points, away from the cheapest other one
+    place = (-6 if left else 6, 5 if axes.containers else -12)
+    side = "right" if left else "left"
     axes.errorbar(curve.x, [y], curve.error, fmt="o", color=colour, capsize=3)
-    axes.annotate(curve.label, (curve.x[0], y), (6, 5), textcoords="offset points", fontsize=9)
-    axes.margins(x=0.25, y=0.1)
+    axes.annotate(curve.label, (curve.x[0], y), place, textcoords="offset points", fontsize=9, ha=side)
+    axes.set_xlim(0.25, 2.25)
+    axes.set_xticks([1, 1.25, 1.5, 1.75, 2])
+    axes.margins(y=0.1)
