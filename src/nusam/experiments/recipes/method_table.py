@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import Any
 
 from nusam.experiments.pages.result import Curve, Result
@@ -172,9 +171,9 @@ def learning_curve(
 ) -> Curve:
     """Test accuracy over the epochs, mean of the seeds; if wanted with a band of one standard error."""
     scores = [outcome.test_accuracies for outcome in outcomes]
-    columns = {number: [100 * of_seed[number] for of_seed in scores] for number in scores[0]}
-    means = [fmean(column) for column in columns.values()]
+    columns = {number: [of_seed[number] for of_seed in scores] for number in scores[0]}
+    means = [100 * sum(column) / len(column) for column in columns.values()]
     errors = None
     if banded and len(outcomes) > 1:
-        errors = [standard_error(column) for column in columns.values()]
+        errors = [standard_error([100 * accuracy for accuracy in column]) for column in columns.values()]
     return Curve(panel, label, [float(number) for number in columns], list(means), "epoch", METRICS[metric], errors)
