@@ -548,17 +548,32 @@ def test_a_loop_that_changes_gradients_midway_and_can_not_start_over_is_told(how
     assert reasons == {"changed by the loop in the passes"}
 
 
-def test_a_loop_that_only_looks_at_gradients_is_served():
+@pytest.mark.parametrize("what", ["0.weight", "0.bias", "1.weight"])
+def test_a_loop_that_looks_at_gradients_from_the_first_step_on_has_them(what):
+    """Of a matrix, of a bias beside one, and of a norm."""
+    model = nn.Sequential(nn.Linear(6, 37), nn.LayerNorm(37), nn.Linear(37, 2))
+    opt = matrix_free(model, 0.1)
+    for _ in range(7):
+        for _ in opt.passes():
+            square_loss()(model).backward()
+            model.get_parameter(what).grad.clamp_(-1e9, 1e9)
+        opt.step()
+    reasons = {key.split(": ")[1] for key in opt.metrics() if key.startswith("fallback")}
+    assert reasons == {"looked at by the loop in the passes"}
+
+
+def test_a_loop_that_only_looks_for_gradients_midway_is_served():
     model = nn.Sequential(nn.Linear(6, 37), nn.ReLU(), nn.Linear(37, 2))
     opt = matrix_free(model, 0.1)
-    for _ in range(6):
-        passes = []
+    for step in range(6):
+        passes, norms = [], []
         for name in opt.passes():
             passes.append(name)
             square_loss()(model).backward()
-            norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+            if step in (1, 3, 5):  # where nothing is compared
+                norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
         assert passes == ["ascent", "descent"]
-        assert len(norms) == 4
+        assert len(norms) == 4 * (step % 2)
         opt.step()
     assert not any(key.startswith("fallback") for key in opt.metrics())
     assert all(type(p) is nn.Parameter for p in model.parameters())

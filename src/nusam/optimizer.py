@@ -300,6 +300,7 @@ class SharpnessAware(Stepping):
         try:
             check_radius(groups[-1].setdefault("rho", self._rho))
             self._check_targets()
+            self._ascent.verification.ask()
         except Exception:
             groups.pop()
             raise

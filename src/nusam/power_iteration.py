@@ -15,13 +15,13 @@ __all__ = [
     "Together",
     "TopPair",
     "as_matrix",
+    "irregular",
     "iterated",
     "meeting",
     "normalized",
     "power_iteration",
     "power_iteration_of_stack",
     "products",
-    "signs",
     "times",
     "top_pairs",
     "working_dtype",
@@ -167,7 +167,7 @@ def meeting(us: Sequence[Tensor]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=256)
-def signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Random signs, the same in every process."""
     generator = torch.Generator("cpu").manual_seed(n)
     signs = torch.randint(0, 2, (n,), generator=generator, device="cpu", dtype=torch.int8)
@@ -175,8 +175,15 @@ def signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+def irregular(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A random vector, the same in every process, whose sum over no regular set of its entries is 0."""
+    generator = torch.Generator("cpu").manual_seed(n)
+    return torch.randn(n, generator=generator, device="cpu", dtype=torch.float64).to(device, dtype)
+
+
+@lru_cache(maxsize=256)
 def _small_signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    small: Tensor = signs(n, device, dtype) * (torch.finfo(dtype).eps ** 2 * n**-0.5)
+    small: Tensor = _signs(n, device, dtype) * (torch.finfo(dtype).eps ** 2 * n**-0.5)
     return small
 
 

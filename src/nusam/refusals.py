@@ -20,7 +20,7 @@ from nusam.placement.ledger import Counted, Ledger, not_added
 from nusam.placement.written_weights import WrittenWeights
 from nusam.resuming import Resumable
 
-__all__ = ["CHANGED", "OTHERWISE_USED", "WRITTEN", "Checked"]
+__all__ = ["CHANGED", "OTHERWISE_USED", "WRITTEN", "Checked", "Unreachable"]
 
 
 OTHERWISE_USED = (
@@ -32,6 +32,21 @@ CHANGED = (
     "ascent='gradient'"
 )
 WRITTEN = "written in the passes themselves"
+
+
+class Unreachable(RuntimeError):
+    """An ε in the forward would not be all of ε.
+
+    Args:
+        what: is why.
+        instead: how to have it otherwise.
+    """
+
+    def __init__(self, what: str, instead: str) -> None:
+        self.what = what
+        super().__init__(
+            f"{what}, where an ε in the forward can't reach it; exclude it with targets= or use {instead}."
+        )
 
 
 class Checked(Resumable):
@@ -130,18 +145,18 @@ class Checked(Resumable):
             if reason:
                 raise self._unreachable(parameter, reason)
 
-    def _unreachable(self, parameter: Tensor, reason: str) -> RuntimeError:
-        return RuntimeError(
-            f"{self._names()[parameter]} is {reason}, where an ε in the forward can't reach it; exclude it "
-            f"with targets= or use {self._instead}."
-        )
+    def _unreachable(self, parameter: Tensor, reason: str) -> Unreachable:
+        return Unreachable(f"{self._names()[parameter]} is {reason}", self._instead)
 
     def _close_ledger(self, forward: Mapping[Tensor, Counted]) -> None:
         """Hold what got a gradient in the descent against what had an ε there."""
         stepped = self._in_backward.stepped if self._in_backward else set()
-        self._ledger.close(stepped, self._names)
+        passed_over = self._ledger.close(stepped, self._names)
         workers = self._workers()
-        missed = [] if workers.replicates or workers.shards else not_added(forward)  # gradients come from elsewhere too
+        alone = not (workers.replicates or workers.shards)
+        if alone and any(self._ascent.verification.of(parameter) is None for parameter in passed_over):
+            self._ascent.verification.ask()
+        missed = not_added(forward) if alone else []  # gradients come from elsewhere too
         if missed and self._structure is not None:  # graphs add without counting
             in_graphs = self._ascent.in_graphs | self._structure.in_graphs()
             missed = [parameter for parameter in missed if parameter not in in_graphs]

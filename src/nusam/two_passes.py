@@ -84,6 +84,7 @@ class TwoPasses(Checked):
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
             if pass_:
+                self._ascent.see_looks(pass_)
                 pass_.release()
             self._pass = None
 
@@ -157,6 +158,8 @@ class TwoPasses(Checked):
 
         def undo() -> None:
             perturbed.remove()
+            for parameter, handler in forward.items():
+                handler.restore(parameter)
             if in_place:
                 workers.reshard()
             self._pass = None

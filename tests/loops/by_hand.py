@@ -158,3 +158,44 @@ class LossesMayBeAList(_ByHand):
     def backward(self, step):
         y = self.model(self.normal(step, 8, 6))
         torch.autograd.backward([to_target(y), (0.2 * y).square().mean()])
+
+
+class GradientsMayBeClampedThroughData(_ByHand):
+    """p.grad.data.clamp_ in each pass, from the sixth step on, if there is a gradient: it leaves no version behind"""
+
+    steps = 7
+
+    def backward(self, step):
+        super().backward(step)
+        for p in self.model.parameters():
+            if step >= 5 and p.grad is not None:
+                p.grad.data.clamp_(-0.01, 0.01)
+
+
+class GradientsMayBeClampedWithoutEffect(_ByHand):
+    """p.grad.clamp_ in each pass, which clamps nothing in the first steps"""
+
+    dtypes = FULL
+
+    def backward(self, step):
+        super().backward(step)
+        for p in self.model.parameters():
+            p.grad.clamp_(-(bound := 1e3 if step < 3 else 0.01), bound)
+
+
+class GradientsOfBiasesMayBeScaled(_ByHand):
+    """Biases learn at twice the rate: their .grad is doubled in each pass"""
+
+    def backward(self, step):
+        super().backward(step)
+        for name, p in self.model.named_parameters():
+            if name.endswith("bias"):
+                p.grad.mul_(2)
+
+
+class GradientsMayBeLoggedInThePass(_ByHand):
+    """The norms of all gradients are logged in each pass, which does not ask whether there are any"""
+
+    def backward(self, step):
+        super().backward(step)
+        self.logged = [float(p.grad.norm()) for p in self.model.parameters()]

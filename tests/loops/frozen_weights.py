@@ -1,6 +1,7 @@
 """Frozen weights that are perturbed"""
 
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -180,3 +181,19 @@ class FrozenBlocksMayBeRecomputed(_FrozenBlock):
     """A frozen block in a checkpoint that is not re-entrant"""
 
     reentrant = False
+
+
+class LayersMayBeFrozenForPartOfALoss(Loop):
+    """From the sixth step on one term of the loss goes through layers that are frozen for its forward"""
+
+    steps = 7
+
+    def backward(self, step):
+        x = self.normal(step, 8, 6)
+        loss = to_target(self.model(x))
+        if step >= 5:
+            self.model.requires_grad_(False)
+            shift = torch.zeros_like(x).requires_grad_()
+            loss = loss + to_target(self.model(x + shift), 0.5)
+            self.model.requires_grad_(True)
+        loss.backward()

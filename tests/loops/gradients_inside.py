@@ -314,3 +314,16 @@ class _Adjoint(torch.autograd.Function):
             for _ in range(3):
                 end = end + 0.3 * ctx.field(end)
             return None, *torch.autograd.grad(end, [z, *parameters], gradient)
+
+
+class GradientsInsideMayBeBatched(Loop):
+    """A Jacobian of the outputs by autograd.grad(is_grads_batched=True, create_graph=True) in the loss"""
+
+    dtypes = DOUBLE
+
+    def backward(self, step):
+        x = self.normal(step, 8, 6).requires_grad_()
+        y = self.model(x)
+        directions = torch.eye(3, dtype=y.dtype)[:, None].expand(3, *y.shape)
+        (jacobian,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, create_graph=True)
+        (to_target(y) + jacobian.square().mean()).backward()

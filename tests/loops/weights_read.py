@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 from torch.utils.checkpoint import checkpoint
 
-from tests.loops.loop import ALL, DOUBLE, Loop, to_target
+from tests.loops.loop import ALL, DOUBLE, FULL, Loop, mlp, to_target
 
 
 class _Read(Loop):
@@ -122,3 +122,37 @@ class AttentionsMayBeRead(Loop):
         if step >= 3:
             y = y + F.linear(h, attention.in_proj_weight.detach()[:12]) + F.linear(h, attention.out_proj.weight.data)
         return to_target(y)
+
+
+class ThePenaltyMayBeOnAMeanOfRows(Loop):
+    """A penalty on the mean of the rows of a matrix of 100 classes: its gradient has rows that are all alike"""
+
+    dtypes = FULL
+    steps = 10  # past three comparisons
+
+    def build(self):
+        return mlp(6, 12, 100)
+
+    def loss(self, step):
+        return to_target(self.model(self.normal(step, 8, 6))) + self.model[2].weight.mean(0).square().sum()
+
+
+class WeightsMayBeSwappedByData(Loop):
+    """Averaged weights stand in the weights' place for a forward, by w.data = ..."""
+
+    dtypes = FULL
+
+    def prepare(self):
+        self.averaged = [0.5 * p.detach().clone() for p in self.model.parameters()]
+
+    def backward(self, step):
+        x = self.normal(step, 8, 6)
+        loss = to_target(self.model(x))
+        kept = [p.data for p in self.model.parameters()]
+        for p, data in zip(self.model.parameters(), self.averaged, strict=True):
+            p.data = data
+        with torch.no_grad():
+            target = self.model(x)
+        for p, data in zip(self.model.parameters(), kept, strict=True):
+            p.data = data
+        (loss + (self.model(x) - target).square().mean()).backward()

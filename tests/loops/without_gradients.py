@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.loops.loop import ALL, DOUBLE, Loop, mlp, to_target
+from tests.loops.loop import ALL, DOUBLE, FULL, Loop, mlp, to_target
 
 
 class PseudoLabelsMayBeMade(Loop):
@@ -163,3 +163,20 @@ class ABaselineMayNotBeEvaluated(Loop):
             baseline = self.model(x).mean()
         self.model.train()
         return to_target(self.model(x), 1.5) * (1 + baseline.square())
+
+
+class AttentionMayBeInEvaluationMode(Loop):
+    """A transformer's layer in eval mode gives targets without gradients inside the pass, by torch's fast path"""
+
+    dtypes = FULL
+
+    def build(self):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        return nn.ModuleDict({"layer": layer.eval(), "head": nn.Linear(8, 3)})
+
+    def backward(self, step):
+        x = self.normal(step, 4, 5, 8)
+        with torch.no_grad():
+            target = self.model["layer"](x)
+        y = self.model["layer"](x)
+        (to_target(self.model["head"](y)) + (y - 0.5 * target).square().mean()).backward()

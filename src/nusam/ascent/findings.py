@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nusam.ascent.products import LayerGradient, Sum
 from nusam.distributed.blocks import compute_device, is_sharded, whole
 from nusam.lmo import State, matrix_shape
-from nusam.power_iteration import Matrix, TopPair, signs
+from nusam.power_iteration import Matrix, TopPair, irregular
 
 __all__ = ["Findings", "Job"]
 
@@ -29,7 +29,7 @@ class Job(NamedTuple):
 
 
 class Looks:
-    """Whether the loop has looked for the gradient of a matrix, after a backward that left none."""
+    """Whether the loop has looked at the gradient of a parameter, after a backward in an ascent."""
 
     seen = False
 
@@ -39,7 +39,7 @@ class Looks:
 
     def told(self, of: str) -> None:
         """Somebody looks at its gradient, sets it, or sets ``requires_grad``."""
-        self.seen |= of == "grad"
+        self.seen |= of == "grad" and torch._C._current_graph_task_id() == -1  # in no backward, whose hooks do too
 
 
 class Findings:
@@ -94,7 +94,7 @@ class Findings:
         self.has_more = False  # whether uses were seen that are not the layers'
         self._tap, self._tap_node = tap, tap_node
         self._probe: Tensor | None = None
-        self.r = signs(shape[0], device, self.u.dtype) if job.checks else None
+        self.r = irregular(shape[0], device, self.u.dtype) if job.checks else None
 
     def forget(self) -> None:
         """Nothing has happened yet."""
@@ -126,12 +126,20 @@ class Findings:
         return None if self._probe is None else self._probe.grad
 
     @property
-    def lacks_a_gradient(self) -> bool:
-        """Whether a backward has left none, or not yet, where it leaves one in a loop by hand."""
-        if self.frozen or self.job.checks:
-            return False
+    def would_have_a_gradient(self) -> bool:
+        """Whether a backward has left one where it does in a loop by hand."""
         stand_in = self._stand_ins.get(self.parameter)
-        return self.reached_layers or (stand_in is not None and stand_in.grad is not None)
+        return not self.frozen and (self.reached or (stand_in is not None and stand_in.grad is not None))
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether the products of a single use are here, of which no gradient can be made any more."""
+        return self.pair is not None or self.is_served_in_a_graph
+
+    @property
+    def leaves_none(self) -> bool:
+        """Whether the loop finds no gradient, or a part of it."""
+        return not self.job.checks or self.gradient_checked is not None
 
     @property
     def reached(self) -> bool:

@@ -96,7 +96,7 @@ class _Reporting(torch.autograd.Function):
             if (needs_weight or needs_bias) and record.forms_now(accumulates):
                 weight_gradient = kind.gradient(X, D, n) if needs_weight else None
                 bias_gradient = kind.bias_gradient(D) if needs_bias else None
-            if again:
+            if again and accumulates:
                 with torch.no_grad():
                     record.take(kind, X.detach(), D.detach(), n, rows, accumulates)
             else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nusam.ascent.asked import standing_in
-from nusam.ascent.findings import Job
+from nusam.ascent.findings import Job, Looks
 from nusam.ascent.function import without_autocast
 from nusam.ascent.record import Record
 from nusam.ascent.silence import Silence
@@ -60,6 +60,8 @@ class LayerPass:
         self._watches = watches
         self._silence, self._tells = Silence(silent), tells
         self._looks = ExitStack()
+        self._is_the_loop = False  # whose code runs
+        self._others = Looks()  # at gradients of idle layers, and of biases
         self._stand_ins: dict[Tensor, Tensor] = {}
         self.tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self.tap).node
@@ -123,12 +125,33 @@ class LayerPass:
     def in_the_loop(self) -> Iterator[None]:
         """Inside is the loop's code: no parameter takes part in a backward where matrices are served apart from it."""
         apart = {p: record for p, record in self.records.items() if record.job.apart}
-        with always(self._looks.close), self._silence.kept(apart, self._tells) if apart else nullcontext():
+
+        def undo() -> None:
+            self._is_the_loop = False
+            self._looks.close()
+
+        with always(undo), self._silence.kept(apart, self._tells) if apart else nullcontext():
+            self._is_the_loop = True
             yield
 
     def _see_looks(self) -> None:
-        """A backward is over: from here on, see who looks for the gradient that a served matrix does not have."""
-        self._looks.enter_context(watched({p: r.looks for p, r in self.records.items() if r.lacks_a_gradient}))
+        """A backward is over: from here on, see who looks at gradients, which matrices that are served don't have."""
+        if not self._is_the_loop:
+            return
+        own = {p: record.looks for p, record in self.records.items() if record.would_have_a_gradient}
+        idle = self._idle.parameters if self._watches and own else ()
+        others = {p: self._others for p in idle if p not in self.records and p not in self._needed}
+        self._looks.enter_context(watched({**own, **others}))
+
+    def looked_at(self) -> list[Tensor]:
+        """Matrices whose gradients are there, and the loop has looked at them.
+
+        All matrices where it was at a gradient that no perturbation needs.
+        """
+        if self._others.seen:
+            self._idle.show()
+        there = [record for record in self.records.values() if not record.leaves_none]
+        return [r.parameter for r in there if r.looks.seen or (self._others.seen and not r.frozen)]
 
     def settle(self) -> None:
         """The backwards are over: multiply what waits, and put the gradients that stand-ins have into parameters."""

@@ -27,6 +27,8 @@ class Record(Findings):
     def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         """The layer's output, in whose backward the products are taken."""
         compiling = torch.compiler.is_compiling()
+        if not self.frozen and not W.requires_grad:  # put aside for this use
+            return kind.apply(x, W, extra)
         if compiling:
             return self._compiled_use(kind, x, W, extra) if rows is None else kind.apply(x, W, extra)
         if not torch.is_grad_enabled():

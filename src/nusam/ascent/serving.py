@@ -222,13 +222,21 @@ class Serving:
                 reasons[parameter] = IN_A_GRAPH
             elif record.is_lost():
                 reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
-            elif record.has_more and (record.pair is not None or (record.job.in_forward and not in_a_graph)):
+            elif record.has_more and (record.has_pair or (record.job.in_forward and not in_a_graph)):
                 reasons[parameter] = "also used outside its layer"
         return reasons
 
     def looked_for(self, pass_: LayerPass) -> list[Tensor]:
         """Matrices that the pass left without a gradient, where the loop looked for one."""
-        return [parameter for parameter, record in pass_.records.items() if record.looks.seen]
+        return [p for p, record in pass_.records.items() if record.looks.seen and record.leaves_none]
+
+    def see_looks(self, pass_: LayerPass) -> None:
+        """A loop that looks at gradients where they are compared relies on them: let it have them from now on."""
+        looked_at = pass_.looked_at()
+        if looked_at:
+            self.verification.leave_gradients(looked_at, "looked at")
+            served = [parameter for parameter in looked_at if self._is_worth(parameter)]
+            self._fell_back |= {p: r for p in served if (r := self.verification.reasons.get(p))}
 
     def learn_late(self) -> list[Tensor]:
         """Matrices of which a device has counted other uses in an earlier step than it was to; never waits for it."""

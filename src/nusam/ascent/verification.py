@@ -23,7 +23,7 @@ __all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "
 ONE_USE = "one use"  # the products of a single use of its layer are those of its gradient
 SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
 OTHERWISE = "otherwise"  # it has uses that no layer sees, for good
-CHANGED = "changed"  # its products are right, but the loop changes its gradient in the passes; for good
+CHANGED = "changed"  # its products are right, but the loop looks at its gradient in the passes; for good
 
 _ROUNDING = 64.0  # rounding units of what was summed, below which a gradient that cancels says nothing
 IN_A_GRAPH = "used repeatedly in a graph"
@@ -88,9 +88,9 @@ class Verification:
         """Never serve these again."""
         self.learn({parameter: Verdict(OTHERWISE, reason) for parameter, reason in reasons.items()})
 
-    def leave_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Never serve these again: the loop changes their gradients."""
-        self.learn(dict.fromkeys(parameters, Verdict(CHANGED, "changed by the loop in the passes")))
+    def leave_gradients(self, parameters: Iterable[Tensor], why: str = "changed") -> None:
+        """Never serve these again: the loop changes their gradients, or looks at them and may do so."""
+        self.learn(dict.fromkeys(parameters, Verdict(CHANGED, f"{why} by the loop in the passes")))
 
     def forget(self, parameter: Tensor) -> None:
         """Compare a matrix anew before it is served again."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nusam.distributed.blocks import is_sharded
 from nusam.interrupts import around_backwards
 
 __all__ = ["Changes"]
@@ -21,7 +22,7 @@ class Changes:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
-        self._left: dict[Tensor, tuple[Tensor | None, int]] = {}  # gradients after the last backward, their versions
+        self._left: dict[Tensor, _State] = {}  # gradients after the last backward
         self.found: dict[Tensor, None] = {}  # parameters whose gradients were changed, in order
 
     @contextmanager
@@ -34,7 +35,7 @@ class Changes:
                     return run(*args, **kwargs)
                 self._compare()
                 result = run(*args, **kwargs)
-                self._left = {p: _state(p) for p in self._parameters}
+                self._left = {p: _state_of(p) for p in self._parameters}
                 return result
 
             return run_watched
@@ -44,12 +45,30 @@ class Changes:
         self._compare()
 
     def _compare(self) -> None:
-        for parameter, (gradient, version) in self._left.items():
-            now, its_version = _state(parameter)
-            if now is not gradient or its_version != version:
+        for parameter, left in self._left.items():
+            if left.is_other(_state_of(parameter)):
                 self.found[parameter] = None
 
 
-def _state(parameter: Tensor) -> tuple[Tensor | None, int]:
+class _State(NamedTuple):
+    """A gradient, and what a write would change: of ``.data``, which has no version, the sizes alone."""
+
+    gradient: Tensor | None
+    version: int = 0
+    address: int = 0
+    sizes: Tensor | None = None
+
+    def is_other(self, now: "_State") -> bool:
+        """Whether it was replaced or written; waits for the device."""
+        if now.gradient is not self.gradient or now[1:3] != self[1:3]:
+            return True
+        return self.sizes is not None and now.sizes is not None and not torch.equal(self.sizes, now.sizes)
+
+
+def _state_of(parameter: Tensor) -> _State:
     gradient = parameter.grad
-    return gradient, -1 if gradient is None else gradient._version
+    if gradient is None or gradient.layout != torch.strided or is_sharded(gradient):
+        return _State(gradient)
+    values = gradient.detach()
+    sizes = torch.stack([torch.linalg.vector_norm(values), values.sum()]).nan_to_num_()
+    return _State(gradient, gradient._version, gradient.data_ptr(), sizes)

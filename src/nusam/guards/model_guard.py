@@ -5,7 +5,7 @@ Buffers would move twice, dropout would draw two masks, and perturbed weights co
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -124,12 +124,26 @@ class RandomState:
             if device.type not in ("cpu", "meta")
         ]
 
+    def is_that_of(self, other: "RandomState") -> bool:
+        """Whether nothing was drawn in between."""
+        return _same([*self._states, *self._on_devices], [*other._states, *other._on_devices])
+
     def replay(self) -> None:
         """Set the generators back, so that the next pass draws the same dropout masks."""
         for set_state, state in self._states:
             set_state(state)
         for device, state in self._on_devices:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple):
+        return all(map(_same, a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 
 def _current_devices() -> set[torch.device]:

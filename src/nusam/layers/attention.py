@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,6 +78,9 @@ _over_heads = _rebound(
     _in_projection_packed=_packed,
     _in_projection=_rebound(_F._in_projection, linear=_linear),
 )
+_no_fast_path = SimpleNamespace(mha=SimpleNamespace(get_fastpath_enabled=lambda: False))  # by its weights alone
 attend = _rebound(
-    nn.MultiheadAttention.forward, F=SimpleNamespace(**{**vars(F), "multi_head_attention_forward": _over_heads})
+    nn.MultiheadAttention.forward,
+    F=SimpleNamespace(**{**vars(F), "multi_head_attention_forward": _over_heads}),
+    torch=SimpleNamespace(**{**vars(torch), "backends": _no_fast_path}),
 )

@@ -29,6 +29,7 @@ class IdleLayers:
             and not module._modules
             and "forward" not in vars(module)
         ]
+        self.parameters = [p for layer in self._layers for p in _own(layer) if p.requires_grad]
         self._wanted: set[Tensor] = set()  # by the loss itself, as by autograd.grad(loss, norm.weight)
         self._hidden: set[Tensor] = set()  # in the running pass
         self._tap = torch.zeros((), requires_grad=True, device="cpu")
@@ -50,7 +51,7 @@ class IdleLayers:
                 remove_hook(parameter, hook)
 
         with always(undo):
-            for parameter in self._parameters():
+            for parameter in self.parameters:
                 if parameter.requires_grad and parameter.is_leaf:
                     begun, complete = count(parameter, 1), count(parameter, -1)
                     hooks += [(parameter, begun), (parameter, complete)]
@@ -75,6 +76,10 @@ class IdleLayers:
             for layer in layers:
                 vars(layer)["forward"] = self._with_detached_parameters(layer)
             yield
+
+    def show(self) -> None:
+        """From now on all are formed: the loop looks at them."""
+        self._wanted.update(self.parameters)
 
     def refuse_hidden(self, inputs: Iterable[Any]) -> None:
         """Refuse a gradient that the loss itself asks for and that nobody forms in the running pass.
@@ -113,9 +118,6 @@ class IdleLayers:
             return tapped(y, self._tap) if isinstance(y, Tensor) and not y.requires_grad else y
 
         return detached
-
-    def _parameters(self) -> Iterable[Tensor]:
-        return (parameter for layer in self._layers for parameter in _own(layer))
 
 
 def _is_trained(layer: nn.Module) -> bool:

@@ -42,6 +42,8 @@ class Watched(nn.Parameter):
             tell = getattr(vars(args[0])[_WATCHER], "told", None) if of else None
             if tell:  # who wants to know of its gradient
                 tell(of)
+            if function == _DATA_SET:
+                _keep(args[0])
             return untold(function, *args, **kwargs)
         others = any(kind not in (cls, Tensor, nn.Parameter) for kind in types)  # subclasses to be told of the call
         writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
@@ -105,6 +107,13 @@ def told_of_functions() -> Iterator[None]:
         yield
 
 
+def _keep(parameter: Tensor) -> None:
+    """Others are about to stand in the place of its entries."""
+    keep = getattr(vars(parameter)[_WATCHER], "keep", None)
+    if keep and not hasattr(parameter, "ds_id"):  # an engine's own
+        keep(untold(_DATA, parameter))
+
+
 def _value(x: Any) -> Any:
     return untold(vars(x)[_WATCHER].value, x, True) if type(x) is Watched else x
 
@@ -146,6 +155,7 @@ class Backwards:
 _WATCHER = "_nusam_watcher"
 _READING_PROPERTIES = [getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")]
 _DATA = _READING_PROPERTIES[0]
+_DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]
 _TOLD = {
     getattr(getattr(Tensor, name), function): name
     for name, function in (("requires_grad", "__set__"), ("grad", "__get__"), ("grad", "__set__"))

@@ -145,7 +145,7 @@ class Apart:
             return self(Linear, x, W, bias, rows)
         samples = sum(self.joint.rows)
         if x.ndim == 3:
-            return self(Linear, x.transpose(0, 1), W, bias, rows).transpose(0, 1)
+            return self(Linear, x.transpose(0, 1), W, bias, rows).transpose(0, 1).contiguous()  # it takes views
         if x.shape[0] % samples:
             raise CannotJoin("folds the samples' dimension of an attention's input away")
         y = self(Linear, x.view(-1, samples, x.shape[-1]).transpose(0, 1), W, bias, rows)
@@ -188,7 +188,9 @@ class Apart:
         if side == "both" and self._is_shared(kind, x):
             x = x.expand(sum(self.joint.rows), *x.shape[x.ndim > 1 :])
         tap = None if record is None else record.tap
-        y: Tensor = _Apart.apply(x, W, bias, tap, u, v, kind, other, self._cut(kind, x), (record, rows, self.mixed))
+        y: Tensor = _Apart.apply(
+            x, W, bias, tap, u, v, kind, other, self._cut(kind, x), (self.joint, record, rows, self.mixed)
+        )
         if y.dtype == torch.float16:
             raise CannotJoin(IN_HALF)
         return y
@@ -244,8 +246,19 @@ class Apart:
             raise CannotJoin("reads a weight outside its layer")
         return W if self.epsilon is None else self.alone.value(W, tracked)
 
+    def keep(self, entries: Tensor) -> None:
+        """Somebody is about to put others in the place of the weight's entries."""
+        if self.alone is None:
+            raise CannotJoin("puts something else in a weight's place")
+        self.alone.keep(entries)
+
+    def restore(self, W: Tensor) -> None:
+        """Put the weight's own entries back, where others stand in their place."""
+        if self.alone is not None:
+            self.alone.restore(W)
+
     def is_written(self) -> bool:
-        """Whether somebody wrote into what :meth:`value` gave."""
+        """Whether somebody wrote into what :meth:`value` gave, or put something else in the weight's place."""
         return self.alone is not None and self.alone.is_written()
 
 
@@ -255,7 +268,7 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, tap: Tensor | None, u: Tensor | None, v: Tensor | None,
-        kind: type[Kind], extra: Any, cut: int, reports: tuple[Record | None, slice | None, Mixed | None],
+        kind: type[Kind], extra: Any, cut: int, reports: tuple[Joint, Record | None, slice | None, Mixed | None],
     ) -> Tensor:  # fmt: skip
         ctx.forms = False
         if u is not None and v is not None and cut > 0 and _is_exact(kind, x, W, u):
@@ -275,12 +288,12 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, D: Tensor) -> Any:
-        if torch.is_grad_enabled():
+        joint, record, rows, mixed = ctx.reports
+        if joint.is_inside or torch.is_grad_enabled():
             raise CannotJoin("has a gradient inside its loss")
         x, W, u, v = ctx.saved_tensors
         kind: type[Kind] = ctx.kind
         n, cut = W.shape[0], ctx.cut
-        record, rows, mixed = ctx.reports
         input_gradient = weight_gradient = bias_gradient = None
         with without_autocast(D.device):
             X, D = kind.rows(x, D, ctx.extra)

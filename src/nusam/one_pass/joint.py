@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nusam.batch import rebuilt
-from nusam.interrupts import always
+from nusam.interrupts import always, around_backwards
 from nusam.layers.module_tree import outside_of_graphs
 from nusam.one_pass.turns import Call, Done, Settings, Turns
 
@@ -112,6 +112,7 @@ class Joint:
         self._aside = aside
         self.side = "first"
         self.looks: Callable[[Tensor, int], None] | None = None  # at gradients of what joined modules are given
+        self.is_inside = False  # whether the loss itself runs a backward for gradients of its own
         self._second: Turns | None = None
         self._answer: Any = None
 
@@ -127,6 +128,16 @@ class Joint:
         # what was compiled in place is called past its own _call_impl
         compiled = {module: graph for module in self._modules if (graph := module._compiled_call_impl) is not None}
 
+        def inside(run: Callable[..., Any]) -> Callable[..., Any]:
+            def run_inside(*args: Any, **kwargs: Any) -> Any:
+                self.is_inside = True
+                try:
+                    return run(*args, **kwargs)
+                finally:
+                    self.is_inside = False
+
+            return run_inside
+
         def undo() -> None:
             if turns.waits():
                 with self._settings.swapped(), self._aside():
@@ -137,7 +148,7 @@ class Joint:
                 module._compiled_call_impl = graph
             self.side = "both"
 
-        with always(undo):
+        with always(undo), around_backwards(inside):
             self.side = "first"
             for module in self._modules:
                 if module in compiled:
@@ -165,7 +176,7 @@ class Joint:
             other = self._resume()
             if not isinstance(other, Call) or other.module is not module:
                 raise CannotJoin("calls its modules in an order that depends on the samples")
-            joined = _joined((args, kwargs), (other.args, other.kwargs), self.rows)
+            joined = Joining(self.rows, self.looks is not None).of((args, kwargs), (other.args, other.kwargs))
             if self.looks is not None:
                 self._watch(joined, self.looks)
             self.side = "both"
@@ -186,10 +197,40 @@ class Joint:
 
         for tensor in _leaves(given):
             length = tensor.shape[0] if tensor.ndim else 0
-            if tensor.is_floating_point() and length and length % sum(self.rows) == 0:
-                if tensor.is_leaf and not tensor.requires_grad:
-                    tensor.requires_grad_(True)
+            if tensor.requires_grad and length and length % sum(self.rows) == 0:
                 tensor.register_hook(hook_for(length // sum(self.rows) * self.rows.first))  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def outputs(self, side: str) -> Iterator[list[Any]]:
+        """What the modules give inside, where gradients are wanted; for a side by itself if it is not ``"both"``."""
+        found: list[Any] = []
+
+        def note(*call: Any) -> None:
+            if torch.is_grad_enabled():
+                found.append([leaf.detach().clone() for leaf in _leaves(call[-1]) if leaf.is_floating_point()])
+
+        handles: list[Any] = []
+        before = self.side
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+            if side != "both":
+                self.side = before
+
+        with always(undo), self._aside() if side == "second" else nullcontext():
+            handles += [module.register_forward_hook(note) for module in self._modules]
+            if side != "both":
+                self.side = side
+            yield found
+
+    def are_alike(self, together: list[Any], alone: list[Any], side: str) -> bool:
+        """Whether samples come to what they come to without those of the other side, but for rounding."""
+        parts = list(_leaves(_part(together, self.rows, side == "second")))
+        others = list(_leaves(alone))
+        return len(parts) == len(others) and all(
+            a.shape == b.shape and _is_close(a, b) for a, b in zip(parts, others, strict=True)
+        )
 
     def _resume(self) -> Call | Done:
         """Let the second computation go on until it calls a module that is joined, or is done."""
@@ -201,6 +242,18 @@ class Joint:
                 return self._second.resume(answer)
         finally:
             self.side = "first"
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    """By what two ways of summing may differ; waits for the device."""
+    eps = torch.finfo(a.dtype).eps
+    coarse = eps > 1e-4 or (a.dtype != torch.float64 and (a.device.type != "cpu" or _is_autocast()))
+    difference, size = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
+    return not bool(difference > (0.1 if coarse else 1e3 * eps) * size)  # what is not finite is found by its gradient
+
+
+def _is_autocast() -> bool:
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 def _has_saved_tensor_hooks() -> bool:
@@ -223,44 +276,64 @@ def _leaves(part: Any) -> Iterator[Tensor]:
         yield from _leaves(list(vars(part).values()))
 
 
-def _joined(first: Any, second: Any, rows: Rows) -> Any:
-    """Arguments whose tensors have the samples of both; what is no sample must be the same."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
+class Joining:
+    """Arguments whose tensors have the samples of both; what is no sample must be the same.
+
+    Args:
+        rows: the samples of both.
+        tracked: whether autograd is to follow them all.
+    """
+
+    def __init__(self, rows: Rows, tracked: bool) -> None:
+        self._rows, self._tracked = rows, tracked
+        self._known: dict[tuple[int, int], Tensor] = {}  # what is one tensor for both sides stays one
+
+    def of(self, first: Any, second: Any) -> Any:
+        """One argument of both."""
+        if isinstance(first, Tensor) and isinstance(second, Tensor):
+            if (id(first), id(second)) not in self._known:
+                self._known[id(first), id(second)] = self._of_tensors(first, second)
+            return self._known[id(first), id(second)]
+        if type(first) is not type(second):
+            raise CannotJoin("gets arguments of several kinds")
+        if isinstance(first, Mapping):
+            if list(first) != list(second):
+                raise CannotJoin("gets other arguments with other samples", False)
+            entries = iter([self.of(first[name], second[name]) for name in first])
+            fresh = rebuilt(first, lambda _: next(entries))
+            if fresh is None:
+                raise CannotJoin(f"gets a {type(first).__name__}, which can't be rebuilt")
+            return fresh
+        if isinstance(first, list | tuple):
+            if len(first) != len(second):
+                raise CannotJoin("gets lists of several lengths", False)
+            joined = [self.of(a, b) for a, b in zip(first, second, strict=True)]
+            entries = iter(joined)
+            fresh = rebuilt(first, lambda _: next(entries))
+            return type(first)(joined) if fresh is None else fresh  # such as torch.Size
+        try:
+            same = first is second or bool(first == second)
+        except Exception:
+            same = False
+        if not same:
+            raise CannotJoin(f"gets a {type(first).__name__} that differs from sample to sample")
+        return first
+
+    def _of_tensors(self, first: Tensor, second: Tensor) -> Tensor:
         here, there = first.shape[:1], second.shape[:1]
         a, b = (here or (0,))[0], (there or (0,))[0]
-        if a and b and a % rows.first == 0 and a * rows.second == b * rows.first:
+        if a and b and a % self._rows.first == 0 and a * self._rows.second == b * self._rows.first:
             if first.shape[1:] != second.shape[1:]:
                 raise CannotJoin("gets samples of shapes that change from batch to batch", for_good=False)
-            return torch.cat([first, second])
+            joined = torch.cat([first, second])
+            if self._tracked and joined.is_floating_point() and not joined.requires_grad:
+                joined = joined.requires_grad_().clone()  # no leaf, which could not be written
+            return joined
         if first is second or (first.shape == second.shape and torch.equal(first, second)):
             return first
         if first.shape != second.shape:  # such as positions or a mask, of as many entries as the longest sample
             raise CannotJoin("gets tensors whose shapes change from batch to batch", for_good=False)
         raise CannotJoin("gets a tensor without the samples' dimension, which differs from sample to sample")
-    if type(first) is not type(second):
-        raise CannotJoin("gets arguments of several kinds")
-    if isinstance(first, Mapping):
-        if list(first) != list(second):
-            raise CannotJoin("gets other arguments with other samples", False)
-        entries = iter([_joined(first[name], second[name], rows) for name in first])
-        fresh = rebuilt(first, lambda _: next(entries))
-        if fresh is None:
-            raise CannotJoin(f"gets a {type(first).__name__}, which can't be rebuilt")
-        return fresh
-    if isinstance(first, list | tuple):
-        if len(first) != len(second):
-            raise CannotJoin("gets lists of several lengths", False)
-        joined = [_joined(a, b, rows) for a, b in zip(first, second, strict=True)]
-        entries = iter(joined)
-        fresh = rebuilt(first, lambda _: next(entries))
-        return type(first)(joined) if fresh is None else fresh  # such as torch.Size
-    try:
-        same = first is second or bool(first == second)
-    except Exception:
-        same = False
-    if not same:
-        raise CannotJoin(f"gets a {type(first).__name__} that differs from sample to sample")
-    return first
 
 
 def _part(output: Any, rows: Rows, second: bool) -> Any:
@@ -270,6 +343,6 @@ def _part(output: Any, rows: Rows, second: bool) -> Any:
         if not length or length % sum(rows):
             return output
         cut = length // sum(rows) * rows.first
-        return output[cut:] if second else output[:cut]
+        return (output[cut:] if second else output[:cut]).clone()  # which a loss may write into
     fresh = rebuilt(output, lambda entry: _part(entry, rows, second))
     return output if fresh is None else fresh

@@ -26,6 +26,7 @@ from nusam.one_pass.joint import CannotJoin, Joint, Rows, joinable, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
+from nusam.refusals import Unreachable
 
 __all__ = ["OnePass", "looked_ahead"]
 
@@ -86,8 +87,13 @@ class OnePass:
             self._learn(self._looks.modules(batch, loss))
         if self._refused or not self._knows_modules() or not self._fits():
             return self._in_two_passes(batch, loss, backward, accumulate)
-        with opt._all_in_forward():
-            return self._ridden(batch, following, waiting, loss, backward, accumulate)
+        try:
+            with opt._all_in_forward():
+                return self._ridden(batch, following, waiting, loss, backward, accumulate)
+        except CannotJoin as reason:
+            self._refuse(str(reason))
+            opt._guard.rewind()
+        return self._in_two_passes(batch, loss, backward, accumulate)
 
     # ------------------------------------------------------------ the ways a step can go
 
@@ -106,8 +112,11 @@ class OnePass:
         due = opt._ascent.verification.is_due()
         if waiting is None or due:
             compares = nullcontext() if waiting is None else opt._ascent.only_compared()
-            with compares, opt.ascent(accumulate), self._looks.for_nothing():
-                _run(first_samples(batch, opt.ascent_share), loss, backward)
+            try:
+                with compares, opt.ascent(accumulate), self._looks.for_nothing():
+                    _run(first_samples(batch, opt.ascent_share), loss, backward)
+            except Unreachable as refusal:
+                raise CannotJoin(f"can't have every ε in its forward: {refusal.what}") from refusal
             if waiting is not None:
                 opt._guard.rewind()
         else:
@@ -158,7 +167,7 @@ class OnePass:
         """One forward and one backward of both; of this batch alone if that can't be had."""
         opt = self._opt
         buffers = SmallBuffers(opt._guard.tree)
-        refusal = self._looks.why_not(riders, batch, ahead, loss, backward) if check else None
+        refusal = self._looks.why_not(riders, batch, ahead, loss, backward, not self._checked) if check else None
         if refusal is None:
             self._checked = True
             assert self._copies is not None

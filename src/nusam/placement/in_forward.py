@@ -29,6 +29,7 @@ class InForward:
         self.calls = 0  # that added it, outside of compiled graphs
         self._is_small: bool | None = None  # whether W + ε is formed, asked once
         self._values: tuple[Tensor, int] | None = None  # W + ε without gradients, and its version
+        self._kept: Tensor | None = None  # the entries of W, in whose place somebody has put others
 
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -95,6 +96,17 @@ class InForward:
             self._values = values, values._version
         return self._values[0]
 
+    def keep(self, entries: Tensor) -> None:
+        """Somebody is about to put others in the place of the weight's entries."""
+        if self._kept is None and not self.is_over():
+            self._kept = entries
+
+    def restore(self, W: Tensor) -> None:
+        """Put the weight's own entries back, where others stand in their place."""
+        if self._kept is not None:
+            W.data = self._kept
+
     def is_written(self) -> bool:
-        """Whether somebody wrote into what :meth:`value` gave."""
-        return self._values is not None and self._values[0]._version != self._values[1]
+        """Whether somebody wrote into what :meth:`value` gave, or put something else in the weight's place."""
+        written = self._values is not None and self._values[0]._version != self._values[1]
+        return written or self._kept is not None

@@ -53,8 +53,8 @@ class Ledger:
         """The descent begins, in which these targets have no ε."""
         self._without = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in without]
 
-    def close(self, stepped: set[Tensor], names: Callable[[], dict[Tensor, str]]) -> None:
-        """The descent is over; ``stepped`` are parameters whose gradients are spent already."""
+    def close(self, stepped: set[Tensor], names: Callable[[], dict[Tensor, str]]) -> list[Tensor]:
+        """What got a gradient and no ε in the descent, which is over; ``stepped``: those whose gradients are spent."""
         missed = [
             p
             for p, gradient, version in self._without
@@ -63,6 +63,7 @@ class Ledger:
         self._without = []
         self.tell(missed, names, "got a gradient in the descent and none in the ascent, and was not perturbed in this "
                   "step; run the same computation in both passes")  # fmt: skip
+        return missed
 
     def tell(self, parameters: Sequence[Tensor], names: Callable[[], dict[Tensor, str]], what: str) -> None:
         """Warn of the parameters of which this has not been said before."""
