@@ -128,7 +128,8 @@ class Stepping(TwoPasses):
         if self.ascent_share < 1:
             raise ValueError(
                 f"step(closure) would run the whole batch in both passes, though ascent_share={self.ascent_share:g}; "
-                "loop over opt.passes(*batch) and call step() without a closure, or use ascent_share=1."
+                "loop over opt.passes(*batch) and call step() without a closure, or use ascent_share=1. In Lightning, "
+                "which hands one over, add nusam.integrations.lightning.SharpnessAwareCallback()."
             )
         losses = []
         with self._in_closure():

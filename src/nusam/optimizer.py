@@ -22,6 +22,7 @@ from nusam.guards.checks import (
     check_alone,
     check_base_optimizer,
     check_closure,
+    check_model,
     check_options,
     check_radius,
     check_served,
@@ -176,6 +177,8 @@ class SharpnessAware(Stepping):
         self._target_list = None
         self._one_pass: OnePass | None = None
         self._waiting: dict[Tensor, RankOne] | None = None  # ε of the next step, for radii of 1
+        if not self._apart:
+            check_model(model, self._parameters())
         self._check_targets()
         self._check_anything_to_perturb()
         for group in base_optimizer.param_groups:

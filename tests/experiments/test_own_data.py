@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,12 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 
 from nusam.experiments.commands.main import main
 from nusam.experiments.errors import Refused
+from nusam.experiments.training import image_folders
 from nusam.experiments.training.class_sizes import with_every_class
 from nusam.experiments.training.data import load, shuffled
 from nusam.experiments.training.splits import split
 
+from .commands import nusam
 from .test_text import FOUR, vocabulary
 
 __all__ = ["vocabulary"]
@@ -84,6 +89,7 @@ def test_an_odd_folder_trains_from_one_end_to_the_other(odd, tmp_path, monkeypat
     code, said = run(monkeypatch, capsys, *line, "--image-size", 32)
     assert code == 0, said
     outcome = json.loads((tmp_path / "out" / "outcome.json").read_text())
+    assert len(outcome["data"].pop("files")) == 12
     assert outcome["data"] == {"data": "folder", "title": "my pictures", "train_size": None, "image_size": 32}
     code, said = run(monkeypatch, capsys, *line, "--image-size", 16, "--resume")
     assert code == 2
@@ -173,10 +179,79 @@ def test_what_would_lose_its_bits_is_named(odd, mode):
     deep = Image.fromarray(np.full((32, 32), 40_000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
     path = odd / "train" / "eel" / "scan.tif"
     write(path, deep)
-    with pytest.raises(
-        Refused, match=r"scan\.tif has more than 8 bits for a pixel \(mode .*\), .*; save it with 8 bits"
-    ):
+    with pytest.raises(Refused, match=r"scan\.tif has more than 8 bits for a colour, .*; save it with 8 bits"):
         load("folder", odd, image_size=32)
+
+
+def deep_png(path, colours):
+    """8 × 8 pixels of 16 bits for a colour, which Pillow reads and can't write."""
+    raw = b"".join(b"\x00" + bytes(8 * colours * 2) for _ in range(8))
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[colours]
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize("colours", [1, 2, 3, 4])
+def test_16_bits_for_a_colour_are_named_though_pillow_cuts_them_without_a_word(odd, colours):
+    deep_png(odd / "train" / "eel" / "deep.png", colours)
+    with pytest.raises(Refused, match=r"deep\.png has more than 8 bits for a colour"):
+        load("folder", odd, image_size=32)
+
+
+def test_a_photo_stands_as_it_was_taken(odd):
+    path = odd / "train" / "eel" / "phone.jpg"
+    image = picture(3, (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    write(path, image, exif=exif, quality=100, subsampling=0)
+    (seen,) = image_folders.pixels("folder", odd, [path], 20)
+    standing = np.asarray(image.rotate(-90, expand=True).crop((0, 10, 20, 30)))
+    assert np.abs(seen.transpose(1, 2, 0).astype(int) - standing).mean() < 12
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_an_animation_is_named(odd, suffix):
+    frames = [picture(number, (8, 8)) for number in range(3)]
+    write(odd / "train" / "eel" / f"moving{suffix}", frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(Refused, match=r"moving\..* has 3 frames, of which one would be seen"):
+        load("folder", odd, image_size=32)
+
+
+def test_an_image_beside_the_classes_is_named(odd):
+    write(odd / "train" / "loose.png", picture(0, (8, 8)))
+    with pytest.raises(Refused, match=r"train/loose\.png lies beside the folders of the classes; move it"):
+        load("folder", odd, image_size=32)
+
+
+@pytest.mark.parametrize("target", ["..", "../eel", "."])
+def test_a_link_to_what_it_lies_in_is_named(odd, target):
+    """Through another class too, which links back."""
+    (odd / "train" / "eel" / "deeper").mkdir()
+    (odd / "train" / "rare" / "loop").symlink_to(Path(target))
+    if target == "../eel":
+        (odd / "train" / "eel" / "deeper" / "back").symlink_to(odd / "train" / "rare")
+    with pytest.raises(Refused, match="is a link to a folder that it lies in; remove it"):
+        load("folder", odd, image_size=32)
+
+
+def test_pipes_are_no_images(odd):
+    os.mkfifo(odd / "train" / "eel" / "pipe.png")
+    load("folder", odd, image_size=32)
+
+
+def test_other_files_under_the_same_name_are_other_data(odd, tmp_path):
+    """A run is not taken for finished, nor gone on with, once the images or their labels have changed."""
+    given = ["--data", "folder", "--data-root", str(odd), "--image-size", "32", "--epochs", "1", "--method", "none"]
+    given = ["train", *given, "--out", str(tmp_path / "out")]
+    nusam(*given)
+    nusam(*given, "--resume")
+    (odd / "test" / "eel" / "0.png").rename(odd / "test" / "Cats & dogs" / "another.png")
+    assert "is of a run with files" in nusam(*given, "--resume", check=False).stderr
 
 
 @pytest.mark.parametrize("name", ["movie.gif", "phone.HEIC", "new.avif"])
@@ -218,7 +293,7 @@ def test_a_folder_above_the_right_one_is_told_the_way(odd):
     with pytest.raises(Refused, match=r"needs the folders train and test, .* and found neither; point --data-root"):
         load("folder", odd / "train")
     (odd / "test").rename(odd / "Test")
-    with pytest.raises(Refused, match=r"and found only Test, train; point --data-root"):
+    with pytest.raises(Refused, match=r"and found only Test, train; add test, or rename what holds"):
         load("folder", odd)
     (odd / "Test").rename(odd / "test")
     (odd / "train").rename(odd.parent / "elsewhere")

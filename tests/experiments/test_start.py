@@ -35,7 +35,7 @@ REFUSED = [  # options, values, commands, numbers and files
     ["train", "--augment", "blur"],
     ["train", "--data", "nosuch"],
     ["train", "--data", "cifar100"],
-    ["train", "--data", "fashion-mnist", "--data-root", "nowhere"],
+    ["train", "--data", "cifar100", "--data-root", "nowhere"],
     ["train", "--data", "folder", "--data-root", "nowhere"],
     ["train", "--data", "tsv", "--data-root", "nowhere"],
     ["train", "--data", "sentences"],  # a model for images

@@ -28,6 +28,8 @@ __all__ = [
     "check_count",
     "check_join",
     "check_m_sam",
+    "check_method",
+    "check_model",
     "check_options",
     "check_radius",
     "check_rank_one",
@@ -108,6 +110,24 @@ def check_steps(lmo: LMO, direction: Any, combination: Any, m_sam: Any) -> None:
     if combination is not None and m_sam is not False:
         raise ValueError(
             "combination= would mix a gradient of this process with one of all, as m_sam leaves them; use m_sam=False."
+        )
+
+
+def check_method(method: Any) -> None:
+    """Whether a framework can hand its optimizer to it."""
+    if isinstance(method, Optimizer) or not callable(method):
+        raise TypeError(
+            "sharpness_aware must be a method, such as functools.partial(nusam.NuSAM, rho=0.02), to which the "
+            f"framework's optimizer is handed, got {method!r}."
+        )
+
+
+def check_model(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
+    """Whether the module is the one that is trained."""
+    if model is not None and parameters and {*model.parameters()}.isdisjoint(parameters):
+        raise ValueError(
+            f"model= is a {type(model).__name__} that holds no parameter of base_optimizer; pass the module that is "
+            "trained."
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nusam.guards.checks import check_method
 from nusam.integrations.deepspeed import InEngine, replaced
 from nusam.integrations.replay import Replay
 from nusam.integrations.riding import Riding
@@ -72,7 +73,8 @@ class NuSAMTrainerMixin:
         one_pass: bool = False,
         **kwargs: Any,
     ) -> None:
-        if delay_ratio is not None and not 0 <= delay_ratio <= 1:
+        check_method(sharpness_aware)
+        if delay_ratio is not None and not (isinstance(delay_ratio, int | float) and 0 <= delay_ratio <= 1):
             raise ValueError(f"delay_ratio must be a share of the steps from 0 to 1, or None, got {delay_ratio!r}.")
         self._sharpness_aware = sharpness_aware
         self._delay_ratio = delay_ratio
@@ -190,7 +192,7 @@ class NuSAMTrainerMixin:
             ahead = self._riding.ahead = LoaderAhead(epoch_iterator, self.accelerator)  # type: ignore[attr-defined]
         samples, items = super().get_batch_samples(ahead, *args, **kwargs)  # type: ignore[misc]
         following = ahead.peek() if self._in_one_pass else None
-        self._followers = list(zip(samples, [*samples[1:], following], strict=True))
+        self._followers = list(zip(samples, [*samples[1:], following], strict=False))  # none at the end of a stream
         return samples, items
 
     def _takes_one_pass(self) -> bool:

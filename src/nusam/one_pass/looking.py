@@ -183,7 +183,7 @@ class SmallBuffers:
             buffer.copy_(before)
 
 
-def checked(value: Any) -> Tensor:
+def checked(value: Any, by: str = "one_pass()") -> Tensor:
     """The loss, if it is one.
 
     Raises:
@@ -191,5 +191,5 @@ def checked(value: Any) -> Tensor:
     """
     if not isinstance(value, Tensor) or value.ndim:
         kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise TypeError(f"The loss that one_pass() is given must return a tensor with one value, got {kind}.")
+        raise TypeError(f"The loss that {by} is given must return a tensor with one value, got {kind}.")
     return value

@@ -20,7 +20,7 @@ from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.layers.module_tree import is_compiled
 from nusam.layers.structure import Structure
-from nusam.lmo import Nuclear, RankOne
+from nusam.lmo import LMO, Nuclear, RankOne
 from nusam.one_pass.copies import Copies
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, joinable, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
@@ -190,7 +190,7 @@ class OnePass:
                         "loop over opt.passes(*batch) instead."
                     ) from reason
                 refusal = reason
-        self._refuse(str(refusal), refusal.for_good)
+        self._refuse(str(refusal), for_good=refusal.for_good)
         buffers.restore()
         riders.go_alone()
         if not accumulate:
@@ -202,17 +202,12 @@ class OnePass:
     def _fits(self) -> bool:
         """Whether the layers of every target are known to serve it."""
         opt = self._opt
-        structure = self._structure
         found = opt._ascent.verification.found
-        for target in opt._targets():
-            parameter = target.parameter
-            verdict = found.get(parameter)
-            if structure is None or not structure.uses_of(parameter):
-                self._refuse(f"has no layer that is known to hold {opt._names()[parameter]}")
-            elif opt._ascent.compiles and not _is_served_in_a_graph(structure, parameter, verdict):
-                self._refuse("is compiled", why=f"a graph does not hand out what {opt._names()[parameter]} leaves")
-            elif verdict and verdict.found == OTHERWISE:
-                self._refuse(f"uses {opt._names()[parameter]} otherwise than by its layer")
+        for parameter in (target.parameter for target in opt._targets()):
+            unfit = _unfit(self._structure, parameter, found.get(parameter), opt._ascent.compiles)
+            if unfit:
+                reason, why = (words.format(opt._names()[parameter]) for words in unfit)
+                self._refuse(reason, why)
         return not self._refused
 
     def _riders(self, batch: Any, ahead: Any) -> Riders:
@@ -236,13 +231,9 @@ class OnePass:
 
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
-        pass_ = LayerPass(structure.uses, {}, self._iterations(), opt._ascent.compiles, structure.idle, set(), False)
+        pass_ = LayerPass(structure.uses, {}, _iterations(opt.lmo), opt._ascent.compiles, structure.idle, set(), False)
         rows = Rows(samples_in(batch), samples_in(ahead))
         return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside))
-
-    def _iterations(self) -> int:
-        lmo = self._opt.lmo
-        return lmo.power_iterations if isinstance(lmo, Nuclear) else 1
 
     @torch.no_grad()
     def _found(self, riders: Riders) -> dict[Tensor, RankOne] | None:
@@ -250,7 +241,7 @@ class OnePass:
         opt = self._opt
         ascent = opt._ascent
         pass_ = riders.pass_
-        riders.settle(self._iterations())
+        riders.settle(_iterations(opt.lmo))
         otherwise = [p for p, record in pass_.records.items() if record.is_lost() or record.count_differs()]
         for parameter in otherwise:
             ascent.verification.forget(parameter)
@@ -298,7 +289,7 @@ class OnePass:
     def _knows_modules(self) -> bool:
         return self._modules is not None and self._structure is self._opt._structure_now()
 
-    def _refuse(self, reason: str, for_good: bool = True, why: str = "") -> None:
+    def _refuse(self, reason: str, why: str = "", for_good: bool = True) -> None:
         self._refused |= for_good
         if reason not in self._told:
             self._told.add(reason)
@@ -308,6 +299,23 @@ class OnePass:
                 f"{f' ({why})' if why else ''}.",
                 stacklevel=2,
             )
+
+
+def _iterations(lmo: LMO) -> int:
+    return lmo.power_iterations if isinstance(lmo, Nuclear) else 1
+
+
+def _unfit(
+    structure: Structure | None, parameter: Tensor, verdict: Verdict | None, compiles: bool
+) -> tuple[str, str] | None:
+    """Why the layers of a target can't serve it, with {} for its name; nothing if they can."""
+    if structure is None or not structure.uses_of(parameter):
+        return "has no layer that is known to hold {}", ""
+    if compiles and not _is_served_in_a_graph(structure, parameter, verdict):
+        return "is compiled", "a graph does not hand out what {} leaves"
+    if verdict and verdict.found == OTHERWISE:
+        return "uses {} otherwise than by its layer", ""
+    return None
 
 
 def _is_served_in_a_graph(structure: Structure, parameter: Tensor, verdict: Verdict | None) -> bool:

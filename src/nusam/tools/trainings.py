@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from nusam.guards.checks import check_base_optimizer
+from nusam.one_pass.looking import checked
 from nusam.optimizer import SharpnessAware
 
 __all__ = ["Method", "Trained", "Trainings"]
@@ -65,6 +66,12 @@ class Trainings:
             trained.train()
         optimizer = self.base(trained)
         check_base_optimizer(optimizer)
+        own = set(trained.parameters())
+        if not any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                "base must make the optimizer of the model that it is given, which is a copy, and made one of other "
+                "parameters; write lambda copy: torch.optim.AdamW(copy.parameters())."
+            )
         if method is not None:
             optimizer = self.wrap(method, rho, share)(optimizer, model=trained)
             if self.one_pass:
@@ -123,11 +130,23 @@ def _train(optimizer: Optimizer, gradients: Iterator[None], warm_up: int, steps:
 def _step_by_step(
     model: nn.Module, optimizer: Optimizer, loss: Callable[[nn.Module, Any], Tensor], batches: Iterator[Any]
 ) -> Iterator[None]:
+    is_new = True
     for batch in batches:
         optimizer.zero_grad()
         for part in optimizer.passes(batch) if isinstance(optimizer, SharpnessAware) else (batch,):
-            loss(model, part).backward()  # type: ignore[no-untyped-call]
+            value = checked(loss(model, part), "find_rho()")
+            if is_new and not value.requires_grad:
+                raise ValueError(f"{_NOT_OF_THE_COPY}, and gave a number that depends on no parameter.")
+            value.backward()  # type: ignore[no-untyped-call]
+        if is_new and all(parameter.grad is None for parameter in model.parameters()):
+            raise ValueError(
+                f"{_NOT_OF_THE_COPY}, and left no gradient in it; write lambda copy, batch: ... copy(...)."
+            )
+        is_new = False
         yield
+
+
+_NOT_OF_THE_COPY = "loss must compute with the model that it is given, which is a copy"
 
 
 def _in_one_pass(

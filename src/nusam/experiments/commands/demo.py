@@ -15,13 +15,14 @@ from nusam.experiments.runs.store import Store
 from nusam.experiments.training.data import load
 from nusam.experiments.training.devices import require_device
 from nusam.experiments.training.models import SMALL, require_fit
+from nusam.experiments.training.own import OWN
 from nusam.experiments.training.spec import Recipe
+from nusam.experiments.training.text import SENTENCES
 
 __all__ = ["Demo"]
 
 SIZES = {"digits": 400}  # training images; a few hundred of the others
 EPOCHS = {"digits": 40, "digits-28": 40}  # 20 of the others
-OWN = ("folder",)  # data whose labels are as they are
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Demo:
 
     def __call__(self) -> int:
         """Run it; the exit code."""
+        if self.data in SENTENCES:
+            raise Refused(f"--data must be of images here, got {self.data}; nusam train and sweep take sentences.")
         for option, value in (("seeds", self.seeds), ("epochs", self.epochs), ("jobs", self.jobs)):
             if value is not None and value < 1:
                 raise Refused(f"--{option} must be at least 1, got {value}.")

@@ -17,10 +17,11 @@ from nusam.experiments.runs.contest import mean_and_error
 from nusam.experiments.runs.filling import ENGINES, fill
 from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.augmentation import AUGMENTATIONS
-from nusam.experiments.training.data import DATASETS
+from nusam.experiments.training.data import DATASETS, load
 from nusam.experiments.training.devices import require_device
 from nusam.experiments.training.methods import ALONE, BASES, METHOD_NAMES, METHODS, kept_as, require_one_base, title
 from nusam.experiments.training.models import TITLES
+from nusam.experiments.training.own import OWN, content_of
 from nusam.experiments.training.spec import Recipe, Run
 
 __all__ = ["Sweep"]
@@ -84,7 +85,10 @@ class Sweep:
     def __call__(self) -> int:
         """Run it; the exit code."""
         self._check()
-        cells = self.cells()
+        files = ""
+        if self.data in OWN:
+            files = content_of(self.data, load(self.data, self.data_root, self.train_size, self.download))
+        cells = self.cells(files)
         require_device(self.device)
         console = Console(markup=False)
         store = Store(self.results)
@@ -93,8 +97,8 @@ class Sweep:
         console.print(_table(store, cells))
         return 0
 
-    def cells(self) -> list[Cell]:
-        """The grid, in the order in which it is run and kept.
+    def cells(self, files: str = "") -> list[Cell]:
+        """The grid, in the order in which it is run and kept; ``files``: what data of one's own are.
 
         Raises:
             Refused: if a number is not one that a run or a recipe can have.
@@ -125,7 +129,7 @@ class Sweep:
                 self.models, map(kept_as, self.methods), self.rhos, delays, self.ascent_shares, range(self.seeds)
             )
         ]
-        return [Cell(self.data, recipe, run, self.train_size) for run in dict.fromkeys(runs)]
+        return [Cell(self.data, recipe, run, self.train_size, files=files) for run in dict.fromkeys(runs)]
 
     def _check(self) -> None:
         choices: dict[str, tuple[Sequence[str], Collection[str]]] = {

@@ -15,6 +15,7 @@ from nusam.experiments.training.data import Source, load, with_wrong_labels
 from nusam.experiments.training.devices import PARALLEL, PRECISIONS, require_device
 from nusam.experiments.training.methods import ALONE, BASES, METHOD_NAMES, METHODS, kept_as, require_one_base
 from nusam.experiments.training.models import TITLES, require_fit
+from nusam.experiments.training.own import OWN, content_of
 from nusam.experiments.training.spec import Recipe, Run
 
 __all__ = ["Train"]
@@ -124,11 +125,13 @@ class Train:
 
     def _identity(self, run: Run, recipe: Recipe, source: Source) -> dict[str, dict[str, object]]:
         """What a checkpoint must be of to be gone on from."""
-        scaled = {"image_size": self.image_size} if self.image_size else {}
+        own: dict[str, object] = {"image_size": self.image_size or "as it is"} if self.data == "folder" else {}
+        if self.data in OWN:
+            own["files"] = content_of(self.data, source)
         return {
             "run": asdict(run),
             "recipe": asdict(recipe),
-            "data": {"data": self.data, "title": source.title, "train_size": self.train_size, **scaled},
+            "data": {"data": self.data, "title": source.title, "train_size": self.train_size, **own},
             "machine": {"precision": self.precision, "compile": self.compile, "parallel": self.parallel},
         }
 

@@ -12,6 +12,7 @@ from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and
 from nusam.experiments.training.data import Source, with_wrong_labels
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import SMALL, TITLES
+from nusam.experiments.training.own import content_of
 from nusam.experiments.training.spec import Recipe, Run
 
 __all__ = ["CONTENDERS", "Demo", "price"]
@@ -40,10 +41,8 @@ class Demo:
     def run(self, bench: Bench, source: Source) -> Result:
         """Run what is missing of the data, whose labels are right yet, and measure how long a step takes."""
         recipe = replace(self.recipe, validates_epochs=True, scored_every=SCORED_EVERY)
-        contests = [
-            Contest(Setting(self.data, model, recipe, self.seeds, 1, self.train_size, self.radii(model)), CONTENDERS)
-            for model in SMALL
-        ]
+        setting = Setting(self.data, "", recipe, self.seeds, 1, self.train_size, files=content_of(self.data, source))
+        contests = [Contest(replace(setting, model=model, radii=self.radii(model)), CONTENDERS) for model in SMALL]
         bench.fill(cell for contest in contests for cell in contest.trials())
         bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
         source = with_wrong_labels(source, recipe.wrong_labels)
@@ -67,8 +66,8 @@ class Demo:
             "two passes.",
             "SAM and νSAM start after 10% of the steps.",
         ]
-        setting = {"recipe": asdict(recipe), "seeds": self.seeds, "trial_seeds": 1, "train_size": sizes["train"]}
-        return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes, setting)
+        made_of = {"recipe": asdict(recipe), "seeds": self.seeds, "trial_seeds": 1, "train_size": sizes["train"]}
+        return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes, made_of)
 
     def radii(self, model: str) -> Mapping[str, tuple[float, ...]]:
         """The candidates by contender: larger where labels are wrong, and where the ascent sees a share."""

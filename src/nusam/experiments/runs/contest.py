@@ -50,11 +50,12 @@ class Setting:
     # by label or method, where not the method's own
     radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     pretrained: str = ""
+    files: str = ""  # what data of one's own are
 
     def cell(self, contender: Contender, rho: float, seed: int) -> Cell:
         """One run."""
         run = replace(Run(self.model, contender.method, rho, seed), **contender.options)
-        return Cell(self.data, self.recipe, run, self.train_size, self.pretrained)
+        return Cell(self.data, self.recipe, run, self.train_size, self.pretrained, self.files)
 
     @property
     def candidate_seeds(self) -> range:

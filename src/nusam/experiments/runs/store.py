@@ -37,6 +37,7 @@ class Cell:
     run: Run
     train_size: int | None = None
     pretrained: str = ""  # the weights it starts from: key of the run that made them, and what they are
+    files: str = ""  # what data of one's own are
 
     @property
     def key(self) -> str:
@@ -44,6 +45,8 @@ class Cell:
         described = asdict(self)
         if self.run.ascent_share == 1:  # results of before there were these keep their keys
             del described["run"]["ascent_share"]
+        if not self.files:
+            del described["files"]
         if not self.run.one_pass:
             del described["run"]["one_pass"]
         if not self.recipe.wrong_labels:

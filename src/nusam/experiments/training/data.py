@@ -228,7 +228,7 @@ def _folders(
     held_out: tuple[int, int | None] | None = None,
 ) -> Source:
     validation, tests = held_out or (VALIDATION, TEST)
-    _require_train_and_test(name, root, download)
+    image_folders.require_train_and_test(name, root, _or_fetch(name, download))
     train, test = (image_folders.found(name, root / part) for part in ("train", "test"))
     for here, there in ((train, test), (test, train)):
         if missing := [label for label in here.classes if label not in there.classes]:
@@ -249,21 +249,6 @@ def _folders(
         (pixels[len(drawn) :], np.array(test.targets, np.int64)[tested]),
     )
     return _subset(title, train_size, *parts, classes=len(train.classes), held_out=held_out)
-
-
-def _require_train_and_test(name: str, root: Path, download: bool | None) -> None:
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        return
-    others = " or cifar-10-batches-py" if name.startswith("cifar10") else ""
-    below = sorted(root.iterdir()) if root.is_dir() else []
-    deeper = [folder for folder in below if (folder / "train").is_dir() and (folder / "test").is_dir()]
-    seen = [folder.name for folder in below if folder.is_dir() and not folder.name.startswith(".")]
-    has = f"only {', '.join(seen[:3])}" if {"train", "test"} & set(seen) else "neither"
-    there = f", such as {deeper[0]}" if deeper else ""
-    raise Refused(
-        f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
-        f"--data-root, which is {root}, and found {has}; point --data-root to them{there}{_or_fetch(name, download)}."
-    )
 
 
 def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool | None) -> Source:

@@ -13,13 +13,15 @@ from nusam.experiments.errors import Refused
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Folder", "found", "pixels"]
+__all__ = ["Folder", "found", "pixels", "require_train_and_test"]
 
 SMALL = 32  # pixels on a side, which the small models are quick with
 # What people call an image and torchvision does not look for.
 UNREAD = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".nef")
-# More than a byte for a colour, of which a conversion would keep what fits.
-DEEP = ("I", "F")
+# More than a byte for a colour, of which a conversion would keep what fits: as a mode, and as its decoder has it.
+DEEP, DEEP_RAW = ("I", "F"), (";16", ";12", ";32")
+ANIMATED = ("PNG", "WEBP", "GIF")  # a JPEG of several images is one photo, as telephones make it
+HIDDEN = (".", "__MACOSX")
 
 
 class Folder(NamedTuple):
@@ -29,6 +31,33 @@ class Folder(NamedTuple):
     classes: list[str]
     files: list[Path]
     targets: list[int]
+
+
+def require_train_and_test(name: str, root: Path, or_fetch: str = "") -> None:
+    """Refuse a folder without these two, and say where they are, or what is missing.
+
+    Args:
+        name: of the data set, as it was asked for.
+        root: the folder.
+        or_fetch: the end of the sentence, where they can be fetched.
+    """
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        return
+    others = " or cifar-10-batches-py" if name.startswith("cifar10") else ""
+    below = sorted(root.iterdir()) if root.is_dir() else []
+    deeper = [folder for folder in below if (folder / "train").is_dir() and (folder / "test").is_dir()]
+    seen = [folder.name for folder in below if folder.is_dir() and not folder.name.startswith(HIDDEN)]
+    there = {"train", "test"} & set(seen)
+    has = f"only {', '.join(seen[:3])}" if there else "a file" if root.is_file() else "neither"
+    if root.name in ("train", "test") and not deeper:
+        deeper = [root.parent]
+    todo = f"point --data-root to them{f', such as {deeper[0]}' if deeper else ''}"
+    if there:
+        todo = f"add {', '.join({'train', 'test'} - there)}, or rename what holds those images"
+    raise Refused(
+        f"--data {name} needs the folders train and test, with a folder of images for each class,{others} in "
+        f"--data-root, which is {root}, and found {has}; {todo}{or_fetch}."
+    )
 
 
 def found(name: str, path: Path) -> Folder:
@@ -44,9 +73,12 @@ def found(name: str, path: Path) -> Folder:
     from torchvision.datasets.folder import IMG_EXTENSIONS as READ
 
     kinds = ", ".join(READ)
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(HIDDEN))
     if not classes:
         raise Refused(f"--data {name} needs a folder of images for each class in {path}, and found none; add them.")
+    for entry in sorted(path.iterdir()):
+        if entry.is_file() and entry.suffix.lower() in (*READ, *UNREAD) and not entry.name.startswith(HIDDEN):
+            raise Refused(f"{entry} lies beside the folders of the classes; move it into one of them, or remove it.")
     files: list[Path] = []
     targets: list[int] = []
     for target, label in enumerate(classes):
@@ -67,9 +99,18 @@ def found(name: str, path: Path) -> Folder:
 
 def _visible(folder: Path) -> Iterator[Path]:
     """Files at any depth, in an order that is the same everywhere."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+    def refuse(error: OSError) -> None:
+        raise Refused(f"{error.filename} can't be read ({error.strerror}); let it be read, or remove it.") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        here = Path(place)
+        above = [parent.resolve() for parent in here.parents if parent.is_relative_to(folder)]
+        if here.resolve() in (*above, *folder.resolve().parents):
+            raise Refused(f"{here} is a link to a folder that it lies in; remove it.")
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        visible = (here / name for name in sorted(names) if not name.startswith(HIDDEN))
+        yield from (path for path in visible if path.is_file() or path.is_symlink())
 
 
 def pixels(name: str, root: Path, files: list[Path], image_size: int | None) -> NDArray[np.uint8]:
@@ -108,15 +149,16 @@ def pixels(name: str, root: Path, files: list[Path], image_size: int | None) -> 
 
 
 def _opened(file: Path) -> "Image.Image":
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
-            if image.mode.startswith(DEEP):
-                raise Refused(
-                    f"{file} has more than 8 bits for a pixel (mode {image.mode}), which would be cut off; save it "
-                    "with 8 bits."
-                )
+            raw = str([tile[3] for tile in getattr(image, "tile", [])])
+            if image.mode.startswith(DEEP) or any(kind in raw for kind in DEEP_RAW):
+                raise Refused(f"{file} has more than 8 bits for a colour, which would be cut off; save it with 8 bits.")
+            if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
+                raise Refused(f"{file} has {image.n_frames} frames, of which one would be seen; save that alone.")
+            image = ImageOps.exif_transpose(image)
             if "transparency" in image.info:
                 image = image.convert("RGBA")  # as PIL asks for on the way to RGB
             rgb: Image.Image = image.convert("RGB")

@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 from nusam.experiments.errors import Refused
 from nusam.experiments.training.class_sizes import require_two_of_each
 
-__all__ = ["ENCODERS", "END", "GLUE", "glue", "metric_of", "movie_reviews", "needed", "of_hub", "tiny_sentences", "tsv"]
+__all__ = [
+    "ENCODERS",
+    "END",
+    "GLUE",
+    "SENTENCES",
+    "glue",
+    "metric_of",
+    "movie_reviews",
+    "needed",
+    "of_hub",
+    "tiny_sentences",
+    "tsv",
+]
 
 # (N, L) token ids, 0 behind a sentence's end, and (N,) int64 classes or float32 scores
 Labelled = tuple[NDArray[np.int64], NDArray[Any]]
@@ -49,6 +61,7 @@ GLUE = {
     "glue-qnli": Task(("question", "sentence")),
     "glue-rte": Task(("sentence1", "sentence2")),
 }
+SENTENCES = ("sentences", "movie-reviews", "tsv", *GLUE)  # data that are no images
 MOVIE_REVIEWS = "movieReviewSnippets_GroundTruth.txt"
 
 
