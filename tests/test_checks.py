@@ -17,6 +17,18 @@ def sgd(model=None):
     return torch.optim.SGD((model or mlp()).parameters(), lr=0.1)
 
 
+@pytest.mark.parametrize("other", [nn.Linear(3, 3), nn.Identity()])
+def test_another_model_than_the_one_that_is_trained_is_refused(other):
+    with pytest.raises(ValueError, match=r"model= is a .* that holds no parameter of base_optimizer; pass the module"):
+        nusam.NuSAM(sgd(), model=other)
+
+
+@pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.SAM, nusam.NuSAMNorm])
+def test_a_radius_that_float32_can_not_be_multiplied_with_is_refused(kind):
+    with pytest.raises(ValueError, match=r"rho must be at most 1e30, .* got 1e\+39"):
+        kind(sgd(), rho=1e39)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [

@@ -185,6 +185,16 @@ def sgd(model):
         ({"base": lambda model: torch.optim.LBFGS(model.parameters())}, "LBFGS evaluates its closure several times"),
         ({"base": lambda model: torch.optim.Adadelta(model.parameters())}, "Adadelta has a hyperparameter rho"),
         ({"base": lambda model: nusam.SAM(sgd(model))}, "base_optimizer is a SAM, itself a wrapper"),
+        ({"base": torch.optim.SGD}, "base must be a function, .*, got <class"),
+        ({"loss": 0.5}, "loss must be a function, .*, got 0.5"),
+        ({"methods": nusam.NuSAM}, "methods must be something to iterate over, got <class"),
+        ({"loader": None}, "loader must be something to iterate over, got None"),
+        (
+            {"loss": lambda model, batch: 0.5},
+            "loss that find_rho.. is given must return a tensor with one value, got a",
+        ),
+        ({"loss": lambda model, batch: model(batch[0])}, "with one value, got a tensor of shape"),
+        ({"score": lambda model: "x"}, "score must return a number, got 'x'"),
     ],
 )
 def test_what_can_not_serve_several_trainings_is_refused_before_the_first(setup, change, sentence):
@@ -192,6 +202,26 @@ def test_what_can_not_serve_several_trainings_is_refused_before_the_first(setup,
     with pytest.raises(TypeError, match=sentence):
         nusam.find_rho(**{**setup, **change}, steps=2, report=seen.append)
     assert seen == []
+
+
+@pytest.mark.parametrize("captured", ["base", "loss", "both"])
+def test_functions_of_the_model_outside_are_refused_and_leave_it_alone(setup, captured):
+    """They would train that one, or nothing, and judge copies that never change."""
+    model = setup["model"]
+    before = copy.deepcopy(model.state_dict())
+    changes = {"base": lambda _: sgd(model), "loss": lambda _, batch: loss(model, batch)}
+    given = {name: change for name, change in changes.items() if captured in (name, "both")}
+    with pytest.raises(ValueError, match=f"{'loss' if captured == 'loss' else 'base'} must .* which is a copy"):
+        nusam.find_rho(**{**setup, **given}, rhos=0.1, steps=3)
+    weights = [name for name in before if "running" not in name and "tracked" not in name]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in weights)
+
+
+def test_a_loss_of_no_parameter_is_refused(setup):
+    with pytest.raises(
+        ValueError, match=r"loss must compute with the model that it is given.* depends on no parameter"
+    ):
+        nusam.find_rho(**{**setup, "loss": lambda model, batch: loss(model, batch).detach()}, rhos=0.1, steps=3)
 
 
 def test_a_method_that_can_not_wrap_the_base_is_refused_before_the_first_training(setup):

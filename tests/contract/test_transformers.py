@@ -94,6 +94,31 @@ def test_the_method_is_the_users(tmp_path):
     assert opt.model is trained.model
 
 
+@pytest.mark.parametrize("given", ["nusam", nusam.NuSAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=1))])
+def test_what_is_no_method_is_refused(tmp_path, given):
+    with pytest.raises(TypeError, match=r"sharpness_aware must be a method, such as .* got "):
+        trainer(tmp_path, sharpness_aware=given)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Of no length that anybody knows."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def __iter__(self):
+        return iter([{"x": x, "labels": y} for x, y in data(self.run)][:48])
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_stream_may_end_in_mid_training(tmp_path, one_pass):
+    method = partial(nusam.NuSAM, ascent_share=1 / 4)
+    trained = trainer(tmp_path, arguments={"max_steps": 7}, sharpness_aware=method, one_pass=one_pass)
+    trained.train_dataset = Stream(Run(steps=5))
+    trained.train()
+    assert trained.state.global_step == 7
+
+
 def test_an_optimizer_of_ours_is_kept(tmp_path):
     model = NetWithLoss()
     opt = nusam.NuSAMNorm(torch.optim.AdamW(model.parameters()), rho=0.02, model=model)

@@ -4,7 +4,10 @@ import math
 
 from nusam.experiments.errors import Refused
 
-__all__ = ["at_least", "not_negative", "part_of", "shares", "some_of"]
+__all__ = ["at_least", "not_negative", "part_of", "pixels_on_a_side", "shares", "some_of"]
+
+MOST = 1e30
+SIDE = 4096
 
 
 def at_least(least: int, **counts: int | None) -> None:
@@ -16,10 +19,19 @@ def at_least(least: int, **counts: int | None) -> None:
 
 
 def not_negative(**numbers: float) -> None:
-    """Refuse a number that is negative, infinite or none."""
+    """Refuse a number that is negative, none, or more than float32 can be multiplied with."""
     for name, number in numbers.items():
         if not 0 <= number < math.inf:
             raise Refused(f"{_words(name)} must be finite and at least 0, got {number}.")
+        if number > MOST:
+            raise Refused(f"{_words(name)} must be at most {MOST:g}, got {number:g}.")
+
+
+def pixels_on_a_side(**sizes: int) -> None:
+    """Refuse a size of images that no model here is for; 0 is none."""
+    for name, size in sizes.items():
+        if not 0 <= size <= SIDE:
+            raise Refused(f"{_words(name)} must be at least 0 and at most {SIDE} pixels, got {size}.")
 
 
 def shares(**numbers: float | None) -> None:

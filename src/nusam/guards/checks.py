@@ -188,6 +188,8 @@ def check_base_optimizer(base: Any) -> None:
 def check_radius(value: Any, what: str = "rho") -> None:
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{what} must be a finite number of at least 0, got {value!r}.")
+    if float(value) > 1e30:
+        raise ValueError(f"{what} must be at most 1e30, which float32 can still be multiplied with, got {value!r}.")
 
 
 def check_between(what: str, value: Any, least: float, most: float, *, low: bool, high: bool) -> None:

@@ -134,6 +134,12 @@ def find_rho(
             loader can't serve several trainings, or a method can't wrap it; in one sentence, and but for a loader
             without batches before the first training.
     """
+    for name, given in (("base", base), ("loss", loss), ("score", score)):
+        if not (callable(given) or (given is None and name == "score")) or isinstance(given, type):
+            raise TypeError(f"{name} must be a function, see help(nusam.find_rho), got {given!r}.")
+    for name, several in (("methods", methods), ("loader", loader), ("validation", validation)):
+        if not (hasattr(several, "__iter__") or hasattr(several, "__getitem__")) or isinstance(several, type):
+            raise TypeError(f"{name} must be something to iterate over, got {several!r}.")
     radii = _checked_radii(RHOS if rhos is None else rhos, methods)
     shares = list(ascent_share) if isinstance(ascent_share, Iterable) else [ascent_share]
     if not shares or len(set(shares)) < len(shares):
@@ -171,8 +177,8 @@ def find_rho(
         return search.run(radii, shares, range(seeds), range(seeds, seeds + confirm), bracket=rhos is None)
 
 
-def _checked_radii(rhos: Sequence[float], methods: Sequence[Method]) -> list[float]:
-    rhos = list(rhos)
+def _checked_radii(rhos: Sequence[float] | float, methods: Sequence[Method]) -> list[float]:
+    rhos = list(rhos) if isinstance(rhos, Iterable) else [rhos]
     if not methods or not rhos:
         raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
     for rho in rhos:
@@ -273,7 +279,7 @@ class _Search:
         for seed in seeds:
             trained = self.trainings.run(self.methods.get(name), rho, share, seed, steps)
             with torch.no_grad():
-                found = float(self.judge(trained.model.eval()))
+                found = _number(self.judge(trained.model.eval()))
             scores.append(found if math.isfinite(found) else -math.inf)
             seconds.append(trained.seconds)
             if keep:
@@ -281,6 +287,14 @@ class _Search:
         tried = Trial(name, rho, tuple(scores), share, steps, tuple(seconds))
         self.report(tried)
         return tried
+
+
+def _number(score: Any) -> float:
+    """What a score came to."""
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"score must return a number, got {score!r}.") from error
 
 
 def _best(trials: Iterable[Trial]) -> Trial:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from nusam.experiments.errors import Refused
-from nusam.experiments.limits import at_least, not_negative, some_of
+from nusam.experiments.files import writing_to
+from nusam.experiments.limits import at_least, not_negative, pixels_on_a_side, some_of
 from nusam.experiments.training.data import Source, load
 from nusam.experiments.training.devices import require_device
 from nusam.experiments.training.methods import BASES
@@ -70,6 +71,8 @@ class FindRho:
     def __call__(self) -> int:
         """Run it; the exit code."""
         self._check()
+        with writing_to(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
         given = _of_user(self.setup) if self.setup else self._source()
         from nusam.experiments.commands.rho_search import RhoSearch, built_in
 
@@ -107,10 +110,12 @@ class FindRho:
         for rho in self.rhos:
             if not (math.isfinite(rho) and rho >= 0):
                 raise Refused(f"rho must be a finite number of at least 0, got {rho}.")
+            not_negative(rho=rho)
         for share in self.ascent_share:
             some_of(ascent_share=share)
         at_least(1, steps=self.steps, seeds=self.seeds)
-        at_least(0, confirm=self.confirm, image_size=self.image_size)
+        at_least(0, confirm=self.confirm)
+        pixels_on_a_side(image_size=self.image_size)
         if self.confirm == 1:
             raise Refused("--confirm must be 0 or at least 2, got 1, which has no interval; give 4 or more.")
 
@@ -125,7 +130,10 @@ def _of_user(setup: str) -> dict[str, Any]:
         raise Refused(f"SETUP must name a Python file, got {path}.")
     module = importlib.util.module_from_spec(specification)
     sys.path.insert(0, str(Path(path).resolve().parent))
-    specification.loader.exec_module(module)
+    try:
+        specification.loader.exec_module(module)
+    except SyntaxError as error:
+        raise Refused(f"{error.filename}, line {error.lineno}, is no Python ({error.msg}); mend it.") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise Refused(f"{path} has no function {name}; name one that returns the arguments of nusam.find_rho.")

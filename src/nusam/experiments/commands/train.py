@@ -9,7 +9,7 @@ import tyro
 
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import writing_to
-from nusam.experiments.limits import at_least
+from nusam.experiments.limits import at_least, pixels_on_a_side
 from nusam.experiments.training.augmentation import AUGMENTATIONS, require_images
 from nusam.experiments.training.data import Source, load, with_wrong_labels
 from nusam.experiments.training.devices import PARALLEL, PRECISIONS, require_device
@@ -153,4 +153,5 @@ class Train:
                 f"--one-pass is for nusam and nusam-norm without --accumulate, got {self.method} and "
                 f"{self.accumulate} micro-batches; leave it out."
             )
-        at_least(0, train_size=self.train_size, image_size=self.image_size)
+        at_least(0, train_size=self.train_size)
+        pixels_on_a_side(image_size=self.image_size)
