@@ -185,6 +185,25 @@ def test_what_is_logged_is_the_descents():
     assert not any("sharpness_gap" in entry for entry in logged)
 
 
+@pytest.mark.parametrize("logs", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which the compiler looks at
+def test_a_training_step_may_be_compiled(logs):
+    """Lightning calls a compiled module's own training step inside a compiled function."""
+
+    class Logging(Module):
+        def training_step(self, batch, batch_idx):
+            loss = self.net.loss(*batch)
+            if logs:
+                self.log("seen", loss)
+            return loss
+
+    torch._dynamo.reset()
+    plain = PlainLoop().train(RUN)
+    compiled, _ = fit(lambda trained: torch.compile(Logging(trained), backend="eager"))
+    for a, b in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 def test_a_skipped_batch_moves_nothing_and_is_no_reason_to_lose_the_one_before():
     class Skipping(Module):
         def training_step(self, batch, batch_idx):

@@ -5,6 +5,7 @@ outputs have the samples' dimension, the module runs once, on the samples of bot
 computes its own) runs for each by itself.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
@@ -187,7 +188,9 @@ class Joint:
             self._answer = _part(output, self.rows, second=True)
             return _part(output, self.rows, second=False)
 
-        return call
+        # a function around the module may be compiled, as Lightning compiles a training step
+        hidden = "torch._dynamo" in sys.modules
+        return torch.compiler.disable(call) if hidden else call  # type: ignore[no-untyped-call]
 
     def _watch(self, given: Any, looks: Callable[[Tensor, int], None]) -> None:
         """Look at the gradients of samples that travel together, which only the module's own input would show."""
