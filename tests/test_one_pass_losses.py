@@ -102,6 +102,20 @@ def test_samples_that_do_not_meet_travel_together(name):
     assert_same(model, expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_loss_may_take_entries_out_of_its_batch():
+    model, expected, batches = mlp(), mlp(), samples(8, 6)
+
+    def loss(batch):
+        return plainly(model, batch.pop("x"))
+
+    opt = wrapped(model)
+    for _ in opt.one_pass([{"x": x, "name": "a"} for x in batches], loss):
+        opt.step()
+    by_hand(expected, torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9), batches, plainly)
+    assert_same(model, expected)
+
+
 # ------------------------------------------------------------------------------- they don't
 
 

@@ -250,13 +250,11 @@ class Joint:
 def _is_close(a: Tensor, b: Tensor) -> bool:
     """By what two ways of summing may differ; waits for the device."""
     eps = torch.finfo(a.dtype).eps
-    coarse = eps > 1e-4 or (a.dtype != torch.float64 and (a.device.type != "cpu" or _is_autocast()))
+    coarse = eps > 1e-4 or (
+        a.dtype != torch.float64 and (a.device.type != "cpu" or torch._C._is_any_autocast_enabled())
+    )
     difference, size = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
     return not bool(difference > (0.1 if coarse else 1e3 * eps) * size)  # what is not finite is found by its gradient
-
-
-def _is_autocast() -> bool:
-    return bool(torch._C._is_any_autocast_enabled())
 
 
 def _has_saved_tensor_hooks() -> bool:

@@ -5,9 +5,11 @@ see W + ε and give the gradient; those behind see W, and give the two products 
 update old when it is used, on samples that it was found on.
 """
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +80,7 @@ class OnePass:
         """
         opt = self._opt
         self._aside = aside
+        loss = partial(_of_a_copy, loss)
         waiting, opt._waiting = opt._waiting, None
         if not opt.active:
             with opt.descent(accumulate):
@@ -299,6 +302,11 @@ class OnePass:
                 f"{f' ({why})' if why else ''}.",
                 stacklevel=2,
             )
+
+
+def _of_a_copy(loss: Loss, part: Any) -> Tensor:
+    """The loss, which may take entries out of a batch that it is given several times."""
+    return loss(copy.copy(part) if isinstance(part, Mapping | list) else part)
 
 
 def _iterations(lmo: LMO) -> int:
