@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nusam.experiments.runs.contest import mean_and_half_width
-
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "results" / "README.md").read_text("utf-8")
 TABLES = "".join(path.read_text("utf-8") for path in sorted((DOCS / "results").glob("*-*.md")))
 NOT_IN_A_TABLE = {"75.20 ± 0.52", "75.20 ± 0.39", "−0.12 ± 0.94"}  # νSAM and SAM at a ρ below the paper's candidates
-# In fig5 both are rows of their own, and the page has the paired difference.
-PAIRED = {"−0.42 ± 0.34": (0.03, "nusam"), "−4.34 ± 1.47": (0.2, "nusam"), "−4.72 ± 2.51": (0.2, "sam")}
 
 
 def _loss(quoted):
@@ -24,32 +20,15 @@ def _loss(quoted):
 def test_its_numbers_are_in_the_results():
     quoted = re.findall(r"[+−]?\d+\.\d\d ± \d+\.\d\d", PAGE)
     assert len(quoted) >= 30
-    for number in set(quoted) - NOT_IN_A_TABLE - PAIRED.keys():
+    for number in set(quoted) - NOT_IN_A_TABLE:
         assert _loss(number).search(TABLES), number
 
 
-@pytest.mark.parametrize(("number", "run"), PAIRED.items())
-def test_its_paired_differences_to_adamw_are_those_of_the_runs(number, run):
-    accuracies = {}
-    for line in (DOCS / "results" / "runs.jsonl").read_text("utf-8").splitlines():
-        cell = json.loads(line)["cell"]
-        if cell["data"] == "digits-28" and cell["run"]["model"] == "vit-mean":
-            key = cell["run"]["rho"], cell["run"]["method"]
-            accuracies.setdefault(key, {})[cell["run"]["seed"]] = json.loads(line)["epochs"][-1][1]
-    adamw = accuracies[0.0, "adamw"]
-    mean, half = mean_and_half_width([100 * (accuracies[run][seed] - adamw[seed]) for seed in sorted(adamw)])
-    assert f"{mean:+.2f} ± {half:.2f}".replace("-", "−") == number
-
-
 def test_the_best_radii_over_the_delay_are_those_of_figure_3():
-    (digits, fashion) = (
-        json.loads((DOCS / "results" / f"fig3-cpu-{data}.json").read_text("utf-8"))["rows"]
-        for data in ("digits", "fashion-mnist")
-    )
-    best = {method: [row["best ρ"] for row in fashion if row["method"] == method] for method in ("SAM", "νSAM")}
-    sentence = f"{', '.join(best['νSAM'])} for νSAM, {', '.join(best['SAM'])} for SAM"
-    assert sentence in " ".join(PAGE.split())
-    assert max(float(row["best ρ"]) for row in digits[1:4]) <= float(digits[0]["best ρ"])  # "does not grow"
+    rows = json.loads((DOCS / "results" / "fig3-cpu-digits.json").read_text("utf-8"))["rows"]
+    best = [row["best ρ"] for row in rows if (row["model"], row["method"]) == ("ViT", "νSAM")]
+    assert f"the best ρ grows from {best[0]} to {best[-1]} |" in PAGE
+    assert sorted(map(float, best)) == list(map(float, best))
 
 
 @pytest.mark.parametrize("method", ["GD", "SAM", "νSAM", "GaussSAM"])

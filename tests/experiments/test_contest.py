@@ -37,18 +37,19 @@ def store(tmp_path):
                 epochs = [Epoch(1.0, float(noise.random())) for _ in range(2)]
                 store.add(cell, Outcome(cell.run, epochs, validation, 0, 1, 0.1), torch.device("cpu"))
 
-    add(contest.trials())
+    carried_out(contest.searches(), store, add)
     add(contest.finals(store))
     return store
 
 
-def test_the_radius_is_the_one_that_validates_best(store):
+def test_the_radius_is_the_one_that_validates_best(store, tmp_path):
     contest = Contest(SETTING, CONTENDERS)
     assert contest.radius(store, "νSAM") == 0.2
     assert contest.radius(store, "T=5") == 0.2
     assert contest.radius(store, "AdamW") == 0.0
-    assert {cell.run.rho for cell in contest.trials()} == {0.0, 0.1, 0.2, 0.3}
-    assert {cell.run.seed for cell in contest.trials()} == {0, 1}
+    (tried,) = (search.wanted(Store(tmp_path / "empty")) for search in contest.searches()[1:])
+    assert {cell.run.rho for cell in tried} == {0.1, 0.2, 0.3}
+    assert {cell.run.seed for cell in tried} == {100, 101}
     assert {cell.run.seed for cell in contest.finals(store)} == {0, 1, 2, 3}
 
 
@@ -71,13 +72,35 @@ def test_best_and_last_iterates_are_told_apart(store):
     assert row["best iterate"].startswith(f"{best:.2f} ±")
 
 
+def validated(store, accuracy):
+    """What adds runs with such a validation accuracy, by their ρ."""
+
+    def add(cells):
+        for cell in cells:
+            store.add(cell, Outcome(cell.run, [Epoch(1.0, 0.5)], accuracy(cell.run.rho), 0, 1, 0.1), "cpu")
+
+    return add
+
+
 @pytest.mark.parametrize(("best", "bracketed"), [(0.1, False), (0.2, True), (0.3, False)])
 def test_a_radius_at_an_end_of_its_candidates_is_not_bracketed(tmp_path, best, bracketed):
     store, contest = Store(tmp_path), Contest(SETTING, CONTENDERS)
-    for cell in contest.trials():
-        store.add(cell, Outcome(cell.run, [Epoch(1.0, 0.5)], 0.9 - abs(cell.run.rho - best), 0, 1, 0.1), "cpu")
+    with pytest.raises(LookupError, match="the search for the radius of νSAM is not at its end"):
+        contest.radius(store, "νSAM")
+    carried_out(contest.searches(), store, validated(store, lambda rho: -abs(rho - best)))
     assert contest.bracketed(store, "νSAM") == contest.bracketed(store, "T=5") == bracketed
     assert contest.bracketed(store, "AdamW")  # has none to choose
+
+
+@pytest.mark.parametrize(("best", "bracketed"), [(0.02, True), (0.1, True), (3.2, True), (0.0, False)])
+def test_a_radius_that_is_not_given_is_searched_for_until_it_is_bracketed(tmp_path, best, bracketed):
+    store, contest = Store(tmp_path), Contest(replace(SETTING, radii={}), CONTENDERS)
+    carried_out(
+        contest.searches(), store, validated(store, lambda rho: -abs(math.log(max(rho, 1e-9) / (best or 1e-9))))
+    )
+    assert contest.bracketed(store, "νSAM") == bracketed
+    if bracketed:
+        assert 1 / math.sqrt(2) <= contest.radius(store, "νSAM") / best <= math.sqrt(2)
 
 
 def test_a_single_radius_is_given_and_not_chosen(tmp_path):

@@ -18,6 +18,7 @@ from nusam.experiments.training.spec import Recipe, Run
 __all__ = ["CONTENDERS", "Demo", "price"]
 
 SHARE = 1 / 8
+TUNING = (0,)  # the seed on which ρ is chosen, and which is reported too
 AT_BEST = Contender("AdamW, best epoch", "adamw", at_best=True)
 AT_A_SHARE = Contender("νSAM at 1/8", "nusam", {"ascent_share": SHARE})
 CONTENDERS = (ADAMW, AT_BEST, SAM, NUSAM, AT_A_SHARE)
@@ -41,10 +42,10 @@ class Demo:
     def run(self, bench: Bench, source: Source) -> Result:
         """Run what is missing of the data, whose labels are right yet, and measure how long a step takes."""
         recipe = replace(self.recipe, validates_epochs=True, scored_every=SCORED_EVERY)
-        setting = Setting(self.data, "", recipe, self.seeds, 1, self.train_size, files=content_of(self.data, source))
+        files = content_of(self.data, source)
+        setting = Setting(self.data, "", recipe, self.seeds, self.train_size, tuning=TUNING, files=files)
         contests = [Contest(replace(setting, model=model, radii=self.radii(model)), CONTENDERS) for model in SMALL]
-        bench.fill(cell for contest in contests for cell in contest.trials())
-        bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
+        bench.hold(contests)
         source = with_wrong_labels(source, recipe.wrong_labels)
         rows, curves, collapsed = [], [], []
         for contest in contests:
@@ -66,7 +67,12 @@ class Demo:
             "two passes.",
             "SAM and νSAM start after 10% of the steps.",
         ]
-        made_of = {"recipe": asdict(recipe), "seeds": self.seeds, "trial_seeds": 1, "train_size": sizes["train"]}
+        made_of = {
+            "recipe": asdict(recipe),
+            "seeds": self.seeds,
+            "tuning_seeds": list(TUNING),
+            "train_size": sizes["train"],
+        }
         return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes, made_of)
 
     def radii(self, model: str) -> Mapping[str, tuple[float, ...]]:

@@ -14,21 +14,19 @@ from typing import Any
 from rich.console import Console
 
 from nusam.experiments.pages.result import Curve, Result
-from nusam.experiments.runs.contest import Contest, Setting
+from nusam.experiments.runs.contest import LEAST, Contest, Setting
 from nusam.experiments.runs.filling import fill
+from nusam.experiments.runs.search import Search, carried_out
 from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.augmentation import AUGMENTATIONS
 from nusam.experiments.training.data import load
 from nusam.experiments.training.devices import device_name
+from nusam.experiments.training.models import SMALL, TITLES
 from nusam.experiments.training.spec import Recipe
 
 __all__ = ["SCALES", "SMALL_MODELS", "Bench", "Experiment", "Scale"]
 
-# In words, those of the cpu scale, whose committed results are older than the models as the paper has them.
-SMALL_MODELS = (
-    "models (width 64, depth 2, 4 × 4 patches; unlike the paper's, the Mixer has a convolution as stem, which νSAM "
-    "does not perturb, and the ViT no class token)"
-)
+SMALL_MODELS = "models (width 64, depth 2, 4 × 4 patches)"  # in words
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Scale:
 
     Attributes:
         ours: what this project chose instead of the paper's, beside the values of the recipe.
+        tunes_rate: whether the learning rate is searched for, as ρ is, by AdamW's validation accuracy.
         on_request: data that are run only where they are named.
         notes: on its recipe, for results that were made by it.
     """
@@ -46,7 +45,7 @@ class Scale:
     recipes: dict[str, Recipe]  # by data
     seeds: dict[str, int]
     train_size: dict[str, int | None]
-    trial_seeds: int = 2
+    tunes_rate: bool = False
     one_radius: bool = False  # the first candidate instead of a choice
     ours: str = ""
     on_request: tuple[str, ...] = ()
@@ -64,14 +63,19 @@ SCALES = {
         ours="data and models, for a run of seconds that tests the pipeline and nothing else",
     ),
     "cpu": Scale(
-        data=("digits", "fashion-mnist"),
-        models=("mixer-conv", "vit-mean"),
-        recipes={"digits": Recipe(epochs=40), "fashion-mnist": Recipe(epochs=20), "cifar10": Recipe(epochs=20)},
+        data=("digits",),
+        models=SMALL,
+        recipes={
+            "digits": Recipe(epochs=40, scored_every=2),
+            "fashion-mnist": Recipe(epochs=20, scored_every=2),
+            "cifar10": Recipe(epochs=20, scored_every=2),
+        },
+        tunes_rate=True,
         seeds={"digits": 8, "fashion-mnist": 3, "cifar10": 3},
         train_size={"digits": 300, "fashion-mnist": 500, "cifar10": 2000},
-        on_request=("cifar10",),
+        on_request=("fashion-mnist", "cifar10"),
         ours=f"data and {SMALL_MODELS}",
-        notes=("The recipe was selected by looking: several were tried, and their test accuracies were seen.",),
+        notes=("Data, sizes and epochs were selected by looking: several were tried, and test accuracies were seen.",),
     ),
     "desk": Scale(
         data=("cifar10-desk",),
@@ -124,6 +128,7 @@ class Bench:
     began: float = field(default_factory=time.perf_counter)
     made: set[Cell] = field(default_factory=set)  # runs made here
     found: set[Cell] = field(default_factory=set)  # runs that the store had
+    rates: dict[str, float] = field(default_factory=dict)  # learning rates that were searched for, by model
 
     @property
     def scale(self) -> Scale:
@@ -137,14 +142,26 @@ class Bench:
         self.made.update(cell for cell in cells if cell not in self.found)
         fill(self.store, cells, self.data_root, self.jobs, self.device, self.console, download=self.download)
 
+    def hold(self, contests: list[Contest]) -> None:
+        """Choose every ρ, and run every seed."""
+        carried_out([search for contest in contests for search in contest.searches()], self.store, self.fill)
+        self.fill(cell for contest in contests for cell in contest.finals(self.store))
+
     def settings(self, experiment: "Experiment", **changes: Any) -> list[Setting]:
         """One for each model of an experiment, with changes to the recipe."""
         scale = self.scale
         recipe = replace(scale.recipes[self.data], **changes)
-        return [
-            Setting(self.data, model, recipe, scale.seeds[self.data], scale.trial_seeds, scale.train_size[self.data])
+        settings = [
+            Setting(self.data, model, recipe, scale.seeds[self.data], scale.train_size[self.data])
             for model in experiment.models(self.scale_name)
         ]
+        if not scale.tunes_rate:
+            return settings
+        rate = recipe.learning_rate
+        searches = [Search(rate, setting.of_rate, LEAST * rate) for setting in settings]
+        carried_out(searches, self.store, self.fill)
+        self.rates = {setting.model: search.found for setting, search in zip(settings, searches, strict=True)}
+        return [setting.at_rate(self.rates[setting.model]) for setting in settings]
 
     def result(
         self,
@@ -171,7 +188,12 @@ class Bench:
             radii: what of ρ is ours, and how it was chosen.
             notes: those that depend on the bench, beside the experiment's.
         """
-        values = _values_that_are_ours(setting, experiment.published) if setting else ""
+        published = experiment.published
+        if setting and self.rates:  # each model's own
+            published = {**published, "learning_rate": setting.recipe.learning_rate}
+            found = ", ".join(f"{rate:g} for {TITLES[model]}" for model, rate in self.rates.items())
+            notes = [f"Learning rate, by AdamW's validation accuracy in the same way as ρ: {found}.", *notes]
+        values = _values_that_are_ours(setting, published) if setting else ""
         ours = "; ".join(filter(None, (experiment.ours(self.scale_name), values, radii)))
         of_recipe = self.scale.notes if setting and experiment.ours(self.scale_name) == self.scale.ours else ()
         notes = [f"Ours: {ours}.", *of_recipe, *notes, *experiment.notes]
@@ -195,12 +217,15 @@ class Bench:
         setting = contest.setting
         if self.scale.one_radius:
             return "ρ, the first candidate"
-        if all(len(setting.candidates(contender)) == 1 for contender in contest.contenders.values()):
+        given = [setting.candidates(contender) for contender in contest.contenders.values()]
+        if all(len(candidates) == 1 for candidates in given):
             return ""
-        seeds, tried = setting.seeds, len(setting.candidate_seeds)
-        share = f"{tried} of the {seeds} seeds" if tried < seeds else f"all {seeds} seeds"
-        choice = f"the choice of ρ by validation accuracy over {share}"
-        return choice if "rho" in experiment.published else f"the candidates for ρ and {choice}"
+        reported = set(setting.tuning) <= set(range(setting.seeds))
+        of = f"of the {setting.seeds} seeds" if reported else "seeds that are not reported"
+        choice = f"the choice of ρ by validation accuracy over {len(setting.tuning)} {of}"
+        if all(given):
+            return choice if "rho" in experiment.published else f"the candidates for ρ and {choice}"
+        return f"{choice}, by factors of 2 until the best one has worse neighbours"
 
     def circumstances(self) -> dict[str, Any]:
         """Where, when and with what."""
@@ -223,7 +248,7 @@ def _circumstances(setting: Setting) -> dict[str, Any]:
     return {
         "recipe": asdict(setting.recipe),
         "seeds": setting.seeds,
-        "trial_seeds": len(setting.candidate_seeds),
+        "tuning_seeds": list(setting.tuning),
         "train_size": setting.train_size,  # 0 is all
     }
 

@@ -36,14 +36,15 @@ class RadiusSweep(Experiment):
     def run(self, bench: Bench) -> Result:
         """Run and draw."""
         rows, curves = [], []
-        settings = [replace(setting, trial_seeds=setting.seeds) for setting in self.settings(bench)]
+        settings = self.settings(bench)
         for setting in settings:
             small = "mixer" if "mixer" in setting.model else "vit"
             radii = _RADII[small]
             if bench.scale.one_radius:
                 radii = {method: values[:2] for method, values in radii.items()}
             contest = Contest(replace(setting, radii=radii), (ADAMW, SAM, SAM_ON, NUSAM))
-            bench.fill(contest.trials())
+            tried = [(c, rho) for c in contest.contenders.values() for rho in contest.setting.candidates(c)]
+            bench.fill(contest.setting.cell(*pair, seed) for pair in tried for seed in range(setting.seeds))
             for contender in contest.contenders.values():
                 accuracies = {
                     rho: self._accuracies(bench, contest, contender, rho)

@@ -86,7 +86,6 @@ def fine_tuning_settings(bench: Bench) -> list[Setting]:
             model,
             tuning.recipe,
             seeds,
-            bench.scale.trial_seeds,
             tuning.train_size,
             pretrained=_pretrained(bench, tuning, model),
         )

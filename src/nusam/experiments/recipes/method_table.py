@@ -12,7 +12,7 @@ from nusam.experiments.training.models import TITLES
 from nusam.experiments.training.spec import METRICS, Outcome
 from nusam.experiments.training.text import metric_of
 
-__all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable", "learning_curve", "stand_ins"]
+__all__ = ["ADAMW", "NUSAM", "SAM", "SAM_ON", "Cells", "MethodTable", "few_radii", "learning_curve", "stand_ins"]
 
 Cells = Mapping[str, Mapping[str, str]]  # accuracy in % as the paper prints it, by its model, then by label
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # of the data that the paper has cells for
@@ -59,9 +59,8 @@ class MethodTable(Experiment):
         """Choose every ρ, run every seed, compare."""
         changes = self.recipe.get(bench.scale_name, {})
         settings = self.settings(bench, changes)
-        contests = [Contest(_few_radii(setting, bench), self.contenders) for setting in settings]
-        bench.fill(cell for contest in contests for cell in contest.trials())
-        bench.fill(cell for contest in contests for cell in contest.finals(bench.store))
+        contests = [Contest(few_radii(setting, bench), self.contenders) for setting in settings]
+        bench.hold(contests)
         column = "paper, best iterate" if self.paper_best else "paper"
         rows: list[dict[str, Any]] = []
         curves: list[Curve] = []
@@ -159,7 +158,8 @@ def _mean(cell: str) -> float:
     return float(cell.split()[0])
 
 
-def _few_radii(setting: Any, bench: Bench) -> Any:
+def few_radii(setting: Setting, bench: Bench) -> Setting:
+    """At a scale of a single radius, with the first of each method."""
     if not bench.scale.one_radius:
         return setting
     small = "mixer" if "mixer" in setting.model else "vit"

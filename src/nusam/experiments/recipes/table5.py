@@ -58,11 +58,7 @@ class SentenceTable(MethodTable):
         """One: the scale's encoder."""
         scale = _SCALES[bench.scale_name]
         radii = {contender.method: _RADII for contender in self.contenders[1:]}
-        return [
-            Setting(
-                bench.data, scale.model, scale.recipe, scale.seeds, bench.scale.trial_seeds, scale.train_size, radii
-            )
-        ]
+        return [Setting(bench.data, scale.model, scale.recipe, scale.seeds, scale.train_size, radii, tuning=range(2))]
 
 
 TABLE = SentenceTable(

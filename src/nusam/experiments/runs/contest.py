@@ -1,16 +1,19 @@
 """Methods that compete on a data set: ρ by validation, then every seed; accuracies and paired differences."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from nusam.experiments.runs.search import Search
 from nusam.experiments.runs.store import Cell, Store
-from nusam.experiments.training.methods import METHODS
+from nusam.experiments.training.methods import ALONE, METHODS
 from nusam.experiments.training.spec import Outcome, Recipe, Run
 
 __all__ = [
+    "LEAST",
+    "TUNING",
     "Contender",
     "Contest",
     "Setting",
@@ -20,6 +23,9 @@ __all__ = [
     "mean_and_half_width",
     "standard_error",
 ]
+
+TUNING = (100, 101)  # seeds that choose and are not reported
+LEAST = 1 / 32  # of the radius that a search starts from
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,9 @@ class Setting:
     model: str
     recipe: Recipe
     seeds: int
-    trial_seeds: int = 2
     train_size: int | None = None
-    # by label or method, where not the method's own
-    radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    radii: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by label or method, where they are given
+    tuning: Sequence[int] = TUNING
     pretrained: str = ""
     files: str = ""  # what data of one's own are
 
@@ -57,16 +62,31 @@ class Setting:
         run = replace(Run(self.model, contender.method, rho, seed), **contender.options)
         return Cell(self.data, self.recipe, run, self.train_size, self.pretrained, self.files)
 
-    @property
-    def candidate_seeds(self) -> range:
-        """The seeds on which every candidate for ρ is tried."""
-        return range(min(self.trial_seeds, self.seeds))
+    def at_rate(self, rate: float) -> "Setting":
+        """With another learning rate."""
+        return replace(self, recipe=replace(self.recipe, learning_rate=rate))
+
+    def of_rate(self, rate: float) -> list[Cell]:
+        """Runs of the base optimizer that judge a learning rate."""
+        alone = Contender("", ALONE)
+        return [self.at_rate(rate).cell(alone, 0.0, seed) for seed in self.tuning]
 
     def candidates(self, contender: Contender) -> tuple[float, ...]:
-        """The radii that are tried."""
+        """The radii that are given; of the base optimizer alone 0, and none where ρ is searched for."""
+        if not METHODS[contender.method].kind:
+            return (0.0,)
+        return self.radii.get(contender.label) or self.radii.get(contender.method) or ()
+
+    def search(self, contender: Contender) -> Search:
+        """For its ρ, among the radii that are given, or from the middle one of those worth trying."""
         small = "mixer" if "mixer" in self.model else "vit"
-        own = METHODS[contender.method].radii.get(small, (0.0,))
-        return self.radii.get(contender.label) or self.radii.get(contender.method) or own
+        start = METHODS[contender.method].radii.get(small, (0.0, 0.0))[1]
+        return Search(
+            start,
+            lambda rho: [self.cell(contender, rho, seed) for seed in self.tuning],
+            LEAST * start,
+            self.candidates(contender),
+        )
 
 
 class Contest:
@@ -79,37 +99,28 @@ class Contest:
     def __init__(self, setting: Setting, contenders: Iterable[Contender]) -> None:
         self.setting = setting
         self.contenders = {contender.label: contender for contender in contenders}
+        self._ended: dict[str, Search] = {}
 
-    def trials(self) -> list[Cell]:
-        """What must be run before any ρ can be chosen."""
-        return [
-            self.setting.cell(contender, rho, seed)
-            for contender in self.contenders.values()
-            if not contender.radius_of
-            for rho in self.setting.candidates(contender)
-            for seed in self.setting.candidate_seeds
-        ]
+    def searches(self) -> list[Search]:
+        """For every ρ that is to be chosen."""
+        return [self.setting.search(contender) for contender in self.contenders.values() if not contender.radius_of]
 
     def radius(self, store: Store, label: str) -> float:
-        """The candidate of the best mean validation accuracy over the trial seeds; of equal ones, the smallest."""
-        contender = self.contenders[label]
-        if contender.radius_of:
-            return self.radius(store, contender.radius_of)
-        seeds = self.setting.candidate_seeds
-
-        def score(rho: float) -> float:
-            return fmean(store[self.setting.cell(contender, rho, seed)].validation_accuracy for seed in seeds)
-
-        candidates = self.setting.candidates(contender)
-        return candidates[0] if len(candidates) == 1 else max(candidates, key=score)
+        """What its search has found."""
+        return self._searched(store, label).found
 
     def bracketed(self, store: Store, label: str) -> bool:
         """Whether a smaller and a larger ρ were tried, or none was to be chosen."""
-        contender = self.contenders[label]
-        if contender.radius_of:
-            return self.bracketed(store, contender.radius_of)
-        candidates = self.setting.candidates(contender)
-        return len(candidates) == 1 or min(candidates) < self.radius(store, label) < max(candidates)
+        return self._searched(store, label).bracketed
+
+    def _searched(self, store: Store, label: str) -> Search:
+        label = self.contenders[label].radius_of or label
+        if label not in self._ended:
+            search = self.setting.search(self.contenders[label])
+            if search.wanted(store):
+                raise LookupError(f"the search for the radius of {label} is not at its end")
+            self._ended[label] = search
+        return self._ended[label]
 
     def finals(self, store: Store) -> list[Cell]:
         """Every seed with the chosen ρ."""
