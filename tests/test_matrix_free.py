@@ -562,6 +562,21 @@ def test_a_loop_that_looks_at_gradients_from_the_first_step_on_has_them(what):
     assert reasons == {"looked at by the loop in the passes"}
 
 
+def test_a_norm_that_thaws_midway_may_be_asked_for_its_gradient():
+    """Seen where it is compared next, so that its layer is not idle any more."""
+    model = nn.Sequential(nn.Linear(6, 37), nn.LayerNorm(37), nn.Linear(37, 2))
+    norm = model[1].requires_grad_(False)
+    opt = matrix_free(model, 0.1)
+    for step in range(4):
+        norm.requires_grad_(step > 0)
+        for _ in opt.passes():
+            loss = square_loss()(model)
+            if step > 1:
+                loss = loss + torch.autograd.grad(loss, norm.weight, create_graph=True)[0].square().sum()
+            loss.backward()
+        opt.step()
+
+
 def test_a_loop_that_only_looks_for_gradients_midway_is_served():
     model = nn.Sequential(nn.Linear(6, 37), nn.ReLU(), nn.Linear(37, 2))
     opt = matrix_free(model, 0.1)

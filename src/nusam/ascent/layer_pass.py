@@ -139,14 +139,15 @@ class LayerPass:
         if not self._is_the_loop:
             return
         own = {p: record.looks for p, record in self.records.items() if record.would_have_a_gradient}
-        idle = self._idle.parameters if self._watches and own else ()
-        others = {p: self._others for p in idle if p not in self.records and p not in self._needed}
+        idle = self._idle.parameters() if self._watches and own else ()
+        besides = (p for p in idle if p.requires_grad and p not in self.records and p not in self._needed)
+        others = dict.fromkeys(besides, self._others)
         self._looks.enter_context(watched({**own, **others}))
 
-    def looked_at(self) -> list[Tensor]:
+    def note_looks(self) -> list[Tensor]:
         """Matrices whose gradients are there, and the loop has looked at them.
 
-        All matrices where it was at a gradient that no perturbation needs.
+        All of them where it was at a gradient that no perturbation needs, of which none is hidden any more then.
         """
         if self._others.seen:
             self._idle.show()

@@ -232,7 +232,7 @@ class Serving:
 
     def see_looks(self, pass_: LayerPass) -> None:
         """A loop that looks at gradients where they are compared relies on them: let it have them from now on."""
-        looked_at = pass_.looked_at()
+        looked_at = pass_.note_looks()
         if looked_at:
             self.verification.leave_gradients(looked_at, "looked at")
             served = [parameter for parameter in looked_at if self._is_worth(parameter)]

@@ -29,7 +29,6 @@ class IdleLayers:
             and not module._modules
             and "forward" not in vars(module)
         ]
-        self.parameters = [p for layer in self._layers for p in _own(layer) if p.requires_grad]
         self._wanted: set[Tensor] = set()  # by the loss itself, as by autograd.grad(loss, norm.weight)
         self._hidden: set[Tensor] = set()  # in the running pass
         self._tap = torch.zeros((), requires_grad=True, device="cpu")
@@ -51,7 +50,7 @@ class IdleLayers:
                 remove_hook(parameter, hook)
 
         with always(undo):
-            for parameter in self.parameters:
+            for parameter in self.parameters():
                 if parameter.requires_grad and parameter.is_leaf:
                     begun, complete = count(parameter, 1), count(parameter, -1)
                     hooks += [(parameter, begun), (parameter, complete)]
@@ -79,7 +78,11 @@ class IdleLayers:
 
     def show(self) -> None:
         """From now on all are formed: the loop looks at them."""
-        self._wanted.update(self.parameters)
+        self._wanted.update(self.parameters())
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Those that the layers have now."""
+        return (parameter for layer in self._layers for parameter in _own(layer))
 
     def refuse_hidden(self, inputs: Iterable[Any]) -> None:
         """Refuse a gradient that the loss itself asks for and that nobody forms in the running pass.
