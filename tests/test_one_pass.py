@@ -165,6 +165,14 @@ def run(opt, model, batches, loss, **options):
         opt.step()
 
 
+def two_passes(opt, model, batches, loss):
+    """What it is when samples can't travel together."""
+    for batch in batches:
+        for part in opt.passes(batch):
+            loss(model, part).backward()
+        opt.step()
+
+
 def assert_same(model, expected, tolerance=1e-9):
     for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
@@ -387,10 +395,7 @@ def test_where_samples_are_not_told_apart_it_takes_two_passes_and_says_so(name, 
     with pytest.warns(UserWarning, match="one_pass.. can't tell the samples apart, since the model .* two passes"):
         run(opt, model, batches, loss)
     torch.manual_seed(3)
-    for x in batches:
-        for part in plain.passes(x):
-            loss(twin, part).backward()
-        plain.step()
+    two_passes(plain, twin, batches, loss)
     assert_same(model, twin)
 
 
@@ -549,9 +554,5 @@ def test_a_compiled_model_takes_two_passes():
     compiled = torch.compile(model, backend="eager", dynamic=False)
     with pytest.warns(UserWarning, match="the model is compiled; from now on every step takes two passes"):
         run(wrapped(compiled, power_iterations=1), compiled, batches, mean)
-    opt = wrapped(expected, power_iterations=1)
-    for tokens in batches:
-        for part in opt.passes(tokens):
-            mean(expected, part).backward()
-        opt.step()
+    two_passes(wrapped(expected, power_iterations=1), expected, batches, mean)
     assert_same(model, expected)

@@ -9,7 +9,7 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.utils import counters
 
-from tests.test_one_pass import Attentive, B, assert_same, bases, by_hand, mean, run, token_batches, wrapped
+from tests.test_one_pass import Attentive, B, assert_same, bases, by_hand, mean, run, token_batches, two_passes, wrapped
 
 
 @pytest.fixture(autouse=True)
@@ -141,10 +141,7 @@ def test_what_a_graph_does_not_hand_out_takes_two_passes(kind):
     opt, plain = wrapped(compiled, power_iterations=1), wrapped(twin, power_iterations=1)
     with pytest.warns(UserWarning, match=r"is compiled; from now on every step takes two passes \(a graph does not"):
         run(opt, compiled, data, mean)
-    for tokens in data:
-        for part in plain.passes(tokens):
-            mean(twin, part).backward()
-        plain.step()
+    two_passes(plain, twin, data, mean)
     assert_same(model, twin)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nusam
-from tests.test_one_pass import B, assert_same, by_hand, run, wrapped
+from tests.test_one_pass import B, assert_same, by_hand, run, two_passes, wrapped
 
 
 def samples(count, *shape):
@@ -132,10 +132,7 @@ def test_what_takes_two_passes_takes_them_from_the_first_step_on(hook, loss):
     opt, plain = wrapped(model), wrapped(twin, ascent="gradient")
     with pytest.warns(UserWarning, match="one_pass.. can't tell the samples apart, since .* two passes"):
         run(opt, model, batches, loss)
-    for x in batches:
-        for part in plain.passes(x):
-            loss(twin, part).backward()
-        plain.step()
+    two_passes(plain, twin, batches, loss)
     assert_same(model, twin)
 
 

@@ -1,7 +1,7 @@
 """Losses that are computed to look: which modules can be joined, and whether their samples stay apart."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class Looks:
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
                 before = opt._guard.random_state()
-                with riders.joint.outputs("both") as together:
+                with riders.joint.outputs("both") if is_first else nullcontext() as together:
                     losses = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
                 drew = not before.is_that_of(opt._guard.random_state())
                 backward(losses[number])
