@@ -7,12 +7,15 @@ from tests.loops import running
 from tests.loops.engine import Engine, NotAnEngines
 from tests.loops.loop import Loop
 
-# Loops that make of a gradient what no ascent sees that has none, in a hook or by hand; models that are trained in
-# part, or by two optimizers.
+# Loops that read or change a gradient where an engine's ascent leaves none, in a hook or by hand; models that are
+# trained in part, or by two optimizers.
 NOT_AN_ASCENTS = {
     "ACarefulHookIsCalledToo",
     "CompleteGradientsMayBeChanged",
     "GradientsMayBeClamped",
+    "GradientsMayBeClampedThroughData",
+    "GradientsMayBeClampedWithoutEffect",
+    "GradientsMayBeLoggedInThePass",
     "GradientsMayBeMasked",
     "GradientsMayBeMaskedAtTheirNode",
     "GradientsMayBeMaskedMidway",
@@ -20,6 +23,7 @@ NOT_AN_ASCENTS = {
     "GradientsMayBeScaledNowAndThen",
     "GradientsMayBeWrittenMidway",
     "GradientsMayGetNoise",
+    "GradientsOfBiasesMayBeScaled",
     "GroupsMayJoinMidway",
     "LearningRatesAndRadiiMayBeScheduled",
     "OldTokensMayStayAsTheyAre",
