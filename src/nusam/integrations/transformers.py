@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from nusam.guards.checks import check_method
 from nusam.integrations.deepspeed import InEngine, replaced
+from nusam.integrations.model_calls import Calls
 from nusam.integrations.replay import Replay
 from nusam.integrations.riding import Riding
 from nusam.methods import NuSAM
@@ -59,7 +60,8 @@ class NuSAMTrainerMixin:
 
     Args:
         sharpness_aware: the method, called with Trainer's own optimizer and ``model=``, such as
-            ``functools.partial(nusam.NuSAM, rho=0.02)``. An optimizer of nusam's handed over in ``optimizers=`` stays.
+            ``functools.partial(nusam.NuSAM, rho=0.02)``; :class:`nusam.NuSAM` unless given. Or hand over an optimizer
+            of nusam's in ``optimizers=``, which stays as it is.
         delay_ratio: share of all steps, from 0 to 1, before the perturbation starts; the paper delays by 0.1.
             None leaves ``delay`` (in steps) to ``sharpness_aware``.
         one_pass: whether the next step's ascent rides in each step's descent; combine it with ``ascent_share``.
@@ -68,15 +70,15 @@ class NuSAMTrainerMixin:
     def __init__(
         self,
         *args: Any,
-        sharpness_aware: Callable[..., SharpnessAware] = NuSAM,
+        sharpness_aware: Callable[..., SharpnessAware] | None = None,
         delay_ratio: float | None = None,
         one_pass: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_method(sharpness_aware)
+        check_method(sharpness_aware or NuSAM)
         if delay_ratio is not None and not (isinstance(delay_ratio, int | float) and 0 <= delay_ratio <= 1):
             raise ValueError(f"delay_ratio must be a share of the steps from 0 to 1, or None, got {delay_ratio!r}.")
-        self._sharpness_aware = sharpness_aware
+        self._sharpness_aware = sharpness_aware or NuSAM
         self._delay_ratio = delay_ratio
         self._in_one_pass = one_pass
         self._taken: dict[str, float] = {}
@@ -85,17 +87,22 @@ class NuSAMTrainerMixin:
         self._replay = Replay(f"{type(self).__name__}.training_step")
         self._riding = Riding(f"{type(self).__name__}.compute_loss")
         self._followers: list[tuple[Any, Any]] = []  # every batch of an update with the one behind it
-        self._calls = _Calls()
+        self._calls = Calls()
         self._step_hook: Any = None  # on the optimizer
         self._engine: InEngine | None = None  # under DeepSpeed
         super().__init__(*args, **kwargs)
+        if sharpness_aware is not None and isinstance(getattr(self, "optimizer", None), SharpnessAware):
+            raise ValueError(
+                f"{type(self).__name__} got sharpness_aware= and, in optimizers=, a {type(self.optimizer).__name__}; "
+                "give one of them."
+            )
         if cast(Any, self).is_deepspeed_enabled:
             if one_pass:
                 raise NotImplementedError(
                     "one_pass=True can't be had under DeepSpeed, whose engine would count the next batch's samples as "
                     "this step's; leave it out."
                 )
-            self._engine = InEngine(sharpness_aware)
+            self._engine = InEngine(self._sharpness_aware)
             cast(Any, self).add_callback(_BesideEngine(self._engine, self._no_passes()))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -289,62 +296,3 @@ def _in_training_mode(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         del optimizer.train
-
-
-class _Calls:
-    """The inputs that a model is called on, the same in every pass over a batch.
-
-    Sizes are compared in every step, and what tokens and masks say, which waits for the device, in the first, second,
-    fourth, ... of them. Labels may come from the model itself.
-    """
-
-    def __init__(self) -> None:
-        self._steps = 0
-        self._first: list[dict[str, Tensor | torch.Size]] = []
-
-    @contextmanager
-    def compared(self, model: nn.Module, name: str, later: bool) -> Iterator[None]:
-        """Compare the calls of a later pass with those of the first.
-
-        Raises:
-            RuntimeError: if they differ.
-        """
-        self._steps += not later
-        by_value = self._steps & (self._steps - 1) == 0
-        made: list[dict[str, Tensor | torch.Size]] = []
-
-        def differ() -> RuntimeError:
-            return RuntimeError(
-                f"{name} calls its model on other inputs in the second pass over a batch than in the first, since its "
-                "training_step makes or draws them; let _prepare_inputs make them, which is called once."
-            )
-
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.is_grad_enabled():
-                return
-            made.append(_what_counts({**{str(i): value for i, value in enumerate(args)}, **kwargs}, by_value))
-            if later and not (len(made) <= len(self._first) and _agree(made[-1], self._first[len(made) - 1])):
-                raise differ()
-
-        handle = model.register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-        if not later:
-            self._first = made
-        elif len(made) != len(self._first):
-            raise differ()
-
-
-def _what_counts(inputs: dict[str, Any], by_value: bool) -> dict[str, Tensor | torch.Size]:
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
-    discrete = {name for name, value in tensors.items() if not (value.is_floating_point() or value.is_complex())}
-    return {name: value if by_value and name in discrete else value.shape for name, value in tensors.items()}
-
-
-def _agree(one: dict[str, Tensor | torch.Size], other: dict[str, Tensor | torch.Size]) -> bool:
-    if one.keys() != other.keys():
-        return False
-    pairs = [(value, other[name]) for name, value in one.items()]
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
