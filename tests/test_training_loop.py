@@ -347,6 +347,7 @@ def test_a_step_reads_no_value_on_the_host(kind, monkeypatch):
     assert calls == []
 
 
+@pytest.mark.filterwarnings("ignore:step.. has been called twice without passes")
 def test_steps_without_passes_are_plain_base_steps():
     model, bare_model = mlp(), mlp()
     bare_model.load_state_dict(model.state_dict())

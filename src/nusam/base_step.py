@@ -1,5 +1,6 @@
 """What a training loop calls: the passes over a batch, and the base optimizer's step."""
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from nusam.base_optimizer import needs_closure, step_knowing
 from nusam.batch import first_samples
 from nusam.coverage import warn_of_small_reach
+from nusam.guards.calls import check_micro_batches
 from nusam.guards.checks import check_batch, check_closure
 from nusam.lmo import Nuclear, Unnormalized
 from nusam.two_passes import TwoPasses
@@ -21,6 +23,9 @@ class Stepping(TwoPasses):
     """An optimizer whose step is the base optimizer's, with the gradient that the descent left."""
 
     _few_by_design = False  # whether the method is meant to reach few of the entries
+    _cleared = False  # whether passes since the last step have cleared the gradients of others
+    _wasteful = 0  # steps before which they had
+    _plain = 0  # steps without passes, as long as there was no ascent
 
     def passes(self, *batch: Any, accumulate: bool = False) -> Iterator[Any]:
         """Iterate over the passes of one step: the ascent, then the descent; only the latter while inactive.
@@ -58,6 +63,8 @@ class Stepping(TwoPasses):
     def _passes(self, accumulate: bool) -> Generator[str, None, None]:
         """The passes by name, for loops that cut the batch themselves."""
         check_closure(self.base_optimizer, needs_closure(self.base_optimizer) and not self._has_closure)
+        if self._had_pass and not (accumulate or self._in_scaler):  # a scaler skips steps
+            self._cleared |= any(p.grad is not None for p in self._parameters())
         if not (self.active and self._needs_ascent):
             with self.descent(accumulate):
                 yield "descent"
@@ -107,6 +114,8 @@ class Stepping(TwoPasses):
         if closure is not None:
             losses = self._losses_of(closure)
         self._pending = None
+        self._warn_of_plain_steps()
+        self._warn_of_cleared_gradients()
         if self._in_backward is None:
             if losses:
                 self._step_base_knowing(losses[0])
@@ -131,6 +140,7 @@ class Stepping(TwoPasses):
                 "loop over opt.passes(*batch) and call step() without a closure, or use ascent_share=1. In Lightning, "
                 "which hands one over, add nusam.integrations.lightning.SharpnessAwareCallback()."
             )
+        check_micro_batches(closure)
         losses = []
         with self._in_closure():
             for _ in self.passes():
@@ -143,6 +153,30 @@ class Stepping(TwoPasses):
         copies = not self._took_a_closure and not kind.__module__.startswith("torch.optim.")
         step_knowing(self.base_optimizer, loss, copies)
         self._took_a_closure = True
+
+    def _warn_of_cleared_gradients(self) -> None:
+        """Of a loop that might have meant to add them up; to throw some away once may be meant."""
+        self._wasteful += self._cleared
+        if self._cleared and self._wasteful == 2:
+            warnings.warn(
+                "passes() has cleared the gradients of passes that no step() had taken yet; where micro-batches add up "
+                "to one step, loop over opt.passes(*batch, accumulate=True).",
+                stacklevel=4,
+            )
+        self._cleared = False
+
+    def _warn_of_plain_steps(self) -> None:
+        """Of a loop that runs no passes; a single step without them may be meant."""
+        had_passes = self._had_pass or self._progress.ascents or not self.active
+        if had_passes or self._stands_still() or all(p.grad is None for p in self._parameters()):
+            return
+        self._plain += 1
+        if self._plain == 2:
+            warnings.warn(
+                "step() has been called twice without passes before it, so that the base optimizer trains alone; loop "
+                "over opt.passes(*batch), or call opt.step(closure).",
+                stacklevel=4,
+            )
 
     def _is_wanted(self) -> bool:
         return any(group["rho"] > 0 for group in self.param_groups)

@@ -1,4 +1,4 @@
-"""A radius of 0 is meant so; a delay that outlasts the run, or a schedule that is always 0, may not be."""
+"""A radius of 0 is meant so; a delay that outlasts the run, or a loop without passes, may not be."""
 
 import copy
 import warnings
@@ -91,3 +91,70 @@ def test_a_radius_raised_in_a_run_that_ends_before_the_delay_says_so():
     run(opt, model)
     with pytest.warns(UserWarning, match="has not been active in any of 6 steps"):
         opt.state_dict()
+
+
+def test_a_loop_that_runs_no_passes_is_told_at_once_and_once():
+    model, opt = made({"rho": 0.1})
+
+    def train():
+        for _ in range(4):
+            opt.zero_grad()
+            loss_of(model).backward()
+            opt.step()
+
+    with pytest.warns(UserWarning, match=r"step\(\) has been called twice without passes before it") as told:
+        train()
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="has not been active in any of 4 steps"):
+        opt.state_dict()
+
+
+@pytest.mark.parametrize("meant", ["delayed", "a first plain step", "rho is 0", "no gradient"])
+def test_steps_without_passes_may_be_meant(meant):
+    options = {"delayed": {"delay": 9}, "rho is 0": {"rho": 0.0}}.get(meant, {"rho": 0.1})
+    model, opt = made(options)
+    for step in range(3):
+        opt.zero_grad()
+        if meant != "no gradient":
+            loss_of(model).backward()
+        opt.step()
+        if meant == "a first plain step" and step == 0:
+            run(opt, model, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        del opt
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_micro_batches_without_accumulate_are_told_once(every):
+    model, opt = made({"rho": 0.1})
+
+    def train():
+        for step in range(12):
+            for _ in opt.passes():
+                loss_of(model).backward()
+            if step % every == every - 1:
+                opt.step()
+
+    with pytest.warns(UserWarning, match=r"passes\(\) has cleared the gradients of passes that no step") as told:
+        train()
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "meant", ["accumulated", "cleared", "thrown away once", "skipped by a scaler", "never stepped"]
+)
+def test_passes_without_a_step_may_be_meant(meant):
+    model, opt = made({"rho": 0.1})
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for step in range(4):
+        for _ in opt.passes(accumulate=meant == "accumulated"):
+            loss = scaler.scale(loss_of(model))
+            (loss * torch.inf if meant == "skipped by a scaler" else loss).backward()
+        if meant == "cleared":
+            opt.zero_grad()
+        elif meant == "skipped by a scaler":
+            scaler.step(opt)
+            scaler.update()
+        elif meant == "thrown away once" and step > 0:
+            opt.step()

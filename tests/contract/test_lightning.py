@@ -316,7 +316,8 @@ def test_without_the_callback_float16_trains_unperturbed_and_the_end_says_so(nev
     trained = Trained.start(run)
     trainer = trainer_on_cpu(max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
     trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, SharpnessAwareCallback)]
-    trainer.fit(Module(trained), loader(run))
+    with pytest.warns(UserWarning, match=r"step\(\) has been called twice without passes"):
+        trainer.fit(Module(trained), loader(run))
     assert trained.model.forwards == 5
     with pytest.warns(UserWarning, match="has not been active in any of"):
         trained.opt.state_dict()

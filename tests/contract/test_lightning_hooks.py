@@ -418,9 +418,9 @@ def test_a_manual_step_without_passes_is_the_base_optimizers():
 
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     model = Plain(0.3)
-    pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[SharpnessAwareCallback()], **quiet).fit(
-        model, as_they_are(BATCHES)
-    )
+    runner = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[SharpnessAwareCallback()], **quiet)
+    with pytest.warns(UserWarning, match=r"step\(\) has been called twice without passes"):
+        runner.fit(model, as_they_are(BATCHES))
     assert_same(model, by_hand(0.0, True), tolerance=1e-6)
 
 
@@ -575,3 +575,13 @@ def test_an_ascent_that_the_optimizer_repeats_counts_once():
             expected.training_step(batch, index).backward()
         opt.step()
     assert_same(ours, expected, tolerance=1e-6)
+
+
+def test_accumulation_without_the_callback_is_refused():
+    model = Model()
+    before = [p.clone() for p in model.parameters()]
+    runner = trainer(model, accumulate_grad_batches=2)
+    runner.callbacks = [callback for callback in runner.callbacks if not isinstance(callback, SharpnessAwareCallback)]
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2 .* add nusam.*SharpnessAwareCallback\(\)"):
+        runner.fit(model, as_they_are(BATCHES))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -119,6 +119,13 @@ def test_a_stream_may_end_in_mid_training(tmp_path, one_pass):
     assert trained.state.global_step == 7
 
 
+def test_two_optimizers_of_ours_are_refused(tmp_path):
+    model = NetWithLoss()
+    opt = nusam.NuSAM(torch.optim.AdamW(model.parameters()), model=model)
+    with pytest.raises(ValueError, match=r"got sharpness_aware= and, in optimizers=, a NuSAM; give one of them\.$"):
+        trainer(tmp_path, model=model, optimizers=(opt, None), sharpness_aware=nusam.NuSAM)
+
+
 def test_an_optimizer_of_ours_is_kept(tmp_path):
     model = NetWithLoss()
     opt = nusam.NuSAMNorm(torch.optim.AdamW(model.parameters()), rho=0.02, model=model)

@@ -45,7 +45,18 @@ NOT_ADDED = (
 WRITTEN_LATE = r"The model writes (?P<names>.+) in its own forward, which was not seen at first, .*"
 SMALL_REACH = r".* perturbs a .* only, which is .*, less than a tenth; opt\.coverage\(\) names the others.*"
 NEVER_PERTURBED = r"The perturbation has not been active in any of .*"
-WARNINGS = (OTHERWISE, DESCENT_ONLY, NOT_ADDED, WRITTEN_LATE, SMALL_REACH, NEVER_PERTURBED)
+NEVER_TAKEN = r"passes\(\) has cleared the gradients of passes that no step\(\) had taken yet; .*"
+NO_PASSES = r"step\(\) has been called twice without passes before it, .*"
+WARNINGS = (
+    OTHERWISE,
+    DESCENT_ONLY,
+    NOT_ADDED,
+    WRITTEN_LATE,
+    SMALL_REACH,
+    NEVER_PERTURBED,
+    NEVER_TAKEN,
+    NO_PASSES,
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An optimizer's constructor called as another library's is, and the call as it should have been."""
+"""Calls as other libraries make them: of a constructor, and what it should have been; of a step."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["check_call"]
+__all__ = ["check_call", "check_micro_batches"]
 
 
 def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -56,3 +56,14 @@ def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
     if "model" in shown:
         shown["model"] = "model"
     return f"{name}({', '.join([first, *(f'{key}={value}' for key, value in shown.items())])})"
+
+
+def check_micro_batches(closure: Any) -> None:
+    """Whether a closure of Lightning's is of a step that takes more than its own micro-batch."""
+    trainers = (getattr(given, "trainer", None) for given in getattr(closure, "args", ()))
+    accumulated = max((getattr(trainer, "accumulate_grad_batches", 1) for trainer in trainers), default=1)
+    if accumulated > 1:
+        raise ValueError(
+            f"accumulate_grad_batches={accumulated} runs micro-batches outside of step(closure), which would lose "
+            "their gradients; add nusam.integrations.lightning.SharpnessAwareCallback() to the Trainer's callbacks."
+        )
