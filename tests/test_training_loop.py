@@ -273,6 +273,44 @@ def test_every_schedule_steps_as_with_the_base_optimizer_alone(name, base):
 # ------------------------------------------------------------------ compilation
 
 
+def _passes(opt, backward):
+    for _ in opt.passes():
+        backward()
+    opt.step()
+
+
+def _halves(opt, backward):
+    with opt.ascent():
+        backward()
+    with opt.descent():
+        backward()
+    opt.step()
+
+
+def _closure(opt, backward):
+    opt.step(backward)
+
+
+@pytest.mark.parametrize("loop", [_passes, _halves, _closure])
+@pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.SAM, matrix_free, nusam.GSAM])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_loop_that_is_compiled_around_the_passes_gives_the_same_weights(kind, loop):
+    torch.compiler.reset()
+    eager = mlp()
+    compiled = copy.deepcopy(eager)
+    optimizers = [kind(torch.optim.SGD(m.parameters(), lr=0.1), rho=0.5, model=m) for m in (eager, compiled)]
+
+    def step(model, opt, x, y):
+        loop(opt, lambda: nn.functional.cross_entropy(model(x), y).backward())
+
+    fast = torch.compile(step, backend="eager")
+    for k in range(3):
+        step(eager, optimizers[0], *batch(k))
+        fast(compiled, optimizers[1], *batch(k))
+        for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.SAM, matrix_free])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

@@ -14,6 +14,7 @@ from nusam.guards.calls import check_micro_batches
 from nusam.guards.checks import check_batch, check_closure
 from nusam.lmo import Nuclear, Unnormalized
 from nusam.two_passes import TwoPasses
+from nusam.uncompiled import Uncompiled
 from nusam.wrapper import itself
 
 __all__ = ["Stepping"]
@@ -33,7 +34,8 @@ class Stepping(TwoPasses):
         The loop body computes the loss and calls ``backward``. Each pass starts with cleared gradients; with
         ``accumulate=True`` the descent gradient adds to what is there, and the ascent leaves no trace in it:
         every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
-        ones afterwards; a loop left in the ascent leaves no gradient of it behind.
+        ones afterwards; a loop left in the ascent leaves no gradient of it behind. If you keep what is returned in a
+        variable, a loop that breaks is left once you let go of it.
 
         The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
         layer was compared with its gradient: the second time its gradient is formed. Both passes come twice in a step
@@ -50,6 +52,10 @@ class Stepping(TwoPasses):
             ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0, or if
                 there is no batch that could be cut though ``ascent_share`` is below 1.
         """
+        return Uncompiled(self._batches(batch, accumulate))
+
+    def _batches(self, batch: tuple[Any, ...], accumulate: bool) -> Generator[Any, None, None]:
+        """The batch, once a pass."""
         self = itself(self)
         check_batch(batch, self.ascent_share)
         whole: Any = batch[0] if len(batch) == 1 else batch or "descent"

@@ -1,7 +1,7 @@
 """How a step goes: the ascent finds ε, the descent takes the gradient at x + ε."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from nusam.placement.in_forward import InForward
 from nusam.placement.ledger import clear_gradients
 from nusam.refusals import CHANGED, OTHERWISE_USED, WRITTEN, Checked
 from nusam.targets import Target, mixed
+from nusam.uncompiled import uncompiled
 from nusam.wrapper import itself
 
 __all__ = ["TwoPasses"]
@@ -53,7 +54,7 @@ class TwoPasses(Checked):
         """Whether a perturbed step has two passes."""
         return self.direction.needs_gradient or self.combination is not None
 
-    @contextmanager
+    @uncompiled
     def ascent(self, accumulate: bool = False) -> Iterator[None]:
         """The first half of :meth:`passes`, for loops whose passes live in different functions.
 
@@ -112,13 +113,13 @@ class TwoPasses(Checked):
             self._ascended = [target.parameter for target in targets]
             self._pending = self._perturb(targets, pass_, workers, in_forward)
 
-    @contextmanager
+    @uncompiled
     def descent(self, accumulate: bool = False) -> Iterator[None]:
         """The second half of :meth:`passes`: inside, the weights are x + ε; afterwards x again."""
         with itself(self)._descent(accumulate):
             yield
 
-    @contextmanager
+    @uncompiled
     def _descent(self, accumulate: bool = False, handlers: Handlers | None = None) -> Iterator[None]:
         """With ε in the forward by what ``handlers`` makes of it, if that is given."""
         self._refuse_inside_pass("descent()")
