@@ -1,6 +1,7 @@
 """What a command imports before it answers: to ask for help, or to mistype a word, is no reason to wait for torch."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,11 @@ import pytest
 import timm
 
 from nusam.experiments.commands import find_rho, memory
+from nusam.experiments.commands.main import main
 from nusam.experiments.recipes import memory_table, published_models
+from nusam.experiments.training.data import DATASETS
+from nusam.experiments.training.methods import METHOD_NAMES
+from nusam.experiments.training.models import TITLES
 from nusam.tools.radius_search import RHOS
 
 COMMANDS = ("demo", "train", "sweep", "reproduce", "memory", "report", "find-rho")
@@ -93,6 +98,16 @@ def answers(tmp_path, *lines):
 def test_help_imports_no_torch(tmp_path):
     lines = [["--help"], *([name, "--help"] for name in COMMANDS)]
     assert dict(zip(map(tuple, lines), answers(tmp_path, *lines), strict=True)) == {tuple(x): [0, []] for x in lines}
+
+
+def test_help_names_all_that_is_taken(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nusam", "train", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    words = set(re.findall(r"-?[a-z][a-z0-9/-]*", capsys.readouterr().out))
+    names = {name.replace("glue-", "-") for name in DATASETS} | TITLES.keys() | set(METHOD_NAMES)
+    assert names - words - {"adamw", "-cola"} == set()
+    assert "glue-cola" in words
 
 
 def test_a_refusal_imports_no_torch(tmp_path):

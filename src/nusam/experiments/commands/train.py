@@ -30,8 +30,9 @@ class Train:
     """
 
     model: str = "mixer"
-    """mixer or vit (small), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained vit-s/16, vit-b/16, mixer-b/16.
-    Small and not as in the paper: mixer-conv, vit-mean. For sentences: bert-base, minilm, bert-tiny."""
+    """mixer or vit (small), mixer-128, vit-128 (the study's), vit-s/4, vit-b/4, mixer-s/4, mixer-b/4; pretrained
+    vit-s/16, vit-b/16, mixer-b/16. Small and not as in the paper: mixer-conv, vit-mean. For sentences: bert-base,
+    minilm, bert-tiny (untrained)."""
     method: str = "nusam"
     """none (the base optimizer alone), sam, sam-on, nusam, nusam-norm or gauss."""
     rho: float = 0.05
@@ -47,8 +48,9 @@ class Train:
     seed: int = 0
     """Decides the data split, the initial weights and the order."""
     data: str = "digits"
-    """digits, or fashion-mnist, cifar10, cifar100 or folder where their files are in --data-root; sentences are
-    movie-reviews and tsv (files in --data-root) and glue-cola, -sst2, -mrpc, -qqp, -stsb, -mnli, -qnli, -rte."""
+    """digits, digits-28 (enlarged), or fashion-mnist, cifar10, cifar10-desk (as in the study), cifar100 or folder where
+    their files are in --data-root; sentences are movie-reviews and tsv (files in --data-root), glue-cola, -sst2, -mrpc,
+    -qqp, -stsb, -mnli, -qnli, -rte, and sentences (a few made up)."""
     data_root: Path = Path("data")
     """Folder of the data's files; of folder, with train/CLASS/*.png and test/CLASS/*.png."""
     image_size: int = 0
