@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nusam.tools.sharpness import sharpness
 from tests.conftest import batch, loss_of, mlp
@@ -295,11 +296,158 @@ def test_the_loss_is_that_of_the_mode_the_model_is_in():
     assert sharpness(model, loss_of).loss == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_an_autocast_around_it_is_one_inside_the_loss(dtype, used_before):
+    """Neither does the loss go on with cast weights of before, nor do the measurement's own products get cast."""
+    model = mlp()
+
+    def inside(model):
+        with torch.autocast("cpu", dtype):
+            return loss_of(model)
+
+    expected = sharpness(model, inside, rho=0.5)
+    assert min(expected.l2, expected.nuclear) > 0.01
+    with torch.autocast("cpu", dtype):
+        if used_before:
+            loss_of(model)
+        assert sharpness(model, loss_of, rho=0.5) == expected
+
+
+class Doubled(torch.autograd.Function):
+    """2·module(x), whose backward runs one of its own: what re-entrant checkpoints of other libraries do."""
+
+    @staticmethod
+    def forward(ctx, module, x):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return 2 * module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = 2 * ctx.module(x)
+        torch.autograd.backward(y, gradient)
+        return None, x.grad
+
+
+def reentrant(module, x):
+    return 2 * checkpoint(module, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("apply", [reentrant, Doubled.apply])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("where", ["first", "last", "all"])
+def test_backwards_inside_the_backward_are_seen(apply, shared, where):
+    """With ``shared``, a weight in there is used outside too: a part of its gradient would look like all of it."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, outer = torch.randn(8, 5, dtype=F64), torch.ones((), dtype=F64, requires_grad=True)
+    outer.grad = torch.full((), 3.0, dtype=F64)
+    stepped = []
+    model[0].weight.register_post_accumulate_grad_hook(stepped.append)
+    kept = model[2].weight.grad = torch.ones(3, 7, dtype=F64)
+
+    def loss(model, through):
+        z = outer * x
+        if where == "all":
+            z = through(model, z)
+        elif where == "first":
+            z = model[2](through(model[:2], z))
+        else:
+            z = through(model[2], model[:2](z))
+        return z.square().mean() + (model[0].weight.pow(3).sum() if shared else 0)
+
+    expected = sharpness(model, lambda m: loss(m, lambda part, z: 2 * part(z)), rho=0.3, hessian_iterations=0)
+    found = sharpness(model, lambda m: loss(m, apply), rho=0.3, hessian_iterations=0)
+    assert (found.l2, found.nuclear) == pytest.approx((expected.l2, expected.nuclear), rel=1e-9)
+    assert model[2].weight.grad is kept
+    assert outer.grad == 3.0
+    assert torch.equal(kept, torch.ones_like(kept))
+    assert not stepped
+    model.zero_grad()
+    loss(model, apply).backward()
+    assert stepped  # the hooks are there again
+    before = everything_of(model)
+    with pytest.raises(NotImplementedError, match=r"another backward inside .* hessian_iterations=0\.$"):
+        sharpness(model, lambda m: loss(m, apply))
+    assert_same(before, everything_of(model))
+
+
+def test_a_sparse_gradient_is_a_gradient():
+    table, rows = torch.randn(10, 3, dtype=F64), torch.randint(0, 10, (4, 3))
+    found = [
+        sharpness(nn.Embedding(10, 3, sparse=sparse, _weight=table.clone()), lambda m: m(rows).pow(3).mean())
+        for sparse in (False, True)
+    ]
+    assert found[1].l2 > 0
+    assert dataclasses.astuple(found[1]) == pytest.approx(dataclasses.astuple(found[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["embedding bag", "once differentiable"])
+def test_an_operation_without_a_second_derivative_says_how_to_leave_it_out(kind):
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return gradient
+
+    if kind == "embedding bag":
+        rows = torch.randint(0, 10, (4, 3))
+        given = (nn.EmbeddingBag(10, 3), lambda m: m(rows).square().mean())
+    else:
+        given = (mlp(), lambda m: loss_of(m) + Once.apply(m[0].weight).square().sum())
+    with pytest.raises(NotImplementedError, match=r"no second derivative of the loss .* hessian_iterations=0\.$"):
+        sharpness(*given)
+    assert sharpness(*given, hessian_iterations=0).l2 > 0
+
+
+def complex_linear():
+    return nn.Linear(2, 2, dtype=torch.complex64)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "make"),
+    [
+        (NotImplementedError, "real weights, got a torch.complex64 one of shape (2, 2)", complex_linear),
+        (ValueError, "on the meta device", lambda: nn.Linear(2, 2, device="meta")),
+        (ValueError, "has a lazy layer, not shaped yet", lambda: nn.LazyLinear(2)),
+        (RuntimeError, "torch.inference_mode() rules out", made_in_inference_mode),
+        (TypeError, "got the class Linear; pass the network itself.", lambda: nn.Linear),
+        (TypeError, "got list; pass the network itself.", lambda: [nn.Linear(2, 2)]),
+    ],
+)
+def test_models_that_can_not_be_measured_get_one_sentence(error, sentence, make):
+    with pytest.raises(error, match=re.escape(sentence)) as raised:
+        sharpness(make(), lambda model: model(torch.ones(2)).sum())
+    assert "\n" not in str(raised.value)
+
+
+def test_inference_mode_is_refused_by_its_name():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=re.escape("torch.inference_mode() rules out")):
+        sharpness(mlp(), loss_of)
+
+
 @pytest.mark.parametrize(
     ("error", "sentence", "arguments"),
     [
         (TypeError, "model must be a torch.nn.Module, got int; pass the network itself.", {"model": 3}),
         (TypeError, "loss must be a function of the model, got float; pass lambda model: <its loss>.", {"loss": 1.0}),
+        (TypeError, "loss must be a function of the model, got a CrossEntropyLoss", {"loss": nn.CrossEntropyLoss()}),
+        (
+            TypeError,
+            "loss must be a function of the model, got one that takes others: missing",
+            {"loss": lambda m, x: m(x)},
+        ),
         (TypeError, "loss must return a 0-d tensor, got float; return the loss itself.", {"loss": lambda m: 1.0}),
         (
             ValueError,

@@ -1,7 +1,7 @@
 """How sharp the loss is around a model's weights: the worst increase in two norm balls, and the Hessian."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from nusam.ascent.serving import full_precision
 from nusam.distributed.blocks import is_sharded
 from nusam.guards.checks import check_count, check_radius
 from nusam.guards.model_guard import RandomState
 from nusam.interrupts import always
 from nusam.lmo import L2, LMO, Dense, Nuclear, Perturbation
 from nusam.power_iteration import working_dtype
+from nusam.tools.arguments import check_gradients_can_be_had, check_network, check_takes
+from nusam.tools.derivatives import Gradients, Hessian, owned
 
 __all__ = ["Sharpness", "sharpness"]
 
@@ -52,9 +55,9 @@ def sharpness(
     Both increases are lower bounds of the true maximum: the best of ``steps`` points that conditional-gradient
     steps reach inside the ball, the first of them being SAM's and νSAM's own. The model is left exactly as it was
     found, also after an exception: weights, buffers, gradients, flags, modes and torch's random generators. It is
-    evaluated in the mode it is in; batch norm in training mode uses the batch's statistics, and dropout draws the
-    same masks every time. Costs ``steps`` forward and backward passes for each ball, ``hessian_iterations``
-    double backward passes, and memory for about four copies of the weights.
+    evaluated in the mode it is in, and under whatever autocast it is called; batch norm in training mode uses the
+    batch's statistics, and dropout draws the same masks every time. Costs ``steps`` forward and backward passes for
+    each ball, ``hessian_iterations`` double backward passes, and memory for about four copies of the weights.
 
     Weights below float32 round most of a small ε away; measure a float32 copy of such a model.
 
@@ -64,13 +67,15 @@ def sharpness(
         rho: radius of both balls.
         steps: ascent steps in each ball, at least 1.
         hessian_iterations: Hessian-vector products of the power iteration; 0 leaves the Hessian out, for models
-            with an operation that has no second derivative.
+            with an operation that has no second derivative, or re-entrant checkpoints.
         seed: of the start vectors, at least 0.
 
     Raises:
         TypeError: if the model is no bare module, or the loss is not callable or returns no tensor.
         ValueError: if a number is out of range, nothing is trainable, or the loss is not 0-d or has no gradient.
-        NotImplementedError: if a parameter is sharded.
+        NotImplementedError: if a parameter is sharded or complex, or the loss has no second derivative that torch
+            can give, and ``hessian_iterations`` is not 0.
+        RuntimeError: under ``torch.inference_mode()``.
     """
     check_radius(rho)
     check_count("steps", steps, 1)
@@ -79,6 +84,11 @@ def sharpness(
     surface = _Surface(_checked_model(model), loss)
     with torch.enable_grad(), always(surface.restore):
         value, gradients = surface.begin()
+        if hessian_iterations and surface.gradients.are_nested:
+            raise NotImplementedError(
+                "The loss runs another backward inside its backward, as a re-entrant checkpoint does, of which there "
+                "is no second derivative; use use_reentrant=False, or leave the Hessian out with hessian_iterations=0."
+            )
         l2 = _worst_increase(surface, value, gradients, L2(), rho, steps, seed)
         nuclear = _worst_increase(surface, value, gradients, Nuclear(POWER_ITERATIONS), rho, steps, seed)
         hessian = _top_eigenvalue(surface, hessian_iterations, seed) if hessian_iterations else math.nan
@@ -93,11 +103,13 @@ class _Surface:
             raise TypeError(
                 f"loss must be a function of the model, got {type(loss).__name__}; pass lambda model: <its loss>."
             )
+        check_takes("loss", loss, "the model")
         self.model = model
         self.loss = loss
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("The model has no trainable parameter to displace; set requires_grad on some.")
+        self.gradients = Gradients(self.parameters)
         self._starts = [p.detach().clone() for p in self.parameters]
         self._buffers = [
             (owner, name, buffer, buffer.detach().clone())
@@ -122,10 +134,10 @@ class _Surface:
             parameter.grad = None
         return self.displaced([None] * len(self.parameters))
 
-    def hessian(self) -> "_Hessian":
+    def hessian(self) -> Hessian:
         """The Hessian at the weights as they are."""
         self._move([None] * len(self.parameters))
-        return _Hessian(self.parameters, self.gradients(self.evaluate(), create_graph=True))
+        return Hessian(self.parameters, self.evaluate())
 
     def displaced(self, epsilons: list[Tensor | None]) -> tuple[float, list[Tensor]]:
         """The loss with its ε (None: nothing) added to every trainable parameter, and its gradients there."""
@@ -150,14 +162,11 @@ class _Surface:
             )
         return value
 
-    def gradients(self, loss: Tensor, create_graph: bool = False) -> list[Tensor]:
-        """Of the trainable parameters; zero where one is unused."""
-        return list(torch.autograd.grad(loss, self.parameters, create_graph=create_graph, materialize_grads=True))
-
     def _move(self, epsilons: list[Tensor | None]) -> None:
         with torch.no_grad():
             for parameter, start, epsilon in zip(self.parameters, self._starts, epsilons, strict=True):
                 parameter.copy_(start if epsilon is None else start + epsilon)
+        torch.clear_autocast_cache()  # an autocast around it all would go on with its copy of the weights
 
     def _rewind(self) -> None:
         with torch.no_grad():
@@ -168,28 +177,6 @@ class _Surface:
         for module, training in self._modes:
             module.training = training
         self._random.replay()
-
-
-class _Hessian:
-    """The second derivative of a loss, as a product with vectors over all trainable parameters."""
-
-    def __init__(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        self._parameters = parameters
-        self._curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
-        self._gradients = gradients
-
-    def __matmul__(self, vector: list[Tensor]) -> list[Tensor]:
-        if not self._curved:
-            return [torch.zeros_like(parameter) for parameter in self._parameters]
-        return _owned(
-            torch.autograd.grad(
-                [self._gradients[i] for i in self._curved],
-                self._parameters,
-                [vector[i] for i in self._curved],
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
 
 
 def _worst_increase(
@@ -207,7 +194,8 @@ def _worst_increase(
         directions = _random_like(parameters, seed)  # a critical point: no gradient says which way is up
     best, share = start, 1.0
     for _ in range(steps):
-        corners = ball(_owned(directions), [rho] * len(chosen), states, seed)
+        with full_precision(parameters):
+            corners = ball(owned(directions), [rho] * len(chosen), states, seed)
         # A convex combination of points of the ball is in the ball.
         tried = [torch.lerp(e, _dense(corner).to(e), share) for e, corner in zip(inside, corners, strict=True)]
         epsilons: list[Tensor | None] = [None] * len(surface.parameters)
@@ -255,11 +243,6 @@ def _dense(perturbation: Perturbation) -> Tensor:
     return torch.outer(perturbation.u, perturbation.v)
 
 
-def _owned(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that may be overwritten, which autograd's answers (shared, expanded) may not."""
-    return [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
-
-
 def _random_like(tensors: list[Tensor], seed: int) -> list[Tensor]:
     """Normal entries, drawn on the CPU so that they are the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -267,8 +250,7 @@ def _random_like(tensors: list[Tensor], seed: int) -> list[Tensor]:
 
 
 def _checked_model(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the network itself.")
+    check_network(model)
     if isinstance(model, DistributedDataParallel):
         raise TypeError("model must be a bare module, got one wrapped by DistributedDataParallel; pass model.module.")
     for parameter in model.parameters():
@@ -277,4 +259,11 @@ def _checked_model(model: Any) -> nn.Module:
                 f"model must be whole on one device, got a sharded parameter of shape {tuple(parameter.shape)}; "
                 "measure an unsharded copy."
             )
+        if parameter.is_complex() and parameter.requires_grad:
+            raise NotImplementedError(
+                f"model must have real weights, got a {parameter.dtype} one of shape {tuple(parameter.shape)}; measure "
+                "one that holds its real and imaginary parts, or freeze it."
+            )
+    check_gradients_can_be_had(model, "sharpness()")
+    assert isinstance(model, nn.Module)
     return model
