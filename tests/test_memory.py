@@ -1,5 +1,6 @@
 """What ε costs: counted against the paper's figures, and against what the allocator holds."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -7,11 +8,16 @@ import torch
 from torch import nn
 
 import nusam
+from nusam.directions import Direction
 from nusam.experiments.recipes.allocations import mark, moments
 from nusam.tools.memory import footprint, perturbation_numel
 from tests.conftest import mlp
 
 MB = 2**20
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize(("name", "numel"), [("vit_large_patch16_224", 395_240), ("vit_base_patch16_224", 149_224)])
@@ -117,6 +123,95 @@ def test_live_bytes_while_perturbed_counted_by_the_allocator(kind):
     assert peak <= cost.total + MB
     left = 0 if kind is nusam.SAM else 4 * 25 * 2000  # one warm start a matrix
     assert cost.weights + left <= at["step"] <= cost.weights + left + MB // 4
+
+
+METHODS = [
+    kind
+    for kind in vars(nusam.methods).values()
+    if isinstance(kind, type) and issubclass(kind, nusam.SharpnessAware) and kind is not nusam.SharpnessAware
+]
+
+
+class TwoMeans(Direction):
+    """A direction of one's own, that remembers more than any of ours."""
+
+    def init_state(self, parameter):
+        return {name: torch.zeros_like(parameter, requires_grad=False) for name in ("slow", "fast")}
+
+
+class Warm(nusam.lmo.L2):
+    """A ball that remembers."""
+
+    def init_state(self, parameter, seed):
+        return {"warm": torch.zeros_like(parameter, requires_grad=False)}
+
+
+def own(base, **options):
+    combination = nusam.combinations.LookBack(2, 0.5)
+    return nusam.SharpnessAware(base, Warm(), direction=TwoMeans(), combination=combination, **options)
+
+
+class Normed(nn.Module):
+    """Matrices of a dtype, and a norm of another between."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(600, 600), nn.LayerNorm(600), nn.Linear(600, 600)
+        for layer in (self.first, self.last):
+            layer.to(dtype)
+
+    def forward(self, x):
+        x = self.first(x.to(self.first.weight.dtype))
+        return self.last(self.norm(x.float()).to(self.last.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*METHODS, partial(nusam.RWP, mixture=0.5), own])
+def test_live_bytes_of_every_method_are_those_that_are_told(kind, dtype):
+    def program():
+        models.append(Normed(dtype))
+        opt = kind(torch.optim.SGD(models[0].parameters(), lr=0.1), model=models[0], placement="weights")
+        x = torch.randn(1, 600)
+        for name in opt.passes():
+            models[0](x).float().square().mean().backward()
+            mark(name)
+
+    models = []
+    at = {moment.mark: moment.live for moment in moments(program) if moment.mark}
+    cost = footprint(models[0], kind)
+    assert cost.weights == sum(p.numel() * p.element_size() for p in models[0].parameters())
+    activations = 32 * 600 * 4
+    assert cost.total <= at["descent"] <= cost.total + activations
+
+
+def test_nothing_is_allocated_for_what_is_remembered():
+    with torch.device("meta"):
+        model = HundredMillion()
+    assert footprint(model, nusam.LookSAM).remembered == 2 * 4 * 100_050_000
+    model.to_empty(device="cpu")
+    found = moments(lambda: footprint(model, nusam.FriendlySAM))
+    assert max((moment.live for moment in found), default=0) < MB
+
+
+@pytest.mark.parametrize("count", [footprint, perturbation_numel])
+@pytest.mark.parametrize(
+    ("error", "sentence", "given"),
+    [
+        (ValueError, "model ReLU has no parameter", (nn.ReLU(),)),
+        (TypeError, "model must be a torch.nn.Module, got list", ([nn.Linear(2, 2)],)),
+        (TypeError, "model must be a torch.nn.Module, got the class Linear", (nn.Linear,)),
+        (ValueError, "has a lazy layer", (nn.LazyLinear(2),)),
+        (TypeError, "method must be .* got 'SAM'", (nn.Linear(2, 2), "SAM")),
+        (TypeError, "method must be .* got None", (nn.Linear(2, 2), None)),
+        (TypeError, "method must be .* got <class 'torch.optim.sgd.SGD'>", (nn.Linear(2, 2), torch.optim.SGD)),
+        (TypeError, "method must be .* got a SAM", (nn.Linear(2, 2), nusam.SAM(sgd(nn.Linear(2, 2))))),
+        (TypeError, "method must make .* got a SGD", (nn.Linear(2, 2), lambda base, **options: base)),
+    ],
+)
+def test_what_can_not_be_counted_gets_one_sentence(count, error, sentence, given):
+    with pytest.raises(error, match=sentence) as raised:
+        count(*given)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_matrix_free_ascent_holds_no_gradient():

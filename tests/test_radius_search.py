@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+import warnings
 from functools import partial
 
 import numpy as np
@@ -195,13 +197,111 @@ def sgd(model):
         ),
         ({"loss": lambda model, batch: model(batch[0])}, "with one value, got a tensor of shape"),
         ({"score": lambda model: "x"}, "score must return a number, got 'x'"),
+        ({"model": None}, "model must be a torch.nn.Module, got NoneType"),
+        ({"model": nn.Linear}, "model must be a torch.nn.Module, got the class Linear"),
+        ({"base": lambda model: nusam.NuSAM(sgd(model))}, "base must return the optimizer alone, .* is a NuSAM"),
+        ({"base": sgd(nn.Linear(2, 2))}, "base must be a function, .*, got a SGD.$"),
+        ({"base": lambda: None}, "base must be a function of a model, got one that takes others"),
+        ({"loss": nn.CrossEntropyLoss()}, "loss must be a function of a model and a batch, got a CrossEntropyLoss"),
+        ({"loss": lambda model: 0}, "loss must be a function of a model and a batch, got one that takes others"),
+        ({"score": lambda model, batch: 0}, "score must be a function of a model, got one that takes others"),
+        ({"report": 1}, "report must be a function, .*, got 1.$"),
+        ({"methods": "NuSAM"}, "methods must be a list or the like, got 'NuSAM'"),
+        ({"methods": ["NuSAM"]}, "methods must be a method such as nusam.NuSAM, .* got 'NuSAM'"),
+        ({"methods": [torch.optim.SGD]}, "methods must be a method such as nusam.NuSAM, .* got <class"),
+        ({"methods": [nusam.SAM(sgd(nn.Linear(2, 2)))]}, "methods must be a method such as nusam.NuSAM, .* got a SAM"),
+        ({"methods": [lambda base, **options: base]}, "A method must make a nusam.SharpnessAware, got a SGD"),
+        ({"loader": {"x": torch.ones(2)}}, "loader must be a list or the like, got a dict"),
+        ({"validation": "held out"}, "validation must be a list or the like, got 'held out'"),
     ],
 )
 def test_what_can_not_serve_several_trainings_is_refused_before_the_first(setup, change, sentence):
     seen = []
     with pytest.raises(TypeError, match=sentence):
-        nusam.find_rho(**{**setup, **change}, steps=2, report=seen.append)
+        nusam.find_rho(**{**setup, "report": seen.append, **change}, steps=2)
     assert seen == []
+
+
+def with_old_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 3)))
+
+
+def with_a_kept_activation():
+    model = nn.Linear(5, 3)
+    model.seen = model(torch.ones(5))
+    return model
+
+
+def with_a_lock():
+    model = nn.Linear(5, 3)
+    model.lock = threading.Lock()
+    return model
+
+
+@pytest.mark.parametrize("make", [with_old_weight_norm, with_a_kept_activation, with_a_lock])
+def test_a_model_that_can_not_be_copied_is_refused_in_one_sentence(setup, make):
+    with pytest.raises(TypeError, match=r"trains copies of the model, and a .* could not be deep-copied \(") as raised:
+        nusam.find_rho(**{**setup, "model": make()}, steps=2)
+    assert "\n" not in str(raised.value)
+    assert ". " not in str(raised.value)
+
+
+@pytest.mark.parametrize("which", ["loader", "validation"])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_batch_is_not_taken_for_batches(setup, which, as_list):
+    batch = next(iter(setup["validation"]))
+    given = {**setup, which: list(batch) if as_list else tuple(batch)}
+    seen = []
+    with pytest.raises(TypeError, match=r"loader and validation must both give batches, .* \[batch\]\.$"):
+        nusam.find_rho(**given, steps=2, report=seen.append)
+    assert seen == []
+    found = nusam.find_rho(**{**setup, which: [batch]}, methods=(nusam.SAM,), rhos=0.1, steps=1, seeds=1)
+    assert len(found.trials) == 1
+
+
+def test_what_only_the_score_reads_may_be_of_another_kind(setup):
+    given = {**setup, "validation": torch.ones(3, 2), "score": lambda model: 0.0}
+    found = nusam.find_rho(**given, methods=(nusam.SAM,), rhos=0.1, steps=1, seeds=1)
+    assert found.base.scores == (0.0,)
+
+
+@pytest.mark.parametrize("share", [1, 0.5])
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_an_autocast_around_the_search_is_one_inside_the_loss(setup, share, one_pass):
+    """With the cast weights of an earlier step the base optimizer, or the method, would not learn."""
+    setup["model"] = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    def inside(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(model, batch)
+
+    with torch.no_grad():
+        untrained = -sum(float(inside(setup["model"], batch)) for batch in setup["validation"]) / 2
+    options = {"rhos": (0.1,), "steps": STEPS, "seeds": 1, "ascent_share": share, "methods": (nusam.NuSAM,)}
+    expected = nusam.find_rho(**{**setup, "loss": inside}, **options, one_pass=one_pass)
+    assert abs(expected.base.score - untrained) > 0.01
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nusam.find_rho(**setup, **options, one_pass=one_pass)
+    for trial, other in zip((found.base, *found.trials), (expected.base, *expected.trials), strict=True):
+        assert trial.scores == pytest.approx(other.scores, rel=1e-3)
+
+
+def test_no_grad_around_the_search_is_not_in_its_way(setup):
+    options = {"methods": (nusam.NuSAM,), "rhos": (0.1,), "steps": 3, "seeds": 1}
+    with torch.no_grad():
+        found = nusam.find_rho(**setup, **options)
+    assert found == nusam.find_rho(**setup, **options)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"find_rho\(\) needs gradients"):
+        nusam.find_rho(**setup, **options)
+
+
+def test_methods_may_come_one_by_one(setup):
+    found = nusam.find_rho(**setup, methods=iter([nusam.NuSAM, nusam.SAM]), rhos=(0.1,), steps=1, seeds=1)
+    assert [trial.method for trial in found.trials] == ["NuSAM", "SAM"]
+    with pytest.raises(ValueError, match=r"no trial of 'nusam'; name one that was tried: NuSAM, SAM\.$"):
+        found.suggestion("nusam")
 
 
 @pytest.mark.parametrize("captured", ["base", "loss", "both"])
@@ -255,6 +355,12 @@ def test_radii_may_be_an_array(setup):
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
         ({"delay": 1.0}, "delay must be a share of the steps"),
+        ({"delay": "a"}, "delay must be a share of the steps.* got 'a'"),
+        ({"delay": None}, "delay must be a share of the steps.* got None"),
+        ({"warm_up": True}, "warm_up must be a share of the steps"),
+        ({"model": nn.ReLU()}, "model ReLU has no parameter"),
+        ({"model": nn.Linear(5, 3, device="meta")}, "a model with weights"),
+        ({"one_pass": True}, r"got SAM; name others, such as methods=\(nusam.NuSAM,\)\.$"),
         ({"warm_up": -0.1}, "warm_up must be a share of the steps"),
         ({"loader": []}, "The loader gave no batch"),
         ({"one_pass": True}, "rank-one"),

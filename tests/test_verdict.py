@@ -308,6 +308,19 @@ def test_going_on_is_what_the_training_would_have_done(helps, one_pass, clock):
 
 
 @pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ((None, sgd), "model must be a torch.nn.Module"),
+        ((Pair(), sgd(Pair())), "base must be a function, .* got a SGD"),
+    ],
+)
+def test_going_on_needs_a_model_and_a_function(given, sentence):
+    verdict = truth(peak(0.1, 1.0), rhos=(0.1,), confirm=2).verdict
+    with pytest.raises(TypeError, match=sentence):
+        verdict.go_on(*given)
+
+
+@pytest.mark.parametrize(
     "noisy",
     [nusam.RWP, partial(nusam.RWP, mixture=0.5), lambda base, sigma, **options: nusam.RWP(base, sigma, **options)],
 )

@@ -69,9 +69,12 @@ class Targeted(Wrapper):
 
     def perturbation_numel(self) -> int:
         """Floats that ε needs: Σ(n+m) over the matrices for νSAM (Table 1), every perturbed weight for SAM."""
-        parameters = [target.parameter for target in self._targets(factor=1.0)]
-        stacked = sum(p.shape[0] * sum(p.shape[1:]) for p in parameters if p in self._stacks)
-        return stacked + sum(self.lmo.numel(p) for p in parameters if p not in self._stacks)
+        return sum(self._numel(target.parameter) for target in self._targets(factor=1.0))
+
+    def _numel(self, parameter: Tensor) -> int:
+        """Floats that ε of a target needs."""
+        stacked = parameter in self._stacks
+        return parameter.shape[0] * sum(parameter.shape[1:]) if stacked else self.lmo.numel(parameter)
 
     def coverage(self) -> Coverage:
         """How many trainable entries are perturbed, once the delay is over, and by name what is not.

@@ -1,6 +1,7 @@
 """What the tools are given: each refusal is one sentence, and comes before anything is computed."""
 
 import inspect
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +13,26 @@ from torch.optim import Optimizer
 
 from nusam.optimizer import SharpnessAware
 
-__all__ = ["check_gradients_can_be_had", "check_method", "check_network", "check_takes", "shortly"]
+__all__ = [
+    "check_batches",
+    "check_function",
+    "check_gradients_can_be_had",
+    "check_method",
+    "check_network",
+    "check_several",
+    "check_takes",
+    "first_sentence",
+    "shortly",
+]
 
 
 def check_network(model: Any) -> None:
-    """Whether it is a module, and not an optimizer, a class or a list of layers."""
+    """Whether it is a module with parameters, and not an optimizer, a class or a list of layers."""
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"model must be a torch.nn.Module, got {given}; pass the network itself.")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"model {type(model).__name__} has no parameter; pass the network itself.")
     if any(map(is_lazy, model.parameters())):
         raise ValueError(f"model {type(model).__name__} has a lazy layer, not shaped yet; run it once before.")
 
@@ -47,6 +60,31 @@ def check_method(what: str, method: Any) -> None:
         )
 
 
+def check_function(what: str, function: Any, *takes: str) -> None:
+    """Whether it is a function of such arguments, and no class."""
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"{what} must be a function, see help(nusam.find_rho), got {shortly(function)}.")
+    check_takes(what, function, *takes)
+
+
+def check_several(what: str, several: Any) -> None:
+    """Whether it can be run through, and gives something else than letters or keys."""
+    if not (hasattr(several, "__iter__") or hasattr(several, "__getitem__")) or isinstance(several, type):
+        raise TypeError(f"{what} must be something to iterate over, got {shortly(several)}.")
+    if isinstance(several, str | Mapping):
+        raise TypeError(f"{what} must be a list or the like, got {shortly(several)}; put it into a list.")
+
+
+def check_batches(what: str, batches: Any) -> None:
+    """Whether they can be run through again and again."""
+    check_several(what, batches)
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"{what} must give the same batches to every training, got a {type(batches).__name__}, which can be "
+            "run through once; hand over a DataLoader or a list."
+        )
+
+
 def check_takes(what: str, function: Any, *takes: str) -> None:
     """Whether a function can be called with arguments of these names by their places, as far as can be told."""
     arguments = " and ".join(takes)
@@ -55,12 +93,18 @@ def check_takes(what: str, function: Any, *takes: str) -> None:
             f"{what} must be a function of {arguments}, got {shortly(function)}, which wants an output; write a "
             "function that makes that output and calls it."
         )
+    called = function.forward if isinstance(function, nn.Module) else function
     try:
-        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(*takes)
+        inspect.signature(called, follow_wrapped=False).bind(*takes)  # what wraps it may add arguments
     except ValueError:  # of what is not written in Python
         return
     except TypeError as error:
         raise TypeError(f"{what} must be a function of {arguments}, got one that takes others: {error}.") from None
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error of somebody else's says, to be a part of a sentence."""
+    return str(error).splitlines()[0].split(". ")[0].rstrip(".") if str(error) else type(error).__name__
 
 
 def shortly(given: Any) -> str:

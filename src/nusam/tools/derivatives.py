@@ -10,6 +10,7 @@ from torch.autograd.graph import Node
 
 from nusam.ascent.serving import full_precision
 from nusam.interrupts import always, around_backwards
+from nusam.tools.arguments import first_sentence
 
 __all__ = ["Gradients", "Hessian", "owned"]
 
@@ -88,8 +89,10 @@ def _derivative(of: list[Tensor], by: list[Tensor], along: list[Tensor] | None, 
     try:
         with full_precision(by):
             return torch.autograd.grad(of, by, along, materialize_grads=True, **options)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # NotImplementedError is one
-        raise _missing(str(error).splitlines()[0].rstrip(".")) from error
+        raise _missing(first_sentence(error)) from error
 
 
 def _missing(why: str) -> NotImplementedError:

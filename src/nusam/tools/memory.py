@@ -1,30 +1,34 @@
 """What a method's perturbation costs for a model, exactly (Table 1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nusam.lmo import Nuclear
 from nusam.methods import NuSAM
 from nusam.optimizer import SharpnessAware
+from nusam.power_iteration import working_dtype
+from nusam.tools.arguments import check_method, check_network, shortly
 
 __all__ = ["Footprint", "footprint", "perturbation_numel"]
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes alive in the descent pass, without activations and the base optimizer's state."""
+    """Bytes alive in a perturbed descent pass, without activations, buffers and the base optimizer's state."""
 
     weights: int
     gradients: int
     perturbation: int
+    remembered: int = 0
+    """What else the method keeps: running means and masks, and the gradient at the weights if it combines both."""
 
     @property
     def total(self) -> int:
-        """Bytes of weights, gradients and perturbation together."""
-        return self.weights + self.gradients + self.perturbation
+        """Bytes of all of them together."""
+        return self.weights + self.gradients + self.perturbation + self.remembered
 
 
 def perturbation_numel(model: nn.Module, method: Callable[..., SharpnessAware] = NuSAM) -> int:
@@ -35,6 +39,7 @@ def perturbation_numel(model: nn.Module, method: Callable[..., SharpnessAware] =
     ``functools.partial(nusam.NuSAM, convolutions=True)``.
 
     Raises:
+        TypeError: if the model is no module, or the method no method.
         ValueError: if the method finds nothing to perturb in the model.
     """
     return _optimizer(model, method).perturbation_numel()
@@ -43,20 +48,51 @@ def perturbation_numel(model: nn.Module, method: Callable[..., SharpnessAware] =
 def footprint(model: nn.Module, method: Callable[..., SharpnessAware] = NuSAM) -> Footprint:
     """Bytes of a model's weights and gradients and of ``method``'s ε while it is applied.
 
-    The vectors of a rank-one ε are held in at least float32; a dense ε is a second copy of the weights it moves.
+    The vectors of a rank-one ε are held in at least float32; a dense ε is a second copy of the weights it moves. What
+    a direction or a combination stores (:mod:`nusam.directions`, :mod:`nusam.combinations`) is counted as remembered.
+
+    Raises:
+        TypeError: if the model is no module, or the method no method.
+        ValueError: if the method finds nothing to perturb in the model.
     """
-    parameters = list(model.parameters())
-    itemsize = max(parameter.dtype.itemsize for parameter in parameters)
     optimizer = _optimizer(model, method)
-    if isinstance(optimizer.lmo, Nuclear):
-        itemsize = max(itemsize, 4)
+    parameters = list(model.parameters())
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    targets = [target.parameter for target in optimizer._targets(factor=1.0)]
+    is_rank_one = isinstance(optimizer.lmo, Nuclear)
     return Footprint(
-        weights=sum(parameter.numel() * parameter.dtype.itemsize for parameter in parameters),
-        gradients=sum(p.numel() * p.dtype.itemsize for p in parameters if p.requires_grad),
-        perturbation=optimizer.perturbation_numel() * itemsize,
+        weights=sum(map(_nbytes, parameters)),
+        gradients=sum(map(_nbytes, trainable)),
+        perturbation=sum(
+            optimizer._numel(p) * (working_dtype(p) if is_rank_one else p.dtype).itemsize for p in targets
+        ),
+        remembered=_remembered(optimizer, targets, trainable),
     )
 
 
+def _remembered(optimizer: SharpnessAware, targets: Sequence[Tensor], trainable: Sequence[Tensor]) -> int:
+    """Bytes of what ball, direction and combination say they store, and of the gradient kept for the combination."""
+    ball, direction, combination = optimizer.lmo, optimizer.direction, optimizer.combination
+    kept = [] if combination is None else trainable
+    states = []
+    for parameter in {*targets, *kept}:
+        shape = torch.empty_like(parameter, device="meta")  # that nothing is allocated
+        states.append(direction.init_state(shape))
+        if combination is not None:
+            states.append(combination.init_state(shape))
+        if not isinstance(ball, Nuclear):  # whose warm start is a part of ε
+            states.append(ball.init_state(shape, 0))
+    return sum(map(_nbytes, kept)) + sum(_nbytes(stored) for state in states for stored in state.values())
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize
+
+
 def _optimizer(model: nn.Module, method: Callable[..., SharpnessAware]) -> SharpnessAware:
-    base = torch.optim.SGD(model.parameters(), lr=0.0)
-    return method(base, model=model, placement="weights")
+    check_network(model)
+    check_method("method", method)
+    made = method(torch.optim.SGD(model.parameters(), lr=0.0), model=model, placement="weights")
+    if not isinstance(made, SharpnessAware):
+        raise TypeError(f"method must make a nusam.SharpnessAware of an optimizer, got {shortly(made)}.")
+    return made

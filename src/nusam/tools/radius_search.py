@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch.optim import Optimizer
 
 from nusam.guards.checks import check_count, check_radius, check_share
 from nusam.methods import SAM, NuSAM
-from nusam.tools.trainings import Method, Trained, Trainings
+from nusam.tools.arguments import (
+    check_batches,
+    check_function,
+    check_gradients_can_be_had,
+    check_method,
+    check_network,
+    check_several,
+)
+from nusam.tools.trainings import Method, Trained, Trainings, first, values
 from nusam.tools.verdict import Gain, Trial, Verdict, gain_over, per_step
 
 __all__ = ["RadiusSearch", "Trial", "find_rho"]
@@ -47,7 +56,11 @@ class RadiusSearch:
 
     def suggestion(self, method: str) -> Trial:
         """The trial with the best mean score; of equal ones, the smallest ρ."""
-        return _best(trial for trial in self.trials if trial.method == method)
+        trials = [trial for trial in self.trials if trial.method == method]
+        if not trials:
+            tried = ", ".join(dict.fromkeys(trial.method for trial in self.trials))
+            raise ValueError(f"There is no trial of {method!r}; name one that was tried: {tried}.")
+        return _best(trials)
 
     @property
     def suggestions(self) -> dict[str, float]:
@@ -121,7 +134,7 @@ def find_rho(
         ascent_share: of each batch, that the ascents see; or several shares, each to be tried. The best ρ is larger
             with a smaller share.
         one_pass: whether each ascent rides in the descent before it, :meth:`nusam.SharpnessAware.one_pass`; for
-            methods with a rank-one ball.
+            methods with a rank-one ball, so that ``methods=(nusam.NuSAM,)`` must be named beside it.
         seeds: trainings of every method and ρ, with batches in another order and, where the model has any, other
             dropout masks.
         confirm: further seeds, for a verdict; at least 2, and 4 or more for an interval that is of use.
@@ -130,16 +143,24 @@ def find_rho(
         report: told of every trial as it ends.
 
     Raises:
-        TypeError, ValueError: if there is no radius, method or batch, a number is out of range, the base optimizer or a
-            loader can't serve several trainings, or a method can't wrap it; in one sentence, and but for a loader
-            without batches before the first training.
+        TypeError, ValueError: if there is no radius, method or batch, a number is out of range, the model, the base
+            optimizer or a loader can't serve several trainings, or a method can't wrap it; in one sentence, and but for
+            what a loader gives before the first training.
+        RuntimeError: under ``torch.inference_mode()``.
     """
-    for name, given in (("base", base), ("loss", loss), ("score", score)):
-        if not (callable(given) or (given is None and name == "score")) or isinstance(given, type):
-            raise TypeError(f"{name} must be a function, see help(nusam.find_rho), got {given!r}.")
-    for name, several in (("methods", methods), ("loader", loader), ("validation", validation)):
-        if not (hasattr(several, "__iter__") or hasattr(several, "__getitem__")) or isinstance(several, type):
-            raise TypeError(f"{name} must be something to iterate over, got {several!r}.")
+    check_network(model)
+    check_gradients_can_be_had(model, "find_rho()")
+    check_function("base", base, "a model")
+    check_function("loss", loss, "a model", "a batch")
+    for name, given, takes in (("score", score, "a model"), ("report", report, "a trial")):
+        if given is not None:
+            check_function(name, given, takes)
+    check_batches("loader", loader)
+    check_batches("validation", validation)
+    check_several("methods", methods)
+    methods = list(methods)
+    for method in methods:
+        check_method("methods", method)
     radii = _checked_radii(RHOS if rhos is None else rhos, methods)
     shares = list(ascent_share) if isinstance(ascent_share, Iterable) else [ascent_share]
     if not shares or len(set(shares)) < len(shares):
@@ -152,25 +173,20 @@ def find_rho(
     if confirm == 1:
         raise ValueError("confirm must be 0 or at least 2, got 1, which has no interval; give 4 or more.")
     for name, part in (("delay", delay), ("warm_up", warm_up)):
-        if not 0 <= part < 1:
+        if not isinstance(part, Real) or isinstance(part, bool) or not 0 <= part < 1:
             raise ValueError(f"{name} must be a share of the steps, at least 0 and below 1, got {part!r}.")
-    for name, batches in (("loader", loader), ("validation", validation)):
-        if isinstance(batches, Iterator):
-            raise TypeError(
-                f"{name} must give the same batches to every training, got a {type(batches).__name__}, which can be "
-                "run through once; hand over a DataLoader or a list."
-            )
     named = {_name(method): method for method in methods}
     if len({ALONE, *named}) <= len(methods):
         twice = Counter([ALONE, *map(_name, methods)]).most_common(1)[0][0]
         raise ValueError(f"Two methods are called {twice}; give one of them a __name__ of its own.")
 
     def judge(trained: nn.Module) -> float:
-        return -fmean(_values(trained, loss, validation))
+        return -fmean(values(trained, loss, validation))
 
-    trainings = Trainings(model, base, loss, loader, steps, delay, warm_up, one_pass)
-    search = _Search(trainings, named, score or judge, report or (lambda trial: None))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        like = None if score else first(validation)
+        trainings = Trainings(model, base, loss, loader, steps, delay, warm_up, one_pass, like)
+        search = _Search(trainings, named, score or judge, report or (lambda trial: None))
         for method in methods:
             for share in shares:
                 trainings.prepared(method, radii[0], share)  # what is refused is refused before anything is trained
@@ -320,10 +336,3 @@ def _name(method: Method) -> str:
     while isinstance(method, partial) and "__name__" not in method.__dict__:
         method = method.func
     return getattr(method, "__name__", type(method).__name__)
-
-
-def _values(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]) -> list[float]:
-    values = [float(loss(model, batch)) for batch in batches]
-    if not values:
-        raise ValueError("validation gave no batch; hand over one that can be run through several times.")
-    return values

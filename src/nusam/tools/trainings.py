@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from nusam.guards.checks import check_base_optimizer
+from nusam.lmo import Nuclear
 from nusam.one_pass.looking import checked
 from nusam.optimizer import SharpnessAware
+from nusam.tools.arguments import first_sentence, shortly
 
-__all__ = ["Method", "Trained", "Trainings"]
+__all__ = ["Method", "Trained", "Trainings", "first", "values"]
 
 Method = Callable[..., SharpnessAware]
 
@@ -53,6 +55,8 @@ class Trainings:
     delay: float
     warm_up: float
     one_pass: bool
+    like: Any = None
+    """A batch that the loss also gets, or None."""
 
     def wrap(self, method: Method, rho: float, share: float) -> Callable[..., SharpnessAware]:
         """The method with everything but the base optimizer and the model."""
@@ -61,10 +65,15 @@ class Trainings:
 
     def prepared(self, method: Method | None, rho: float, share: float) -> tuple[nn.Module, Optimizer]:
         """A copy of the model, and its optimizer; None is the base optimizer alone."""
-        trained = copy.deepcopy(self.model)
+        trained = self.copied()
         if not self.model.training:
             trained.train()
         optimizer = self.base(trained)
+        if isinstance(optimizer, SharpnessAware):
+            raise TypeError(
+                "base must return the optimizer alone, which find_rho() wraps, but its base_optimizer is a "
+                f"{type(optimizer).__name__}, itself a wrapper; return the one inside it."
+            )
         check_base_optimizer(optimizer)
         own = set(trained.parameters())
         if not any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -74,20 +83,56 @@ class Trainings:
             )
         if method is not None:
             optimizer = self.wrap(method, rho, share)(optimizer, model=trained)
+            if not isinstance(optimizer, SharpnessAware):
+                raise TypeError(f"A method must make a nusam.SharpnessAware, got {shortly(optimizer)}; name others.")
             if self.one_pass:
+                if not isinstance(optimizer.lmo, Nuclear):
+                    raise ValueError(
+                        "one_pass=True needs methods with the rank-one perturbation of NuSAM or NuSAMNorm, got "
+                        f"{type(optimizer).__name__}; name others, such as methods=(nusam.NuSAM,)."
+                    )
                 optimizer._begin_one_pass()
         return trained, optimizer
+
+    def copied(self) -> nn.Module:
+        """A model to be trained."""
+        try:
+            return copy.deepcopy(self.model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise TypeError(
+                f"find_rho() trains copies of the model, and a {type(self.model).__name__} could not be deep-copied "
+                f"({first_sentence(error)}); hand over one that keeps no activations, and no weights that it makes "
+                "anew, as the old weight_norm does."
+            ) from error
 
     def run(self, method: Method | None, rho: float, share: float, seed: int, steps: int) -> Trained:
         """Train for so many steps."""
         trained, optimizer = self.prepared(method, rho, share)
         torch.manual_seed(seed)
-        batches = _repeated(self.loader, steps)
+        batches = self.alike(_repeated(self.loader, steps))
         taken = _in_one_pass if self.one_pass and method is not None else _step_by_step
         gradients = taken(trained, optimizer, self.loss, batches)
         began = _now(trained)
         _train(optimizer, gradients, max(1, int(self.warm_up * steps)), steps)
         return Trained(trained, optimizer, _now(trained) - began)
+
+    def alike(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, if the first is of the kind of those to validate on: else one of them is no batch."""
+        for number, batch in enumerate(batches):
+            if number == 0 and {_kind(batch), _kind(self.like)} == {"parts", "piece"}:
+                raise TypeError(
+                    f"loader and validation must both give batches, got {shortly(batch)} from loader and "
+                    f"{shortly(self.like)} from validation; put a batch that is the only one into a list, [batch]."
+                )
+            yield batch
+
+
+def _kind(batch: Any) -> str | None:
+    if isinstance(batch, Tensor | str):
+        return "piece"
+    return "parts" if isinstance(batch, list | tuple | Mapping) else None
 
 
 def _radius_of(method: Method) -> str:
@@ -124,6 +169,7 @@ def _train(optimizer: Optimizer, gradients: Iterator[None], warm_up: int, steps:
     schedule = LambdaLR(optimizer, rate)
     for _ in gradients:
         optimizer.step()
+        torch.clear_autocast_cache()  # an autocast around the search would go on with its copy of the weights
         schedule.step()
 
 
@@ -168,3 +214,21 @@ def _repeated(loader: Iterable[Any], count: int) -> Iterator[Any]:
                 return
         if count == before:
             raise ValueError("The loader gave no batch; hand over one that can be run through several times.")
+
+
+def first(batches: Iterable[Any]) -> Any:
+    """The first batch to validate on."""
+    for batch in batches:
+        return batch
+    raise ValueError(_NO_BATCH)
+
+
+def values(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]) -> list[float]:
+    """The loss of every batch to validate on."""
+    found = [float(loss(model, batch)) for batch in batches]
+    if not found:
+        raise ValueError(_NO_BATCH)
+    return found
+
+
+_NO_BATCH = "validation gave no batch; hand over one that can be run through several times."

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from nusam.tools.arguments import check_function, check_network
+
 __all__ = ["Gain", "Trial", "Verdict", "gain_over"]
 
 
@@ -116,6 +118,8 @@ class Verdict:
         Returns:
             the method around the base optimizer if it helps, else the base optimizer alone.
         """
+        check_network(model)
+        check_function("base", base, "a model")
         model.load_state_dict(self.weights)
         optimizer = base(model)
         if self.helps:
