@@ -205,6 +205,7 @@ def test_nothing_is_allocated_for_what_is_remembered():
         (TypeError, "method must be .* got None", (nn.Linear(2, 2), None)),
         (TypeError, "method must be .* got <class 'torch.optim.sgd.SGD'>", (nn.Linear(2, 2), torch.optim.SGD)),
         (TypeError, "method must be .* got a SAM", (nn.Linear(2, 2), nusam.SAM(sgd(nn.Linear(2, 2))))),
+        (TypeError, "method must take .* missing .* 'lmo'", (nn.Linear(2, 2), nusam.SharpnessAware)),
         (TypeError, "method must make .* got a SGD", (nn.Linear(2, 2), lambda base, **options: base)),
     ],
 )

@@ -207,9 +207,11 @@ def sgd(model):
         ({"score": lambda model, batch: 0}, "score must be a function of a model, got one that takes others"),
         ({"report": 1}, "report must be a function, .*, got 1.$"),
         ({"methods": "NuSAM"}, "methods must be a list or the like, got 'NuSAM'"),
-        ({"methods": ["NuSAM"]}, "methods must be a method such as nusam.NuSAM, .* got 'NuSAM'"),
+        ({"methods": ["NuSAM", "SAM"]}, "methods must be a method such as nusam.NuSAM, .* got 'NuSAM'"),
         ({"methods": [torch.optim.SGD]}, "methods must be a method such as nusam.NuSAM, .* got <class"),
         ({"methods": [nusam.SAM(sgd(nn.Linear(2, 2)))]}, "methods must be a method such as nusam.NuSAM, .* got a SAM"),
+        ({"methods": [nusam.SharpnessAware]}, "methods must take .* got one that does not: missing .* 'lmo'"),
+        ({"methods": [lambda base, rho, model: 0]}, "methods must take .* got one that does not: .* 'delay'"),
         ({"methods": [lambda base, **options: base]}, "A method must make a nusam.SharpnessAware, got a SGD"),
         ({"loader": {"x": torch.ones(2)}}, "loader must be a list or the like, got a dict"),
         ({"validation": "held out"}, "validation must be a list or the like, got 'held out'"),
@@ -338,10 +340,12 @@ def test_two_methods_of_one_name_are_refused(setup):
         nusam.find_rho(**setup, methods=(nusam.NuSAM, partial(nusam.NuSAM, power_iterations=2)), steps=2)
 
 
-def test_radii_may_be_an_array(setup):
-    found = nusam.find_rho(
-        **setup, methods=(partial(nusam.NuSAM, seed=3),), rhos=np.array([0.2, 0.1]), steps=1, seeds=1
-    )
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_radii_may_be_an_array(setup, kind):
+    one = nusam.find_rho(**setup, methods=(nusam.SAM,), rhos=kind(0.25), ascent_share=kind(0.5), steps=1, seeds=1)
+    assert [(trial.rho, trial.ascent_share) for trial in one.trials] == [(0.25, 0.5)]
+    radii = kind([0.2, 0.1], dtype=np.float64 if kind is np.array else torch.float64)
+    found = nusam.find_rho(**setup, methods=(partial(nusam.NuSAM, seed=3),), rhos=radii, steps=1, seeds=1)
     assert [(trial.method, trial.rho) for trial in found.trials] == [("NuSAM", 0.1), ("NuSAM", 0.2)]
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "check_gradients_can_be_had",
     "check_method",
     "check_network",
+    "check_options",
     "check_several",
     "check_takes",
     "first_sentence",
@@ -58,6 +59,17 @@ def check_method(what: str, method: Any) -> None:
             f"{what} must be a method such as nusam.NuSAM, a function like it or a partial of either, got "
             f"{shortly(method)}."
         )
+
+
+def check_options(what: str, method: Any, options: Mapping[str, Any]) -> None:
+    """Whether a method can be called with an optimizer and these options, as far as can be told."""
+    try:
+        inspect.signature(method, follow_wrapped=False).bind("base_optimizer", **options)
+    except ValueError:  # of what is not written in Python
+        return
+    except TypeError as error:
+        names = ", ".join(f"{name}=" for name in options)
+        raise TypeError(f"{what} must take (base_optimizer, {names}), got one that does not: {error}.") from None
 
 
 def check_function(what: str, function: Any, *takes: str) -> None:

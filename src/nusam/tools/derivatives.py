@@ -26,7 +26,8 @@ class Gradients:
         nodes = list(_nodes([loss]))
         with full_precision(self._parameters):
             if any(isinstance(node, BackwardCFunction) for node in nodes):
-                found = self._left_in_grad(loss, [node.variable for node in nodes if hasattr(node, "variable")])
+                leaves: list[Any] = [node for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
+                found = self._left_in_grad(loss, [leaf.variable for leaf in leaves])
             else:
                 found = list(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
         return [gradient.to_dense() for gradient in found]  # that of a sparse embedding is not

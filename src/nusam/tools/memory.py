@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from nusam.lmo import Nuclear
 from nusam.methods import NuSAM
 from nusam.optimizer import SharpnessAware
 from nusam.power_iteration import working_dtype
-from nusam.tools.arguments import check_method, check_network, shortly
+from nusam.tools.arguments import check_method, check_network, check_options, shortly
 
 __all__ = ["Footprint", "footprint", "perturbation_numel"]
 
@@ -76,7 +77,7 @@ def _remembered(optimizer: SharpnessAware, targets: Sequence[Tensor], trainable:
     kept = [] if combination is None else trainable
     states = []
     for parameter in {*targets, *kept}:
-        shape = torch.empty_like(parameter, device="meta")  # that nothing is allocated
+        shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")  # that nothing is allocated
         states.append(direction.init_state(shape))
         if combination is not None:
             states.append(combination.init_state(shape))
@@ -91,8 +92,10 @@ def _nbytes(tensor: Tensor) -> int:
 
 def _optimizer(model: nn.Module, method: Callable[..., SharpnessAware]) -> SharpnessAware:
     check_network(model)
+    options: dict[str, Any] = {"model": model, "placement": "weights"}
     check_method("method", method)
-    made = method(torch.optim.SGD(model.parameters(), lr=0.0), model=model, placement="weights")
+    check_options("method", method, options)
+    made = method(torch.optim.SGD(model.parameters(), lr=0.0), **options)
     if not isinstance(made, SharpnessAware):
         raise TypeError(f"method must make a nusam.SharpnessAware of an optimizer, got {shortly(made)}.")
     return made

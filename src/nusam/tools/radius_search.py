@@ -162,7 +162,7 @@ def find_rho(
     for method in methods:
         check_method("methods", method)
     radii = _checked_radii(RHOS if rhos is None else rhos, methods)
-    shares = list(ascent_share) if isinstance(ascent_share, Iterable) else [ascent_share]
+    shares = _listed(ascent_share)
     if not shares or len(set(shares)) < len(shares):
         raise ValueError(f"ascent_share must be a number or several different ones, got {ascent_share!r}.")
     for share in shares:
@@ -194,7 +194,7 @@ def find_rho(
 
 
 def _checked_radii(rhos: Sequence[float] | float, methods: Sequence[Method]) -> list[float]:
-    rhos = list(rhos) if isinstance(rhos, Iterable) else [rhos]
+    rhos = _listed(rhos)
     if not methods or not rhos:
         raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
     for rho in rhos:
@@ -202,6 +202,12 @@ def _checked_radii(rhos: Sequence[float] | float, methods: Sequence[Method]) -> 
         if rho == 0:
             raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
     return sorted(map(float, rhos))
+
+
+def _listed(numbers: Any) -> list[Any]:
+    """One or several, also as an array or a tensor."""
+    numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    return list(numbers) if isinstance(numbers, Iterable) else [numbers]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nusam.guards.checks import check_base_optimizer
 from nusam.lmo import Nuclear
 from nusam.one_pass.looking import checked
 from nusam.optimizer import SharpnessAware
-from nusam.tools.arguments import first_sentence, shortly
+from nusam.tools.arguments import check_options, first_sentence, shortly
 
 __all__ = ["Method", "Trained", "Trainings", "first", "values"]
 
@@ -61,7 +61,9 @@ class Trainings:
     def wrap(self, method: Method, rho: float, share: float) -> Callable[..., SharpnessAware]:
         """The method with everything but the base optimizer and the model."""
         options: dict[str, Any] = {} if share == 1 else {"ascent_share": share}
-        return partial(method, **{_radius_of(method): rho}, delay=int(self.delay * self.steps), **options)
+        options |= {_radius_of(method): rho, "delay": int(self.delay * self.steps)}
+        check_options("methods", method, {**options, "model": self.model})
+        return partial(method, **options)
 
     def prepared(self, method: Method | None, rho: float, share: float) -> tuple[nn.Module, Optimizer]:
         """A copy of the model, and its optimizer; None is the base optimizer alone."""
