@@ -19,6 +19,9 @@ __all__ = ["BothGradients"]
 class BothGradients:
     """Lets a combination make the base optimizer's gradient of both.
 
+    It sees real numbers in dense tensors: sparse gradients are spread out for it and gathered again, complex ones are
+    pairs of numbers.
+
     Args:
         combination: what it is made by; None leaves the descent's gradient alone.
     """
@@ -33,7 +36,7 @@ class BothGradients:
     def keep(self, parameters: Sequence[Tensor]) -> None:
         """The ascent is over: what is in ``grad`` is g."""
         if self.combination is not None:
-            self._clean = {p: local(p.grad).detach().clone() for p in parameters if p.grad is not None}
+            self._clean = {p: _numbers(local(p.grad).detach()).clone() for p in parameters if p.grad is not None}
 
     def forget(self) -> None:
         """The next descent follows no ascent, whatever an earlier one has left."""
@@ -47,18 +50,22 @@ class BothGradients:
         accumulate: bool,
         state_of: Callable[[Tensor], State],
     ) -> Iterator[None]:
-        """A descent; then ``grad`` is what the combination makes of it, added to earlier micro-batches' if told."""
+        """A descent; then ``grad`` is what the combination makes of it, added to earlier micro-batches' if told.
+
+        Processes reduce its gradients, as they do those of the ascent: both must be of the same samples.
+        """
         kept = [workers.kept(p.grad) if accumulate else None for p in parameters]
         if accumulate:
             clear_gradients(parameters)
         try:
-            yield
+            with workers.reducing():
+                yield
             self._combine(parameters, state_of)
         finally:
             self.forget()
             for parameter, earlier in zip(parameters, kept, strict=True):
                 if earlier is not None:
-                    parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
+                    parameter.grad = earlier if parameter.grad is None else _sum(parameter.grad, earlier)
 
     @torch.no_grad()
     def _combine(self, parameters: Sequence[Tensor], state_of: Callable[[Tensor], State]) -> None:
@@ -67,11 +74,35 @@ class BothGradients:
         reached = [p for p in parameters if p.grad is not None and (p in self._clean or not is_perturbed)]
         if not reached:
             return
-        gradients = [local(p.grad).detach() for p in reached if p.grad is not None]
-        states = [local_state(state_of(p)) for p in reached]
+        written = [local(p.grad).detach() for p in reached if p.grad is not None]
+        gradients = list(map(_numbers, written))
+        states = [{name: _numbers(x) for name, x in local_state(state_of(p)).items()} for p in reached]
         together = Ranks([route(p) for p in reached])
         if is_perturbed:
             found = combination.of([self._clean[p] for p in reached], gradients, states, together)
         else:
             found = combination.alone(gradients, states, together)
         torch._foreach_copy_(gradients, found)
+        for parameter, old, new in zip(reached, written, gradients, strict=True):
+            if old.layout != torch.strided:
+                parameter.grad = _as_complex(new, old).to_sparse(old.sparse_dim())
+            elif old.is_conj():  # whose numbers are another tensor
+                parameter.grad = _as_complex(new, old)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """Real numbers in a dense tensor, which shares the memory of ``x`` if that is dense."""
+    if x.layout != torch.strided:
+        x = x.to_dense()
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _as_complex(numbers: Tensor, like: Tensor) -> Tensor:
+    return torch.view_as_complex(numbers) if like.is_complex() else numbers
+
+
+def _sum(gradient: Tensor, earlier: Tensor) -> Tensor:
+    """Both gradients, in the memory of the first unless that is sparse and the other is not."""
+    if gradient.layout != torch.strided and earlier.layout == torch.strided:
+        return earlier + gradient
+    return gradient.add_(earlier)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nusam.lmo import Dense, Perturbation, State, measured
+from nusam.norms import largest_entry
 from nusam.power_iteration import ALONE, Together
 
 __all__ = ["Adaptive", "Averaged", "Direction", "Friendly", "RowNoise", "Sparse"]
@@ -33,7 +34,10 @@ class Direction:
     def of(
         self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], states: Sequence[State], step: int, seed: int
     ) -> list[Tensor]:
-        """What the ball maximizes against, which the ball may overwrite."""
+        """What the ball maximizes against, which the ball may overwrite.
+
+        Gradients that are infinite or NaN must come out so, and leave no trace in the states: the step has no ε then.
+        """
         return list(gradients)
 
     def shaped(
@@ -61,9 +65,13 @@ class Averaged(Direction):
     def of(
         self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], states: Sequence[State], step: int, seed: int
     ) -> list[Tensor]:
+        alive = _are_finite(gradients)
+        found = []
         for state, g in zip(states, gradients, strict=True):
-            state["d"].lerp_(g, self.theta)
-        return [state["d"].clone() for state in states]
+            d, here = state["d"], alive.to(g.device)
+            d.lerp_(torch.where(here, g, d), self.theta)
+            found.append(torch.where(here, d, g))
+        return found
 
 
 class Friendly(Direction):
@@ -83,12 +91,13 @@ class Friendly(Direction):
     def of(
         self, gradients: Sequence[Tensor], parameters: Sequence[Tensor], states: Sequence[State], step: int, seed: int
     ) -> list[Tensor]:
+        alive = _are_finite(gradients)
         found = []
         for state, g in zip(states, gradients, strict=True):
-            begun, m = state["begun"] > 0, state["m"]
+            begun, m, here = state["begun"] > 0, state["m"], alive.to(g.device)
             found.append(torch.where(begun, g - self.sigma * m, g))
-            m.copy_(torch.where(begun, torch.lerp(g, m, self.lmbda), g))
-            state["begun"].fill_(1)
+            m.copy_(torch.where(here, torch.where(begun, torch.lerp(g, m, self.lmbda), g), m))
+            state["begun"].copy_(begun | here)
         return found
 
 
@@ -141,12 +150,16 @@ class Sparse(Direction):
         return list(gradients)
 
     def _choose(self, gradients: Sequence[Tensor], states: Sequence[State]) -> None:
-        fisher = torch.cat([g.float().square().flatten().to(gradients[0].device) for g in gradients])
-        kept = torch.zeros_like(fisher, dtype=torch.bool)
-        kept[fisher.topk(math.ceil((1 - self.sparsity) * fisher.numel())).indices] = True
+        """By |g|, which has the order of g² and no other range than g; gradients that are not finite choose nothing."""
+        sizes = torch.cat([g.abs().flatten().to(gradients[0].device) for g in gradients])
+        count = math.ceil((1 - self.sparsity) * sizes.numel() * (1 - 1e-12))  # (1 − 0.7) · 10 is a little more than 3
+        kept = torch.zeros_like(sizes, dtype=torch.bool)
+        kept[sizes.topk(count).indices] = True
         masks = torch.split(kept, [g.numel() for g in gradients])
+        alive = sizes.isfinite().all()
         for state, g, mask in zip(states, gradients, masks, strict=True):
-            state["mask"].copy_(mask.view(g.shape))
+            before = state["mask"]
+            before.copy_(torch.where(alive, mask.view(g.shape), before.to(mask.device)))
             state["masked"].fill_(True)
 
     def shaped(
@@ -175,6 +188,12 @@ class RowNoise(Direction):
             rows = tuple(range(1, w.ndim)) if w.ndim > 1 else tuple(range(w.ndim))
             found.append(noise * torch.linalg.vector_norm(w, dim=rows, keepdim=True) if w.numel() else noise)
         return found
+
+
+def _are_finite(gradients: Sequence[Tensor]) -> Tensor:
+    """Whether all entries are, of what is here, without waiting for the device."""
+    each = [largest_entry(g).isfinite() for g in gradients]
+    return torch.stack([one.to(each[0].device) for one in each]).all()
 
 
 def _entries(epsilon: Perturbation) -> Tensor:

@@ -1,12 +1,12 @@
 """The methods by name: thin names for :class:`~nusam.optimizer.SharpnessAware` with a norm ball."""
 
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nusam.combinations import LookBack, SurrogateGap, Weighted
+from nusam.coverage import Candidate
 from nusam.directions import Adaptive, Averaged, Friendly, RowNoise, Sparse
 from nusam.guards.checks import check_between, check_count, check_radius
 from nusam.guards.model_guard import normalization_parameters
@@ -98,6 +98,7 @@ class SAMON(SharpnessAware):
 
     _few_by_design = True
     _needs_model = True
+    _normalization: set[nn.Parameter]
 
     @property
     def _target(self) -> str:
@@ -106,13 +107,10 @@ class SAMON(SharpnessAware):
     def _perturbs(self, parameter: Tensor) -> bool:
         return parameter in self._normalization and super()._perturbs(parameter)
 
-    @cached_property
-    def _normalization(self) -> set[nn.Parameter]:
-        return normalization_parameters(cast(nn.Module, self.model))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.__dict__.pop("_normalization", None)  # the group may bring layers that the model did not have
-        super().add_param_group(param_group)
+    def _candidates(self) -> list[Candidate]:
+        if self.model is not None:  # whose layers may be others than before
+            self._normalization = normalization_parameters(self.model)
+        return super()._candidates()
 
 
 class GaussSAM(SharpnessAware):
@@ -125,8 +123,8 @@ class GaussSAM(SharpnessAware):
 class ASAM(SharpnessAware):
     """ASAM (Kwon et al. 2021): ε = ρT²g/‖Tg‖ with T = |w| + η, which weights of another scale leave as it is.
 
-    T is 1 for parameters of one dimension (biases, norms), as in the authors' code. Two passes; beside SAM's copy of
-    the weights nothing is kept.
+    T is 1 for parameters of one dimension (biases, norms). The authors' code goes by names instead, and scales whatever
+    is called "weight", those of norms too. Two passes; beside SAM's copy of the weights nothing is kept.
 
     Args:
         base_optimizer: the optimizer that takes the step, already constructed.

@@ -21,6 +21,7 @@ from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import (
     check_alone,
     check_base_optimizer,
+    check_both,
     check_closure,
     check_model,
     check_options,
@@ -137,6 +138,7 @@ class SharpnessAware(Stepping):
             check_radius(group.get("rho", rho))
         check_options(lmo, delay, rho_schedule, model, targets, ascent, placement, m_sam, ascent_share, seed)
         check_steps(lmo, direction, combination, m_sam)
+        check_both(type(self).__name__, combination, ascent_share)
 
         # Optimizer.__init__ fills fresh groups and state; ours are the base optimizer's, so a stand-in takes them.
         stand_in = SimpleNamespace(add_param_group=lambda group: None, defaults={})

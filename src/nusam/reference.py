@@ -6,6 +6,7 @@ the fast path deliberately changes: an absolute τ, and a warm start that a zero
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def friendly(m: Tensors | None, g: Tensors, sigma: float, lmbda: float) -> tuple
 def ssam_mask(g: Tensors, sparsity: float) -> list[Tensor]:
     """1 on the share 1−s of all entries with the largest g² (Mi et al. 2022)."""
     squares = torch.cat([x.flatten() ** 2 for x in g])
-    count = math.ceil((1 - sparsity) * squares.numel())
+    count = math.ceil((1 - Fraction(str(sparsity))) * squares.numel())
     least = squares.sort(descending=True).values[count - 1]
     return [(x**2 >= least).to(x.dtype) for x in g]
 

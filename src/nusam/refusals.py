@@ -1,5 +1,6 @@
 """What is refused before a pass, and what is held against what after it."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from nusam.ascent.verification import OTHERWISE
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
-from nusam.guards.checks import check_join, check_surroundings
+from nusam.guards.checks import check_both, check_join, check_surroundings
 from nusam.guards.engines import check_no_engine
 from nusam.guards.weights import check_parameter, check_sharded
 from nusam.interrupts import always
@@ -19,6 +20,7 @@ from nusam.lmo import Nuclear
 from nusam.placement.ledger import Counted, Ledger, not_added
 from nusam.placement.written_weights import WrittenWeights
 from nusam.resuming import Resumable
+from nusam.targets import Target
 
 __all__ = ["CHANGED", "OTHERWISE_USED", "WRITTEN", "Checked", "Unreachable"]
 
@@ -56,8 +58,10 @@ class Checked(Resumable):
     _written: WrittenWeights
     _holders: Holders
     _structure: Structure | None
+    ascent_share: float
     _instead = "placement='weights'"  # of an ε in the forward
     _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
+    _told_rounding = False  # whether a dense ε in weights below float32 was told of
     _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
 
     def _check_targets(self) -> None:
@@ -74,6 +78,32 @@ class Checked(Resumable):
             if is_sharded(parameter):
                 own = self._in_forward(parameter) and self._ascent.serve_from is not None
                 check_sharded(parameter, self.lmo, self.model, self.m_sam, workers, own)
+
+    def _targets_of_pass(self) -> list[Target]:
+        """What the pass that begins perturbs, or is found to perturb; refused if that can't be had as things are."""
+        check_both(type(self).__name__, self.combination, self.ascent_share)
+        targets = self._targets()
+        known = self._target_list
+        if known is not None and not known.is_checked:
+            self._check_precision(targets)
+            known.is_checked = True
+        return targets
+
+    def _check_precision(self, targets: list[Target]) -> None:
+        """Refuse, or tell of once, an ε that would be rounded away: the weights may have been cast at any time."""
+        if self.placement != "auto":
+            return
+        low = [target.parameter for target in targets if held(target.parameter).dtype.itemsize < 4]
+        for parameter in low if isinstance(self.lmo, Nuclear) and self.model is None else []:
+            check_parameter(parameter, self.lmo, self.placement, False, self.direction)
+        if low and not isinstance(self.lmo, Nuclear) and not self._told_rounding:
+            self._told_rounding = True
+            warnings.warn(
+                f"{type(self).__name__} adds its ε to weights in {low[0].dtype}, which rounds much of it away; keep "
+                "the weights in float32 and use autocast, use nusam.NuSAM with model=, whose ε lives in the forward, "
+                "or accept the rounding with placement='weights'.",
+                stacklevel=2,
+            )
 
     def _check_anything_to_perturb(self) -> None:
         """Refuse an optimizer that would never perturb anything, unless its radii say so; later it may come to that."""

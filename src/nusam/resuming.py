@@ -90,8 +90,9 @@ class Resumable(Targeted):
 
     def _states_to_save(self) -> dict[Tensor, State]:
         """Every target's state, though no ascent made it yet: what is loaded in place must be there to be filled."""
+        targets = self._targets(factor=1.0)  # which lets states follow their parameters
         saved: dict[Tensor, State] = {**self._states}
-        for target in self._targets(factor=1.0):
+        for target in targets:
             state = dict(self._ascent.state_of(target))
             saved[target.parameter] = state
             if self._looks_ahead:
@@ -128,6 +129,9 @@ class Resumable(Targeted):
                 )
             fresh[name] = value.to(like.device, like.dtype)
         return fresh
+
+    def _fit_states(self) -> None:
+        self._ascent.fit_states()
 
     def _watch_progress(self) -> None:
         weakref.finalize(self, self._progress.warn_if_never_perturbed)

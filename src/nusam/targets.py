@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ __all__ = ["Progress", "Target", "Targeted", "Targets", "mixed"]
 
 
 Targets = str | Callable[[str, nn.Parameter], bool]
+
+_KIND = attrgetter("requires_grad", "dtype", "shape", "device")  # of a parameter, which may be cast, moved or grown
 
 
 class Target(NamedTuple):
@@ -94,7 +96,7 @@ class Targeted(Wrapper):
 
     def _perturbs(self, parameter: Tensor) -> bool:
         if parameter in self._stacks:
-            return True
+            return self.placement != "forward"
         if not self.lmo.selects(parameter):
             return False
         return self._kernels is None or parameter.ndim == 2 or parameter in self._kernels
@@ -105,11 +107,10 @@ class Targeted(Wrapper):
             self._kernels = set(map(self._workers().stored, kernels_of(self.model)))
 
     def _find_stacks(self) -> None:
-        """Which parameters are a stack of matrices, each with a radius of its own."""
-        self._stacks.clear()
-        own_radii = isinstance(self.lmo, Nuclear) and not self.lmo.joint
-        if self.model is None or not own_radii or self.placement == "forward":
+        """Which parameters are a stack of matrices, each with a radius of its own; after ``detach()`` as before."""
+        if self.model is None or not isinstance(self.lmo, Nuclear) or self.lmo.joint:
             return
+        self._stacks.clear()
         named = partial(_chosen, self.targets, self._names()) if callable(self.targets) else None
         self._stacks.update(stacks_of(unwrapped(self.model), named))
 
@@ -147,8 +148,15 @@ class Targeted(Wrapper):
                 for index, (parameter, radius, left_out) in enumerate(self._candidates())
                 if radius * factor != 0 and left_out is None and self._perturbs(parameter)
             ]
-            self._target_list = known = _TargetList(self, factor, chosen)
+            before, self._target_list = known, _TargetList(self, factor, chosen)
+            known = self._target_list
+            if before is None or before.kinds != known.kinds:
+                self._fit_states()
         return known.targets
+
+    def _fit_states(self) -> None:
+        """Parameters may have been cast, moved or grown: let what is remembered of them follow."""
+        raise NotImplementedError
 
     def _candidates(self) -> list[Candidate]:
         """Every parameter that the optimizer holds, and those beside it that may be perturbed."""
@@ -201,7 +209,8 @@ class _TargetList:
         self.targets = targets
         self._by = self._inputs(opt, factor)
         self._parameters = self._among(opt)
-        self._trainable = [parameter.requires_grad for parameter in self._parameters]
+        self.kinds = list(map(_KIND, self._parameters))
+        self.is_checked = False  # whether their weights are as precise as their ε needs
 
     def holds(self, opt: Targeted, factor: float) -> bool:
         """Whether they would be chosen again."""
@@ -210,7 +219,7 @@ class _TargetList:
             self._by == self._inputs(opt, factor)
             and len(parameters) == len(self._parameters)
             and all(map(is_, parameters, self._parameters))
-            and self._trainable == [parameter.requires_grad for parameter in parameters]
+            and self.kinds == list(map(_KIND, parameters))
         )
 
     @staticmethod
@@ -219,7 +228,8 @@ class _TargetList:
             (group.get("rho", opt._rho), bool(group.get("maximize", False)), len(group["params"]))
             for group in opt.param_groups
         ]
-        return factor, opt._rho, turns_round(opt.base_optimizer), groups
+        without_stacks = bool(opt._stacks) and opt.placement == "forward"
+        return factor, opt._rho, turns_round(opt.base_optimizer), without_stacks, groups
 
     @staticmethod
     def _among(opt: Targeted) -> list[Tensor]:

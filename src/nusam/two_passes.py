@@ -35,7 +35,6 @@ Handlers = Callable[[dict[Tensor, RankOne]], dict[Tensor, Any]]  # that add ε i
 class TwoPasses(Checked):
     """A step: the ascent finds ε, the descent takes the gradient at x + ε, and the base optimizer steps with it."""
 
-    ascent_share: float
     _guard: ModelGuard
     _backwards: Backwards
     _both: BothGradients
@@ -63,7 +62,7 @@ class TwoPasses(Checked):
         """
         self = itself(self)
         self._refuse_inside_pass("ascent()")
-        targets = self._targets() if self.active else []
+        targets = self._targets_of_pass() if self.active else []
         workers = self._workers()
         self._check_processes(workers)
         workers.reshard()
@@ -138,6 +137,8 @@ class TwoPasses(Checked):
             if self.active:
                 self._draw()
         perturbations = self._pending or {}
+        if not perturbations:  # the ascent's gradient would be the descent's
+            self._both.forget()
         pairs = {p: e for p, e in perturbations.items() if type(e) is RankOne and self._in_forward(p)}
         forward = self._handlers(pairs) if handlers is None else handlers(pairs)
         in_place = [p for p in perturbations if p not in pairs] if pairs else list(perturbations)
@@ -222,6 +223,7 @@ class TwoPasses(Checked):
             self._progress.ascents -= 1
 
     def _combined(self, workers: DataParallel, accumulate: bool) -> AbstractContextManager[None]:
+        self._targets()  # so that what is remembered follows the parameters in a step without an ascent too
         seeds = {p: mixed(self.seed, i) for i, p in enumerate(self._parameters())}
         return self._both.combined(
             self._parameters(),
@@ -232,10 +234,10 @@ class TwoPasses(Checked):
 
     def _draw(self) -> None:
         """ε for a descent without an ascent."""
-        targets = self._targets()
+        targets = self._targets_of_pass()
         self._pending = self._ascent.drawn(targets, mixed(self.seed, self._progress.steps), self._age)
         self._ascended = [target.parameter for target in targets]
-        self._progress.ascents += 1
+        self._progress.ascents += bool(self._pending)
 
     def _handlers(self, pairs: dict[Tensor, RankOne]) -> dict[Tensor, Any]:
         return {p: InForward(epsilon.u, epsilon.v, self._backwards.is_over) for p, epsilon in pairs.items()}

@@ -103,6 +103,8 @@ class Ascent(Serving):
         self, gradients: Sequence[Tensor], targets: Sequence[Target], seed: int, age: int, together: Together
     ) -> dict[Tensor, Perturbation]:
         """direction → ball → shape, of what is here of each target."""
+        if not targets:
+            return {}
         states, radii = [self.state_of(target) for target in targets], [target.radius for target in targets]
         more = (together,) if self.lmo.sees_shards else ()
         if type(self.direction) is Direction:  # the gradient itself
@@ -159,7 +161,7 @@ class Ascent(Serving):
         if pass_ is None:
             reached = [target for target in targets if target.parameter.grad is not None]
             dense = [cast(Tensor, target.parameter.grad) for target in reached]
-            return self._in_the_ball(dense, reached, seed, age, ALONE) if reached else {}
+            return self._in_the_ball(dense, reached, seed, age, ALONE)
         lmo = cast(Nuclear, self.lmo)
         records = pass_.records
         found = dict(pass_.known)

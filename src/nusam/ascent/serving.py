@@ -87,6 +87,15 @@ class Serving:
             state |= other.init_state(parameter)
         return state
 
+    def fit_states(self) -> None:
+        """Let states follow parameters that were cast or moved; those of parameters that were grown start anew."""
+        for parameter, state in list(self.states.items()):
+            like = self.fresh_state(parameter, 0)
+            if {name: x.shape for name, x in state.items()} == {name: x.shape for name, x in like.items()}:
+                self.states[parameter] = {name: x.to(like[name].device, like[name].dtype) for name, x in state.items()}
+            else:
+                del self.states[parameter]
+
     def copied_states(self) -> dict[Tensor, State]:
         """What is remembered now."""
         return {parameter: dict(state) for parameter, state in self.states.items()}

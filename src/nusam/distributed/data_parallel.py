@@ -187,30 +187,38 @@ class DataParallel:
         return torch.tensor(-1.0 if parameter.grad is None else 1.0, device=parameter.device)
 
     @contextmanager
-    def ascent(self, reduces_gradients: bool) -> Iterator[None]:
+    def ascent(self, reduces: bool) -> Iterator[None]:
         """The ascent pass, in which DDP reduces gradients or leaves each process its own, as told."""
         hook = None
-        if (
-            self.engine is None
-            and not self._ddps
-            and self._model is not None
-            and not reduces_gradients
-            and is_running()
-        ):
+        if self.engine is None and not self._ddps and self._model is not None and not reduces and is_running():
             hook = self._model.register_forward_pre_hook(_refuse_unknown_ddp)
-        before = [(ddp, ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._ddps]
+        before = [(ddp, ddp.require_forward_param_sync) for ddp in self._ddps]
 
         def undo() -> None:
             if hook is not None:
                 hook.remove()
-            for ddp, syncs, broadcasts in before:
-                ddp.require_backward_grad_sync = syncs
+            for ddp, broadcasts in before:
                 if not ddp._join_config.enable:  # where processes that are through go by what DDP made of it
                     ddp.require_forward_param_sync = broadcasts  # of buffers, in the descent as in the ascent
 
-        with always(undo), nullcontext() if self.engine is None else self.engine.ascent():
+        with always(undo), nullcontext() if self.engine is None else self.engine.ascent(), self.reducing(reduces):
+            yield
+
+    @contextmanager
+    def reducing(self, reduces: bool = True) -> Iterator[None]:
+        """A pass in which DDP reduces gradients or leaves each process its own, as told, whatever ``no_sync`` says."""
+        before = [(ddp, ddp.require_backward_grad_sync) for ddp in self._ddps]
+
+        def undo() -> None:
+            for ddp, syncs in before:
+                ddp.require_backward_grad_sync = syncs
+                vars(ddp).pop("no_sync", None)
+
+        with always(undo):
             for ddp in self._ddps:
-                ddp.require_backward_grad_sync = reduces_gradients
+                ddp.require_backward_grad_sync = reduces
+                if reduces:
+                    vars(ddp)["no_sync"] = nullcontext  # for loops that enter it inside of the pass
             yield
 
     def stored(self, parameter: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "check_alone",
     "check_base_optimizer",
     "check_between",
+    "check_both",
     "check_choice",
     "check_closure",
     "check_count",
@@ -110,6 +111,15 @@ def check_steps(lmo: LMO, direction: Any, combination: Any, m_sam: Any) -> None:
     if combination is not None and m_sam is not False:
         raise ValueError(
             "combination= would mix a gradient of this process with one of all, as m_sam leaves them; use m_sam=False."
+        )
+
+
+def check_both(method: str, combination: Combination | None, share: float) -> None:
+    """Whether the gradients that a combination mixes are of the same samples."""
+    if combination is not None and share < 1:
+        raise ValueError(
+            f"{method} mixes the gradients of both passes, which must be of the same samples, got "
+            f"ascent_share={share:g}; use ascent_share=1, or a method that steps with the second alone, such as SAM."
         )
 
 
