@@ -163,6 +163,68 @@ def test_what_could_not_be_perturbed_exactly_is_left_out_and_named(prepare):
     assert not {model.experts.up, model.experts.down} & {target.parameter for target in opt._targets()}
 
 
+def moved_by_epsilon(model, opt, dtype=torch.float64):
+    """The names of what the descent of a step finds perturbed."""
+    x, expert, y = sample(0)
+    before, moved = dict(zip(dict(model.named_parameters()), weights(model), strict=True)), set()
+    for name in opt.passes():
+        if name == "descent":
+            moved |= {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        F.cross_entropy(model(x.to(dtype), expert).double(), y).backward()
+    assert_unperturbed(model, list(before.values()), RHO)
+    opt.step()
+    return moved
+
+
+STACKS, MATRICES = {"experts.up", "experts.down"}, {"stem.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_stacks_stay_known_when_the_model_is_let_go(convolutions, trained):
+    model = mixture()
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), RHO, model=model, convolutions=convolutions)
+    if trained:
+        moved_by_epsilon(model, opt)
+    opt.detach()
+    for _ in range(2):
+        assert moved_by_epsilon(model, opt) == STACKS | MATRICES
+        assert len(opt.coverage().left_out) == 2  # the biases
+        opt.state_dict()
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stacks_are_left_out_while_they_are_below_float32(convolutions, trained, dtype):
+    model = mixture(inner=2)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.01), RHO, model=model, convolutions=convolutions)
+    if trained:
+        moved_by_epsilon(model, opt)
+    model.to(dtype)
+    for _ in range(2):
+        assert not moved_by_epsilon(model, opt, dtype) & STACKS  # the matrices have theirs in the forward
+        assert opt.coverage().left_out.keys() >= STACKS
+    model.double()
+    assert moved_by_epsilon(model, opt) == STACKS | MATRICES
+
+
+def test_a_step_in_the_backward_leaves_stacks_out():
+    """As ``placement="forward"`` does, which it implies."""
+    found = []
+    for placement in ("auto", "forward"):
+        model = mixture(inner=2)
+        opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), RHO, model=model, placement=placement)
+        nusam.step_in_backward(opt)
+        for step in range(3):
+            for _ in opt.passes():
+                loss_of(model, step).backward()
+            opt.step()
+        assert opt.coverage().left_out.keys() >= STACKS
+        found.append(weights(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_kernel_is_no_stack():
     model = nn.Sequential(nn.Conv1d(3, 4, 5), nn.Flatten(), nn.Linear(4, 2))
     everything = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, targets=lambda name, p: True)

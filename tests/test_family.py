@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -252,6 +253,42 @@ def test_an_exception_leaves_nothing_behind(method, where):
         train_step(model, opt, step)
 
 
+@each_method
+def test_both_halves_in_every_step_equal_the_formula(method):
+    """Also in steps that need no ascent: what one leaves there counts for nothing."""
+    hand, make = METHODS[method]
+    model, expected, alone = twins()
+    opt = make(BASES["sgd"](model.parameters()), delay=DELAY)
+    for step in range(STEPS):
+        with opt.ascent():
+            loss_of(model, step).backward()
+        with opt.descent():
+            loss_of(model, step).backward()
+        opt.step()
+    by_hand(expected, alone, hand(), STEPS)
+    assert_same(model, expected)
+
+
+@each_method
+def test_batches_that_are_not_finite_and_skipped_leave_no_trace(method):
+    nan, inf = float("nan"), float("inf")
+    skipped = {DELAY: (nan, True), DELAY + 4: (inf, False), DELAY + 6: (nan, False), DELAY + 8: (inf, True)}
+    hand, make = METHODS[method]
+    model, expected, alone = twins()
+    opt = make(BASES["sgd"](model.parameters()), delay=DELAY)
+    for step in range(STEPS):
+        if step in skipped:
+            before, (bad, everywhere) = weights(model), skipped[step]
+            for _ in opt.passes():
+                (loss_of(model, 99) * (bad if everywhere else 1)).backward()
+                model[0].bias.grad[3] = bad
+            opt.zero_grad()
+            assert_unperturbed(model, before, rho=0)
+        train_step(model, opt, step)
+    by_hand(expected, alone, hand(), STEPS)
+    assert_same(model, expected)
+
+
 def test_an_ascent_that_no_descent_followed_does_not_count_later():
     model, _, _ = twins()
     opt = nusam.LookSAM(BASES["sgd"](model.parameters()), RHO, every=4)
@@ -282,6 +319,79 @@ def test_look_back_runs_no_pass_that_it_does_not_need(every, expected):
     for _ in range(10):
         opt.step(closure)
     assert next(calls) == expected
+
+
+class Table(nn.Module):
+    """A table and complex weights, held as such or as pairs of numbers, before a layer that is perturbed."""
+
+    def __init__(self, sparse, is_complex):
+        super().__init__()
+        self.table, self.last = nn.Embedding(9, 6, sparse=sparse), nn.Linear(6, 2)
+        pairs = 0.3 * torch.randn(6, 6, 2)
+        self.mixed = nn.Parameter(torch.view_as_complex(pairs) if is_complex else pairs)
+        self.double()
+        if is_complex:
+            self.mixed.data = self.mixed.data.to(torch.complex128)
+
+    def forward(self, rows):
+        matrix = self.mixed if self.mixed.is_complex() else torch.view_as_complex(self.mixed)
+        return self.last((self.table(rows).to(matrix.dtype) @ matrix.conj()).abs())
+
+
+@pytest.mark.parametrize("method", ["GSAM", "WSAM", "LookSAM", "m-RWP"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_sparse_and_complex_gradients_beside_the_perturbed_ones_are_combined_as_numbers(method, accumulate):
+    trained = []
+    for sparse, is_complex in [(True, False), (False, True), (True, True), (False, False)]:
+        torch.manual_seed(0)
+        model = Table(sparse, is_complex)
+        groups = [{"params": model.last.parameters()}, {"params": [model.table.weight, model.mixed], "rho": 0.0}]
+        opt = METHODS[method][1](torch.optim.SGD(groups, lr=0.1))
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(6):
+            opt.zero_grad()
+            for _ in range(2 if accumulate else 1):
+                rows = torch.randint(0, 9, (4,), generator=generator)  # some twice, some not at all
+                for _ in opt.passes(accumulate=accumulate):
+                    model(rows).square().mean().backward()
+            assert model.table.weight.grad.is_sparse == sparse
+            opt.step()
+        trained.append([p.detach() for p in (model.table.weight, model.last.weight, model.mixed)])
+    for others in trained[:-1]:
+        for a, b in zip(others, trained[-1], strict=True):
+            torch.testing.assert_close(torch.view_as_real(a) if a.is_complex() else a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["GSAM", "WSAM", "LookSAM", "m-RWP"])
+def test_both_gradients_are_of_the_same_samples(method):
+    make = METHODS[method][1]
+    model, _, _ = twins()
+    sentence = "mixes the gradients of both passes, which must be of the same samples, got ascent_share=0.125; use"
+    with pytest.raises(ValueError, match=sentence):
+        make(BASES["sgd"](model.parameters()), ascent_share=1 / 8)
+    opt = make(BASES["sgd"](model.parameters()))
+    before = weights(model)
+    opt.ascent_share = 1 / 8
+    with pytest.raises(ValueError, match=sentence):
+        next(opt.passes(torch.ones(8, 6)))
+    with pytest.raises(ValueError, match=sentence), opt.ascent():
+        pass
+    assert_unperturbed(model, before, rho=0)
+
+
+@pytest.mark.parametrize("sparsity", ["0.1", "0.3", "0.45", "0.5", "0.7", "0.9", "0.95"])
+@pytest.mark.parametrize("scale", [1.0, 1e-30])
+@pytest.mark.parametrize("entries", [1, 7, 10, 20, 100, 1000])
+def test_a_mask_keeps_as_many_entries_as_are_left_and_the_largest(sparsity, scale, entries):
+    w = nn.Parameter(torch.zeros(entries))
+    opt = nusam.SSAM(torch.optim.SGD([w], lr=0.0), RHO, sparsity=float(sparsity))
+    slopes = scale * torch.randperm(entries).add(1)
+    for name in opt.passes():
+        (slopes * w).sum().backward()
+        if name == "descent":
+            kept = slopes[w.detach() != 0]
+    left = -(-(1 - Fraction(sparsity)) * entries // 1)
+    assert kept.sort(descending=True).values.tolist() == slopes.sort(descending=True).values[: int(left)].tolist()
 
 
 def test_noise_is_taken_away_again():

@@ -121,7 +121,8 @@ class Checked(Resumable):
     def _check_processes(self, workers: DataParallel) -> None:
         """Refuse what can't be run among the processes as they are now, before a pass begins."""
         if is_running():
-            check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+            mixes = self.combination is not None
+            check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders, mixes)
             if not self._apart:
                 check_no_engine(self._parameters(), workers, self._holders)
         workers.refuse_unreduced()

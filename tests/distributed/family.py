@@ -1,13 +1,15 @@
 """The methods beside νSAM in several processes: equal to one process on the joint batch, or refused before anything."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import nusam
-from tests.distributed.engines import ENGINES, Net, base_optimizer, full, shares, train
+from tests.distributed.engines import ENGINES, Net, base_optimizer, full, micro_batches, shares, train
 from tests.distributed.running import Checks
 
 STEPS = 5
@@ -35,6 +37,39 @@ def equals_one_process(engine: str, method: str, accumulate: bool) -> None:
     train(alone, opt, torch.float64, accumulate, steps=STEPS)
     for p, q in zip(together.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-10)
+
+
+def under_no_sync(method: str, where: str) -> None:
+    """Replicas stay equal to one process, whether the loop enters ``no_sync`` around the passes or inside of them."""
+    together, alone = ENGINES["DDP"][1](Net(torch.float64)), Net(torch.float64)
+    opt = METHODS[method](base_optimizer("SGD", together), 0.1, model=together)
+    for step in range(STEPS):
+        opt.zero_grad()
+        for k, (x, y) in enumerate(micro_batches(step, torch.float64, True, *shares("DDP"))):
+            with together.no_sync() if k == 0 and where == "around" else nullcontext():
+                for _ in opt.passes(accumulate=True):
+                    with together.no_sync() if k == 0 and where == "inside" else nullcontext():
+                        (nn.functional.cross_entropy(together(x), y) / 2).backward()
+        opt.step()
+    opt = METHODS[method](base_optimizer("SGD", alone), 0.1, model=alone)
+    train(alone, opt, torch.float64, True, steps=STEPS)
+    for p, q in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-10)
+    with together.no_sync():  # which is DDP's own again
+        assert not together.require_backward_grad_sync
+
+
+def refuses_an_unknown_no_sync(method: str) -> None:
+    """Without ``model=`` nobody can reduce in its place."""
+    model = ENGINES["DDP"][1](Net(torch.float64))
+    opt = METHODS[method](base_optimizer("SGD", model), 0.1)
+    x, y = next(micro_batches(0, torch.float64, False, *shares("DDP")))
+    with model.no_sync(), pytest.raises(RuntimeError, match=r"no_sync\(\) .* pass the wrapped module as model="):
+        for _ in opt.passes(accumulate=True):
+            nn.functional.cross_entropy(model(x), y).backward()
+    for _ in opt.passes():
+        nn.functional.cross_entropy(model(x), y).backward()
+    opt.step()
 
 
 def resumes_to_the_bit(engine: str, method: str) -> None:
@@ -85,3 +120,7 @@ for engine in ("DDP", "FSDP2"):
         CHECKS[2][f"{method} {engine} resumed"] = partial(resumes_to_the_bit, engine, method)
 for method in ("GSAM", "WSAM", "LookSAM", "m-RWP"):
     CHECKS[2][f"{method} and m-SAM"] = partial(takes_no_m_sam, method)
+    CHECKS[2][f"{method} under an unknown no_sync"] = partial(refuses_an_unknown_no_sync, method)
+for method in [name for name in METHODS if name != "SSAM"]:
+    for where in ("around", "inside"):
+        CHECKS[2][f"{method} with no_sync {where}"] = partial(under_no_sync, method, where)

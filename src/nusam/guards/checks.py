@@ -276,9 +276,12 @@ def check_m_sam(m_sam: Any, lmo: LMO, workers: DataParallel) -> None:
 
 
 def check_surroundings(
-    parameters: Sequence[Tensor], model: Any, lmo: LMO, workers: DataParallel, holders: Holders
+    parameters: Sequence[Tensor], model: Any, lmo: LMO, workers: DataParallel, holders: Holders, mixes: bool = False
 ) -> None:
-    """Whether what wraps the parameters, as far as it is there yet, leaves the passes what they need."""
+    """Whether what wraps the parameters, as far as it is there yet, leaves the passes what they need.
+
+    ``mixes``: whether a combination mixes both gradients in the pass that begins.
+    """
     if not is_running():
         return
     if holders.flatten(parameters, model):
@@ -294,6 +297,12 @@ def check_surroundings(
                 raise RuntimeError(
                     "DistributedDataParallel has a communication hook, whose state the ascent must not move, and "
                     "model= does not show it; pass the wrapped module as model=."
+                )
+            if mixes and not holder.require_backward_grad_sync:
+                raise RuntimeError(
+                    "no_sync() of DistributedDataParallel leaves each process gradients of its own, of which a "
+                    "combination makes others than of all, and model= does not show the module; pass the wrapped "
+                    "module as model=."
                 )
             continue
         workers.is_in_a_stage |= isinstance(holder.submod, DistributedDataParallel)

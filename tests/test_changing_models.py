@@ -1,0 +1,168 @@
+"""Parameters that are cast, grown, frozen or replaced during training: what is remembered and chosen follows them."""
+
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import nusam
+from tests.conftest import assert_unperturbed, loss_of, mlp, train_step, weights
+
+METHODS = {
+    "NuSAM": nusam.NuSAM,
+    "NuSAMNorm": nusam.NuSAMNorm,
+    "SAM": nusam.SAM,
+    "SAMON": nusam.SAMON,
+    "GaussSAM": nusam.GaussSAM,
+    "ASAM": nusam.ASAM,
+    "VaSSO": nusam.VaSSO,
+    "FriendlySAM": nusam.FriendlySAM,
+    "USAM": nusam.USAM,
+    "SSAM": functools.partial(nusam.SSAM, refresh=3),
+    "RWP": nusam.RWP,
+    "m-RWP": functools.partial(nusam.RWP, mixture=0.3),
+    "GSAM": nusam.GSAM,
+    "WSAM": nusam.WSAM,
+    "LookSAM": functools.partial(nusam.LookSAM, every=3),
+}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def made(method, model, **options):
+    return METHODS[method](torch.optim.SGD(model.parameters(), lr=0.1), model=model, **options)
+
+
+@each_method
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_model_that_is_cast_goes_on_as_from_its_state(method, steps, saved):
+    model = mlp()
+    opt = made(method, model)
+    for step in range(steps):
+        train_step(model, opt, step)
+    if saved:
+        opt.state_dict()
+    other = copy.deepcopy(model).double()
+    resumed = made(method, other)
+    if steps or saved:  # else the warm starts are drawn later
+        resumed.load_state_dict(copy.deepcopy(opt).state_dict())
+    model.double()
+    for step in range(steps, steps + 4):
+        train_step(model, opt, step)
+        train_step(other, resumed, step)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@each_method
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_layer_that_is_grown_begins_anew(method, steps):
+    model = nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 4)).double()
+    opt = made(method, model)
+    for step in range(steps):
+        train_step(model, opt, step)
+    model[0].weight.data = torch.randn(12, 6, dtype=torch.float64)
+    model[0].bias.data = torch.randn(12, dtype=torch.float64)
+    model[1].normalized_shape = (12,)
+    model[1].weight.data, model[1].bias.data = torch.ones(2, 12, dtype=torch.float64).unbind()
+    model[3].weight.data = torch.randn(4, 12, dtype=torch.float64)
+    model.zero_grad()
+    other = copy.deepcopy(model)
+    fresh = made(method, other)
+    fresh._progress.steps = steps
+    fits = {model[3].bias, *([model[3].weight] if method.startswith("NuSAM") else [])}  # as many rows as before
+    fresh._ascent.states = {
+        q: {name: value.clone() for name, value in opt._states[p].items()}
+        for p, q in zip(model.parameters(), other.parameters(), strict=True)
+        if p in opt._states and p in fits
+    }
+    for step in range(steps, steps + 4):
+        train_step(model, opt, step)
+        train_step(other, fresh, step)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@each_method
+def test_once_all_targets_are_frozen_the_base_optimizer_trains_the_others_alone(method):
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4)).double()
+    expected = copy.deepcopy(model)
+    groups = [{"params": model[:2].parameters()}, {"params": model[3].parameters(), "rho": 0.0}]
+    opt = METHODS[method](torch.optim.SGD(groups, lr=0.1, momentum=0.9), model=model)
+    alone = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    for m in (model, expected):
+        m[:2].requires_grad_(False)
+    for step in range(4):
+        train_step(model, opt, step)
+        alone.zero_grad()
+        loss_of(expected, step).backward()
+        alone.step()
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    model.requires_grad_(True)
+    for step in range(3):
+        train_step(model, opt, step)
+    assert any(value > 0 for name, value in opt.metrics().items() if name.startswith("epsilon/"))
+
+
+@pytest.mark.parametrize("how", ["groups rewritten", "group added"])
+def test_a_norm_that_replaces_another_is_perturbed(how):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    opt = nusam.SAMON(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    train_step(model, opt)
+    model[1] = nn.GroupNorm(2, 8)
+    if how == "groups rewritten":
+        opt.param_groups[0]["params"] = list(model.parameters())
+    else:
+        opt.add_param_group({"params": model[1].parameters()})
+    before = weights(model)
+    for name in opt.passes():
+        loss_of(model).backward()
+        if name == "descent":
+            moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert moved == [False, False, True, True, False, False]
+    assert {name for name in opt.metrics() if name.startswith("epsilon/")} == {"epsilon/1.weight", "epsilon/1.bias"}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("NuSAM")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_dense_perturbation_of_weights_below_float32_is_told_of_once(method, dtype, when):
+    model = mlp()
+    if when == "before":
+        model.to(dtype)
+    opt = made(method, model)
+    if when == "after":
+        train_step(model, opt)
+        model.to(dtype)
+    told = []
+    for step in range(4):  # LookSAM has an ε in every third
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_step(model, opt, step)
+        told += [str(w.message) for w in caught]
+    kind = type(opt).__name__
+    assert len(told) == 1
+    assert told[0].startswith(
+        f"{kind} adds its ε to weights in {dtype}, which rounds much of it away; keep the weights"
+    )
+    accepting = made(method, model, placement="weights")
+    train_step(model, accepting)  # without a warning, which would be an error here
+
+
+@pytest.mark.parametrize("method", ["NuSAM", "NuSAMNorm"])
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_a_rank_one_perturbation_of_weights_that_were_cast_is_refused_without_a_model(method, convolutions):
+    model = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 3, 3), nn.Flatten(), nn.Linear(12, 4))
+    opt = METHODS[method](torch.optim.SGD(model.parameters(), lr=0.1), convolutions=convolutions)
+    train_step(model, opt)
+    model.bfloat16()
+    before = weights(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"is torch.bfloat16, and adding a rank-one ε .* pass model= so that"):
+            train_step(model, opt)
+        assert_unperturbed(model, before, rho=0)
+    model.float()
+    train_step(model, opt)
