@@ -4,6 +4,7 @@ import copy
 import itertools
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -475,6 +476,26 @@ def test_what_is_refused(method, options, sentence):
     model = mlp()
     with pytest.raises(ValueError, match=sentence):
         method(torch.optim.SGD(model.parameters(), lr=0.1), model=model, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [(nusam.SSAM, "refresh"), (nusam.LookSAM, "every"), (nusam.SAM, "delay"), (nusam.RWP, "seed"),
+     (nusam.NuSAM, "power_iterations")],
+)  # fmt: skip
+def test_whole_numbers_of_numpy_are_whole_numbers(method, option):
+    found = []
+    for kind in (int, np.int64, np.uint8):
+        torch.manual_seed(0)
+        model = mlp(torch.float64)
+        opt = method(torch.optim.SGD(model.parameters(), lr=0.1), **{option: kind(2)})
+        for step in range(4):
+            train_step(model, opt, step)
+        found.append(weights(model))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    with pytest.raises(ValueError, match=f"{option} must be a whole number"):
+        method(torch.optim.SGD(model.parameters(), lr=0.1), **{option: np.float64(2)})
 
 
 @pytest.mark.parametrize("option", ["direction", "combination"])

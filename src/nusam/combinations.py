@@ -73,7 +73,7 @@ class LookBack(Combination):
     """LookSAM (Liu et al. 2022): every k-th step SAM, and v = ĝ − ⟨ĝ,u⟩u, u = g/‖g‖, is kept; else g + α(‖g‖/‖v‖)v."""
 
     def __init__(self, every: int, alpha: float) -> None:
-        self.every, self.alpha = every, alpha
+        self.every, self.alpha = int(every), alpha
 
     def init_state(self, parameter: Tensor) -> State:
         return {"v": torch.zeros_like(parameter, requires_grad=False)}

@@ -134,7 +134,7 @@ class Sparse(Direction):
     sees_shards = False
 
     def __init__(self, sparsity: float, refresh: int) -> None:
-        self.sparsity, self.refresh = sparsity, refresh
+        self.sparsity, self.refresh = sparsity, int(refresh)
 
     def init_state(self, parameter: Tensor) -> State:
         return {

@@ -6,6 +6,7 @@ subclass :class:`LMO`, return a :class:`Dense` or a :class:`RankOne` for every g
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -105,11 +106,12 @@ class Nuclear(LMO):
     target = "2-D parameter"
 
     def __init__(self, power_iterations: int = 1, convolutions: bool = False) -> None:
-        if not isinstance(power_iterations, int) or isinstance(power_iterations, bool) or power_iterations < 1:
+        whole = isinstance(power_iterations, Integral) and not isinstance(power_iterations, bool)
+        if not whole or power_iterations < 1:
             raise ValueError(f"power_iterations must be a whole number of at least 1, got {power_iterations!r}.")
         if not isinstance(convolutions, bool):
             raise ValueError(f"convolutions must be True or False, got {convolutions!r}.")
-        self.power_iterations = power_iterations
+        self.power_iterations = int(power_iterations)
         self.convolutions = convolutions
         if convolutions:
             self.target = "2-D parameter or the kernel of a convolution"

@@ -150,12 +150,12 @@ class SharpnessAware(Stepping):
         self.lmo = lmo
         self.direction = direction or Direction()
         self.combination = combination
-        self.delay = delay
+        self.delay = int(delay)
         self.rho_schedule = rho_schedule
         self.model = model
         self.targets = targets
         self.placement = placement
-        self.seed = seed
+        self.seed = int(seed)
         self.m_sam = m_sam
         self.ascent_share = float(ascent_share)
         serves = ascent != "gradient" and model is not None and isinstance(lmo, Nuclear)
@@ -317,7 +317,7 @@ def step_in_backward(opt: SharpnessAware) -> None:
     Gradients are freed at once, so that with a matrix-free ascent a step needs the weights, the optimizer's state,
     one gradient and Σ(n+m) floats: less than the base optimizer alone. ``opt.step()`` is still called once a step,
     for schedules and the count. ε then lives in the forward (``placement="forward"``), since weights change
-    while it is in use.
+    while it is in use; stacks of experts, which have none there, are left out.
 
     What needs all gradients at once can't be had with it: clipping by a global norm finds no gradient and does
     nothing, accumulation is refused, and so is a GradScaler, at its ``step``. Undone by :meth:`SharpnessAware.detach`.

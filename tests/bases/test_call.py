@@ -44,6 +44,18 @@ def test_the_call_of_davda54(kind, order):
     assert str(error.value) == sentence + shown(kind, base, "rho=0.1")
 
 
+def test_a_radius_of_another_name_and_scaling_that_is_a_method_of_its_own():
+    with pytest.raises(TypeError) as error:
+        nusam.RWP(SGD(model().parameters(), lr=0.1), rho=0.1, mixture=0.5)
+    sentence = "RWP takes its radius as sigma, got rho; write nusam.RWP(<the optimizer>, sigma=0.1, mixture=0.5)."
+    assert str(error.value) == sentence
+    with pytest.raises(TypeError, match=r"as in nusam.RWP\(SGD\(model.parameters\(\), lr=0.2\), sigma=0.1\)"):
+        nusam.RWP(model().parameters(), SGD, rho=0.1, lr=0.2)
+    for kind in (nusam.SAM, nusam.ASAM, nusam.NuSAM):
+        with pytest.raises(TypeError, match=r"takes no adaptive=; nusam\.ASAM is what adaptive=True means elsewhere"):
+            kind(SGD(model().parameters(), lr=0.1), adaptive=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_and_no_optimizer_at_all(kind):
     with pytest.raises(TypeError) as error:

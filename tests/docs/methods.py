@@ -73,7 +73,7 @@ def _needs(opt: nusam.SharpnessAware) -> str:
     if opt.direction.sees_scale or (isinstance(opt.lmo, nusam.lmo.Unnormalized) and opt.direction.needs_gradient):
         needs.append("gradients without a loss scale: no `GradScaler`")
     if opt.combination is not None:
-        needs.append("one ε for all processes: no `m_sam`")
+        needs.append("both gradients of the same samples: no `m_sam`, no `ascent_share`")
     return "; ".join(needs)
 
 

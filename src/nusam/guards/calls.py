@@ -18,17 +18,33 @@ def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) ->
         return  # a copy is being made, or a subclass constructs the base optimizer itself
     first = args[0] if args else options["base_optimizer"]
     arguments = [name for names in signatures if "base_optimizer" in names for name in names]
-    hidden = {"base_optimizer", "options"} | ({"lmo"} - set(signatures[0]))
+    is_ours = inits[0].__module__.partition(".")[0] == "nusam"
+    hidden = {"base_optimizer", "options"} | (({"lmo", "rho"} if is_ours else {"lmo"}) - set(signatures[0]))
     own = [name for name in dict.fromkeys(arguments) if name not in hidden]
     theirs = {name: value for name, value in options.items() if name not in own}
     theirs.pop("base_optimizer", None)
     theirs.pop("adaptive", None)  # of davda54/sam, for another method
     ours = {name: value for name, value in options.items() if name in own}
+    has_rho = "rho" in theirs and "rho" in hidden
+    if has_rho:  # by another name, which comes first
+        ours = {own[0]: theirs.pop("rho"), **ours}
     if getattr(kind, "_needs_model", False):
         ours.setdefault("model", None)
     others = [*args[1:], options.get("base_optimizer")]
     if isinstance(first, Optimizer):
-        if theirs and inits[0].__module__.partition(".")[0] == "nusam":
+        if not is_ours:
+            return
+        if "adaptive" in options:
+            raise TypeError(
+                f"{kind.__name__} takes no adaptive=; nusam.ASAM is what adaptive=True means elsewhere, nusam.SAM what "
+                "adaptive=False does."
+            )
+        if has_rho:
+            raise TypeError(
+                f"{kind.__name__} takes its radius as {own[0]}, got rho; "
+                f"write {_call('nusam.' + kind.__name__, '<the optimizer>', ours)}."
+            )
+        if theirs:
             raise TypeError(
                 f"{kind.__name__} got {', '.join(map(repr, theirs))}, and takes {', '.join(own)}; what is the base "
                 f"optimizer's own goes to it, {_call(type(first).__name__, 'model.parameters()', theirs)}."

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch.distributed as dist
@@ -228,7 +228,7 @@ def check_batch(batch: tuple[Any, ...], share: float) -> None:
 
 
 def check_count(what: str, value: Any, least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}.")
 
 
