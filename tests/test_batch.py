@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections import OrderedDict, namedtuple
+import types
+from collections import OrderedDict, deque, namedtuple
 
 import numpy as np
 import pytest
@@ -134,3 +135,116 @@ def test_what_tokenizers_return():
 def test_what_can_not_be_cut_is_refused(batch, sentence):
     with pytest.raises(ValueError, match=sentence):
         first_samples(batch, 0.5)
+
+
+def items(count, *shape):
+    return [torch.zeros(*shape) for _ in range(count)]
+
+
+def dicts(count, rows, **others):
+    return [{"x": torch.zeros(rows, 6), "y": torch.zeros(rows).long(), **others} for _ in range(count)]
+
+
+class Nested:
+    """As DETR has its images."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+
+class Slotted:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+class Immutable(dict):
+    def __setitem__(self, name, value):
+        raise RuntimeError
+
+
+X, Y = torch.zeros(8, 3), torch.zeros(8).long()
+LENGTHS = torch.tensor([3, 5, 2, 7, 4, 6, 3, 5])
+UNCLEAR = {
+    # objects whose inside nobody knows
+    "an object": (Nested(X), Y),
+    "an object in a list beside targets": (Y, [Nested(X)] * 3),
+    "a namespace": (types.SimpleNamespace(x=X), Y),
+    "an object in an object": {"x": X, "more": Slotted(Nested(X))},
+    "a deque": (X, deque([Y])),
+    "a range": (X, range(8)),
+    "a mapping that is read alone": (types.MappingProxyType({"x": X}), Y),
+    "a mapping that can't be filled": Immutable(x=X, y=Y),
+    # lists of samples or of tensors side by side
+    "dictionaries alone": dicts(8, 12),
+    "dictionaries, as long as there are of them": dicts(8, 8),
+    "images alone": items(8, 3, 9, 9),
+    "three images alone": items(3, 3, 9, 9),
+    "images of several sizes": [torch.zeros(3, 5 + i, 9) for i in range(8)],
+    "sequences alone": items(8, 12, 6),
+    "ids alone": {"input_ids": [[1, 2, 3, 4]] * 8},
+    "bucketed lists": (items(8, 12, 6), items(8, 12)),
+    "bucketed tuples": (tuple(items(8, 12, 6)), tuple(items(8, 12))),
+    "as many masks as images": {"x": torch.zeros(2, 3, 8, 8), "masks": items(2, 2, 8, 8), "y": items(2, 2)},
+    "images as many as channels": (tuple(items(3, 3, 9, 9)), torch.zeros(3).long()),
+    # more or fewer rows than samples
+    "bags": (Y, torch.zeros(35).long(), LENGTHS.cumsum(0) - LENGTHS),
+    "bags, text first": (torch.zeros(35).long(), LENGTHS.cumsum(0) - LENGTHS, Y),
+    "patches": {"ids": torch.zeros(8, 9).long(), "pixels": torch.zeros(8 * 16, 11), "grid": torch.zeros(8, 3).long()},
+    "patches first": {"pixels": torch.zeros(8 * 16, 11), "ids": torch.zeros(8, 9).long()},
+    "a graph": {"x": torch.zeros(20, 3), "edges": torch.zeros(2, 40).long(), "y": torch.zeros(8)},
+    "clouds": {"x": torch.zeros(35, 3), "of": torch.arange(8).repeat_interleave(LENGTHS), "y": torch.zeros(8)},
+    "two views": (torch.zeros(16, 3), Y),
+    "time first": (torch.zeros(12, 8, 3), Y),
+    "one row for all": {"ids": torch.zeros(1, 35).long(), "y": Y},
+    "one row": {"input_ids": torch.zeros(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_a_batch_in_which_a_sample_is_not_certain_is_refused(name):
+    with pytest.raises(ValueError, match=r"(?s)^(?!.*\. [A-Z]).*use (opt|ascent_share=1)"):  # one sentence
+        first_samples(UNCLEAR[name], 0.25)
+
+
+RAGGED = [torch.zeros(5 + i, 6) for i in range(8)]
+CLEAR = {
+    "sequences": (RAGGED, lambda cut: cut == RAGGED[:2]),
+    "ids": ({"input_ids": [[1] * (i + 1) for i in range(8)]}, lambda cut: cut == {"input_ids": [[1], [1, 1]]}),
+    "ids beside labels": ({"ids": [[1, 2, 3, 4]] * 8, "y": Y}, lambda cut: len(cut["ids"]) == 2 == len(cut["y"])),
+    "dictionaries": ([{"x": x} for x in RAGGED], lambda cut: [one["x"] for one in cut] == RAGGED[:2]),
+    "dictionaries with objects": ([{"x": x, "of": Nested(x)} for x in items(8, 3, 9, 9)], lambda cut: len(cut) == 2),
+    "pairs": ([(x, torch.tensor(1)) for x in items(8, 12, 6)], lambda cut: [len(one) for one in cut] == [2, 2]),
+    "pairs with numbers": ([(x, 1) for x in items(8, 3, 9, 9)], lambda cut: [len(one) for one in cut] == [2, 2]),
+    "detection, tuples": (
+        (tuple(items(8, 8, 9, 9)), tuple(dicts(8, 8))),
+        lambda cut: [len(part) for part in (*cut, *cut[0])] == [2, 2, 8, 8],
+    ),
+    "detection, as annotated": ({"x": X, "y": dicts(8, 8, id=torch.zeros(1))}, lambda cut: len(cut["y"]) == 2),
+    "pictures": ({"x": [object()] * 8, "y": [1] * 8}, lambda cut: [len(part) for part in cut.values()] == [2, 2]),
+    "views": ({"views": dicts(2, 8), "y": Y}, lambda cut: [len(one["x"]) for one in cut["views"]] == [2, 2]),
+    "a default collator's list": ([X, Y], lambda cut: [len(part) for part in cut] == [2, 2]),
+    "an input and its target": ([X, X[:, :1]], lambda cut: [len(part) for part in cut] == [2, 2]),
+    "equal fields in a tuple": ((X, X, X), lambda cut: [len(part) for part in cut] == [2, 2, 2]),
+    "inputs and targets": (({"x": X}, {"y": Y}), lambda cut: len(cut[0]["x"]) == 2 == len(cut[1]["y"])),
+    "positions first": ({"position_ids": torch.arange(3)[None], "x": X}, lambda cut: len(cut["x"]) == 2),
+    "weights first": ({"weights": torch.ones(5), "x": X}, lambda cut: [len(p) for p in cut.values()] == [5, 2]),
+    "a mask first": ({"mask": torch.ones(3, 3).tril(), "x": X}, lambda cut: [len(p) for p in cut.values()] == [3, 2]),
+    "an epoch first": ({"epoch": torch.tensor([3]), "x": X}, lambda cut: len(cut["x"]) == 2),
+    "one row": ({"input_ids": torch.zeros(1, 5), "position_ids": torch.arange(5)[None]}, lambda cut: len(cut) == 2),
+}
+
+
+@pytest.mark.parametrize("name", CLEAR)
+def test_a_batch_that_can_be_read_in_one_way_alone_is_cut(name):
+    batch, holds = CLEAR[name]
+    assert holds(first_samples(batch, 0.25))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_a_sparse_tensor_keeps_its_layout(layout):
+    cut = first_samples(torch.eye(8).to_sparse(layout=layout), 0.25)
+    assert cut.layout == layout
+    assert torch.equal(cut.to_dense(), torch.eye(8)[:2])

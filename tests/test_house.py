@@ -11,6 +11,7 @@ import nusam
 ROOT = Path(nusam.__file__).parent
 # From the ground up; what stands in one line may import from the lines below it, and from its own room.
 STOREYS = [
+    {"containers"},
     {"interrupts", "power_iteration", "base_optimizer", "batch", "reference", "uncompiled"},
     {"norms"},
     {"lmo"},

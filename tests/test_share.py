@@ -248,6 +248,8 @@ def test_loops_that_hand_over_no_batch_are_refused_in_a_sentence():
         opt.step(lambda: loss_of(model, tokens, y))
     with pytest.raises(TypeError, match=r"write passes\(accumulate=True\)"):
         next(opt.passes(True))
+    with pytest.raises(TypeError, match=r"write passes\(\.\.\., accumulate=True\)"):
+        next(opt.passes(tokens, y, True))
     with pytest.raises(ValueError, match="first dimension to cut"):
         next(opt.passes("a batch"))
     assert_unperturbed(model, before)

@@ -1,142 +1,324 @@
-"""The first samples of a batch, whatever holds them: tensors, lists, dictionaries, dataclasses."""
+"""The first samples of a batch, whatever holds them: tensors, lists, dictionaries, dataclasses.
 
-import copy
-import dataclasses
+What a sample is has to be certain. A batch is read as one of B samples for every B that it might have: the first
+dimension of each tensor in it, and the length of each list. It is cut if one reading alone accounts for all of it.
+"""
+
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from nusam.containers import (
+    NUMBERS,
+    PLAIN,
+    entries_of,
+    first_rows,
+    has_rows,
+    is_container,
+    is_fractional,
+    is_list,
+    is_list_of_plain,
+    is_plain,
+    leaves_of,
+    rebuilt,
+)
+
 __all__ = ["first_samples", "rebuilt", "samples_in"]
 
-PACKED = ("cu_seq_lens", "cu_seqlens")  # what begins the names of entries that say where packed sequences end
+# what begins the names of entries that say where packed sequences end
+PACKED = ("cu_seq_lens", "cu_seqlens", "seq_idx")
+POSITIONS = "position_ids"  # which begin anew with each of several sequences in a row
+INSTEAD = (
+    "hand over tensors whose first dimension is the batch and leave out what all samples share, cut it yourself in "
+    "'with opt.ascent():' and 'with opt.descent():', or use ascent_share=1."
+)
 
 
 def first_samples(batch: Any, share: float) -> Any:
     """The first ⌈share·B⌉ of a batch's B samples; the batch itself if that is all of them, and never written.
 
-    B is the first dimension of the first tensor, those further out first. Every tensor, array, list and tuple of that
-    length is cut; what has another length is handed on whole. Lists of dictionaries, strings or numbers, or of tensors
-    of several lengths, are lists of samples.
+    Every tensor and array of B rows is cut, and every list of B samples. Handed on whole is what all samples share: a
+    single number, row or string, a list of strings or numbers of another length, a vector of fewer numbers with a
+    fraction (class weights), and masks and positions of shape (T, T) or (1, T) beside (B, T).
+
+    A tuple of tensors has them side by side, as ``passes(x, y)`` hands them over. A list may have samples in it or
+    tensors side by side: it is what makes sense of the rest of the batch.
 
     Args:
         batch: a tensor, or containers of tensors (lists, tuples, mappings, dataclasses).
         share: in (0, 1].
 
     Raises:
-        ValueError: if nothing has a first dimension, or samples are packed into one sequence.
+        ValueError: if nothing has a first dimension, if samples are packed into one sequence, if something belongs to
+            no sample or to all and can't be told, or if the batch may be one of several numbers of samples.
     """
     _refuse_packed(batch)
-    size = _size(batch)
-    if size is None:
+    if share == 1:
+        return batch
+    try:
+        reading = _read(batch)
+    except _Unclear as reason:
+        raise ValueError(f"ascent_share={share:g} can't cut {_described(batch)}, {reason}; {INSTEAD}") from None
+    if reading is None:
         raise ValueError(
             f"ascent_share={share:g} needs a batch with a first dimension to cut, got {_described(batch)}; hand over "
             "the tensors of the batch, or use ascent_share=1."
         )
-    count = math.ceil(share * size * (1 - 1e-12))  # 0.1 · 30 is a little more than 3
-    return batch if count == size else _cut(batch, size, count, outermost=True)
+    if reading.size == 1:
+        _refuse_packed_row(batch)
+    count = math.ceil(share * reading.size * (1 - 1e-12))  # 0.1 · 30 is a little more than 3
+    return batch if count == reading.size else reading.cut(batch, count)
 
 
 def samples_in(batch: Any) -> int:
-    """B, the number of a batch's samples.
+    """B, the number of a batch's samples; if that is unclear, the first tensor's first dimension.
 
     Raises:
         ValueError: if nothing in it has a first dimension.
     """
-    size = _size(batch)
+    try:
+        reading = _read(batch)
+        size = None if reading is None else reading.size
+    except _Unclear:
+        size = next(_rows(batch), None)
     if size is None:
         raise ValueError(f"A batch needs a first dimension, got {_described(batch)}; hand over its tensors.")
     return size
 
 
-def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
-    """A container of the same kind with changed entries; None if it is no container that can be made anew."""
-    if isinstance(part, MutableMapping):
-        fresh: Any = copy.copy(part)
-        for name, value in part.items():
-            fresh[name] = change(value)
-        return fresh
-    if isinstance(part, tuple) and hasattr(part, "_make"):
-        return part._make(map(change, part))
-    if type(part) in (list, tuple):
-        return type(part)(map(change, part))
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        fresh = copy.copy(part)
-        for field in dataclasses.fields(part):
-            object.__setattr__(fresh, field.name, change(getattr(part, field.name)))
-        return fresh
-    return None
+class _Unclear(Exception):
+    """It can't be told what a sample is."""
 
 
-def _cut(part: Any, size: int, count: int, outermost: bool = False) -> Any:
-    if _has_rows(part):
-        if not (part.ndim and part.shape[0] == size):
+class _Misfit(Exception):
+    """Something is there that a batch of so many samples does not have."""
+
+
+class _Reading:
+    """A batch, read as one of ``size`` samples.
+
+    Args:
+        batch: what ``passes`` was given.
+        size: B.
+        parallel: whether lists of that length stand side by side, one of which holds no tensors but dictionaries.
+
+    Raises:
+        _Misfit: if something has another number of rows.
+        _Unclear: if a list has B samples as well as it has tensors of B rows.
+    """
+
+    def __init__(self, batch: Any, size: int, parallel: bool) -> None:
+        self.size = size
+        self.left = 0  # numbers, rows and lists of them that no sample has a part in
+        self._parallel = parallel
+        self._lists: dict[int, Any] = {}  # those of samples
+        self._tensors = [part for part in leaves_of(batch) if has_rows(part) and part.shape[:1] == (size,)]
+        self._widths = {1}.union(*(part.shape[1:] for part in self._tensors))
+        self.cuts = self._visit(batch, type(batch) is not list)
+
+    def cut(self, part: Any, count: int) -> Any:
+        """The first samples of what was read."""
+        if has_rows(part):
+            return first_rows(part, count) if part.shape[:1] == (self.size,) else part
+        if id(part) in self._lists:
+            first = part[:count]
+            return first if type(part) in (list, tuple) else type(part)(first)
+        if not is_container(part):
             return part
-        return part.narrow_copy(0, 0, count) if _is_sparse(part) else part[:count]
-    if isinstance(part, list | tuple) and len(part) == size and not outermost and not _holds_rows_of(part, size):
-        first = part[:count]
-        return first if type(part) in (list, tuple) else type(part)(first)
-    fresh = rebuilt(part, lambda entry: _cut(entry, size, count))
-    return part if fresh is None else fresh
+        try:
+            fresh = rebuilt(part, lambda entry: self.cut(entry, count))
+        except Exception as error:
+            raise ValueError(f"A {type(part).__name__} can't be filled with a share of itself; {INSTEAD}") from error
+        return part if fresh is None else fresh
+
+    def _visit(self, part: Any, side_by_side: bool = False) -> bool:
+        """Whether there is something to cut in it.
+
+        ``side_by_side``: whether tensors and lists in it are no samples, as in the arguments of ``passes``.
+        """
+        if has_rows(part):
+            return self._visit_tensor(part)
+        if is_list(part):
+            return self._visit_list(part, side_by_side)
+        if is_container(part):
+            found = True in [self._visit(entry) for entry in entries_of(part)]
+            if found and isinstance(part, Mapping) and not isinstance(part, MutableMapping):
+                raise _Misfit(f"which holds a {type(part).__name__} that nothing can be written to")
+            return found
+        if isinstance(part, NUMBERS):
+            self.left += 1
+        elif not is_plain(part):
+            raise _Misfit(f"which holds a {type(part).__name__}, an object that can't be cut")
+        return False
+
+    def _visit_tensor(self, part: Any) -> bool:
+        if part.shape[:1] == (self.size,):
+            return True
+        if not self._is_shared(part):
+            raise _Misfit(f"which holds a tensor of shape {tuple(part.shape)} beside {self.size} samples")
+        self.left += 1
+        return False
+
+    def _is_shared(self, part: Any) -> bool:
+        """Whether a tensor of another length is one for all samples."""
+        if not part.ndim:
+            return True
+        rows = part.shape[0]
+        if part.ndim == 1:
+            fewer = rows < self.size and is_fractional(part)
+            return bool(rows == 1 or (fewer and not any(_counts_up_to(rows, one) for one in self._tensors)))
+        of_their_width = part.shape[-1] in self._widths
+        return bool(of_their_width and (rows == 1 or part.shape == part.shape[-1:] * 2))
+
+    def _visit_list(self, part: Any, side_by_side: bool) -> bool:
+        if is_list_of_plain(part):
+            self.left += len(part) != self.size
+            return len(part) == self.size and not side_by_side and self._has_samples(part)
+        may_be_samples = len(part) == self.size and not (side_by_side and _is_of_fields(part))
+        if may_be_samples and self._parallel and not side_by_side:
+            return self._has_samples(part)
+        may_be_samples = may_be_samples and _are_alike(part)
+        left, lists = self.left, dict(self._lists)
+        try:
+            found = True in [self._visit(entry) for entry in part]
+        except _Misfit:
+            if not may_be_samples:
+                raise
+            found = False
+        if found and type(part) not in (list, tuple) and not may_be_samples:
+            raise _Misfit(f"which holds a {type(part).__name__} that can't be made anew")
+        if not may_be_samples or (found and _is_tuple_of_flat(part)):
+            return found
+        if found and self.left == left:
+            raise _Unclear(f"in which a list may have {self.size} samples, or tensors of {self.size} samples each")
+        self.left, self._lists = left, lists
+        return self._has_samples(part)
+
+    def _has_samples(self, part: Any) -> bool:
+        self._lists[id(part)] = part
+        return True
 
 
-def _size(batch: Any) -> int | None:
-    """B, or None."""
-    level = [batch] if _has_rows(batch) else list(_entries(batch))
-    while level:
-        found = next((part.shape[0] for part in level if _has_rows(part) and part.ndim), None)
-        if found is not None:
-            return int(found)
-        lists = [part for part in level if isinstance(part, list | tuple) and part]
-        lengths = {len(part) for part in lists}
-        if len(lengths) == 1 and any(_are_samples(part) for part in lists):
-            return lengths.pop()
-        level = [entry for part in level for entry in _entries(part)]
+def _read(batch: Any) -> _Reading | None:
+    """The one reading that leaves the least out; None if there is nothing to cut.
+
+    Raises:
+        _Unclear: if there are several, or none.
+    """
+    parallel = _parallel(batch)
+    sizes = dict.fromkeys([*_rows(batch), *_lengths(batch)] if parallel is None else [parallel])
+    readings, misfits = [], []
+    for size in sizes:
+        try:
+            reading = _Reading(batch, size, parallel is not None)
+        except _Misfit as reason:
+            misfits.append(str(reason))
+        else:
+            readings += [reading] if reading.cuts else []
+    least = min((reading.left for reading in readings), default=0)
+    best = [reading for reading in readings if reading.left == least]
+    if len(best) > 1:
+        raise _Unclear(f"which may be one of {' or '.join(str(reading.size) for reading in best)} samples")
+    if not best and misfits:
+        raise _Unclear(misfits[0])
+    return best[0] if best else None
+
+
+def _parallel(batch: Any) -> int | None:
+    """The length of lists side by side of which one has dictionaries or objects in it, as detectors take them."""
+    lists = [entry for entry in entries_of(batch) if is_list(entry) and entry]
+    lengths = [len(entry) for entry in lists]
+    for entry in lists:
+        is_of_samples = not any(has_rows(one) or is_list(one) or isinstance(one, PLAIN) for one in entry)
+        if is_of_samples and lengths.count(len(entry)) > 1:
+            return len(entry)
     return None
 
 
-def _are_samples(part: Any) -> bool:
-    """Whether a list's entries are samples rather than tensors of many samples."""
-    if not all(_has_rows(entry) for entry in part):
-        return not any(isinstance(entry, list | tuple) or _has_rows(entry) for entry in part)
-    return len({entry.shape[:1] for entry in part}) > 1
+def _lengths(part: Any) -> Iterator[int]:
+    """The lengths of lists."""
+    if is_list(part) and part:
+        yield len(part)
+        if is_list_of_plain(part):
+            return
+    for entry in entries_of(part):
+        yield from _lengths(entry)
 
 
-def _holds_rows_of(part: Any, size: int) -> bool:
-    """Whether a list of as many entries as there are samples is one of tensors that have that many each."""
-    return bool(part) and all(_has_rows(entry) and entry.ndim > 0 and entry.shape[0] == size for entry in part)
+def _rows(part: Any) -> Iterator[int]:
+    """The first dimensions of the tensors."""
+    return (int(tensor.shape[0]) for tensor in leaves_of(part) if has_rows(tensor) and tensor.ndim)
 
 
-def _entries(part: Any) -> Iterator[Any]:
+def _counts_up_to(rows: int, vector: Any) -> bool:
+    """Whether a vector says to which of so many samples each row belongs, as where graphs or clouds are packed."""
+    if vector.ndim != 1 or is_fractional(vector) or len(vector) < 2:
+        return False
+    steps = vector[1:] * 1 - vector[:-1] * 1
+    return bool(vector[0] == 0 and vector[-1] == rows - 1 and ((steps == 0) | (steps == 1)).all())
+
+
+def _are_alike(part: Any) -> bool:
+    """Whether a list's entries may be samples of one kind."""
+    if not all(map(has_rows, part)):
+        return len({_kind(entry) for entry in part}) == 1
+    if len({_kind(entry) for entry in part}) > 1:
+        return False
+    shapes = {tuple(entry.shape) for entry in part}
+    if len(part) == 2 and len({shape[:1] + shape[2:] for shape in shapes}) == 1 < len(shapes):
+        return False  # an input, and a target of another width
+    return len({shape[:1] for shape in shapes}) == 1 or len({shape[1:] for shape in shapes}) == 1
+
+
+def _kind(part: Any) -> Any:
+    """What samples of one kind have in common."""
+    if has_rows(part):
+        return part.dtype, part.ndim
     if isinstance(part, Mapping):
-        yield from part.values()
-    elif isinstance(part, list | tuple):
-        yield from part
-    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-        yield from (getattr(part, field.name) for field in dataclasses.fields(part))
+        return frozenset(part)
+    if is_list(part):
+        return list, frozenset(map(type, part) if is_list_of_plain(part) else map(_kind, part))
+    return type(part)
 
 
-def _has_rows(part: Any) -> bool:
-    return isinstance(part, Tensor) or (type(part).__module__ == "numpy" and type(part).__name__ == "ndarray")
+def _is_of_fields(part: Any) -> bool:
+    """Whether a tuple has tensors or lists in it, which stand side by side then."""
+    return any(has_rows(entry) or is_list(entry) or isinstance(entry, PLAIN) for entry in part)
 
 
-def _is_sparse(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.layout != torch.strided
+def _is_tuple_of_flat(part: Any) -> bool:
+    """Whether it is a tuple of vectors and matrices, rather than of images."""
+    return type(part) is tuple and all(has_rows(entry) and entry.ndim < 3 for entry in part)
 
 
 def _refuse_packed(part: Any) -> None:
     names = list(part) if isinstance(part, Mapping) else []
     packed = isinstance(part, PackedSequence) or any(str(name).startswith(PACKED) for name in names)
     if packed or (isinstance(part, Tensor) and part.is_nested):
-        raise ValueError(
-            f"A share of {_described(part)}, whose samples are packed into one sequence, can't be cut off; use "
-            "ascent_share=1, or batches that are padded."
-        )
-    for entry in _entries(part):
+        raise _packed(part)
+    for entry in entries_of(part):
         _refuse_packed(entry)
+
+
+def _refuse_packed_row(part: Any) -> None:
+    """Of a single row, whose positions tell (those of one sequence never fall)."""
+    if not isinstance(part, Mapping):
+        for entry in entries_of(part):
+            _refuse_packed_row(entry)
+        return
+    positions = part.get(POSITIONS)
+    if isinstance(positions, Tensor) and positions.ndim and (positions.diff() < 0).any():
+        raise _packed(part)
+
+
+def _packed(part: Any) -> ValueError:
+    return ValueError(
+        f"A share of {_described(part)}, whose samples are packed into one sequence, can't be cut off; use "
+        "ascent_share=1, or batches that are padded."
+    )
 
 
 def _described(part: Any) -> str:

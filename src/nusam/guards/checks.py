@@ -223,8 +223,12 @@ def check_batch(batch: tuple[Any, ...], share: float) -> None:
             f"passes() without a batch can't give the ascent a share of it, ascent_share={share:g}; write "
             "'for x, y in opt.passes(x, y):', or use ascent_share=1."
         )
-    if len(batch) == 1 and isinstance(batch[0], bool):
-        raise TypeError(f"passes({batch[0]}) would take {batch[0]} for the batch; write passes(accumulate={batch[0]}).")
+    if batch and isinstance(batch[-1], bool):
+        before = "..., " if len(batch) > 1 else ""
+        raise TypeError(
+            f"passes({before}{batch[-1]}) would take {batch[-1]} for a part of the batch; write "
+            f"passes({before}accumulate={batch[-1]})."
+        )
 
 
 def check_count(what: str, value: Any, least: int = 0) -> None:

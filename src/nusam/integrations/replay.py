@@ -6,9 +6,10 @@ one ended. So every later pass begins with what the first one found, and in the 
 it: that one was at the weights themselves, as is the loss that frameworks log.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,6 +19,14 @@ from nusam.integrations.batches import Kept
 from nusam.integrations.state import State
 
 __all__ = ["Replay"]
+
+
+class Prepared(NamedTuple):
+    """What the first pass prepared, and what it left in doing so."""
+
+    kept: Kept
+    random_state: RandomState | None
+    left: State | None  # for a later pass that counts, which begins before it was prepared
 
 
 class Replay:
@@ -34,15 +43,17 @@ class Replay:
         """Whether what is logged in the pass that runs counts: the first one's over a whole batch."""
         self._step = step
         self._shares = False  # whether the ascent sees a share of the batch
+        self._cut: Callable[[Any], Any] | None = None  # what is prepared is cut by, rather than the batch
         self._clones = True  # until a step has been seen to leave its batch alone
         self._owners: list[object] = []
         self._after: State | None = None  # what the first of several passes left
         self._kept: list[Kept] | None = None  # while the first of several passes runs
-        self._prepared: list[tuple[Kept, RandomState | None]] = []
-        self._asked_for: Iterator[tuple[Kept, RandomState | None]] = iter(())
+        self._is_ascent = False
+        self._prepared: list[Prepared] = []
+        self._asked_for: Iterator[Prepared] = iter(())
 
     def passes(
-        self, passes: Iterator[str], owners: Sequence[object], batch: Any, share: float = 1.0
+        self, passes: Iterator[str], owners: Sequence[object], batch: Any, share: float = 1.0, prepares: bool = False
     ) -> Iterator[tuple[str, Any]]:
         """The name of every pass, and the batch for it.
 
@@ -51,22 +62,27 @@ class Replay:
             owners: whose attributes the training step may change.
             batch: as the framework hands it to the training step.
             share: of the batch that an ascent sees. Below 1 it is the last pass that counts, which sees all of it.
+            prepares: whether it is the share of what :meth:`once` prepares, which may generate from all of the batch.
 
         Raises:
-            RuntimeError: if the first pass changed what can't be brought back for the next.
+            ValueError: if a share can't be cut off.
+            RuntimeError: if the first pass changed what can't be brought back for the next, or prepared nothing.
         """
         before: State | None = None
         kept: Kept | None = None
         self._shares = share < 1
+        self._cut = partial(first_samples, share=share) if self._shares and prepares else None
+        cut = partial(first_samples, share=1.0 if prepares else share)
         try:
             for name in passes:
+                self._is_ascent = name == "ascent"
                 if before is not None and kept is not None:
                     before.restore()
                     self._asked_for = iter(self._prepared)
                     self.later = True
                     self.counts = name == "descent" and self._shares
                     again = kept.again()
-                    yield name, first_samples(again, share) if self._shares and name == "ascent" else again
+                    yield name, cut(again) if self._is_ascent else again
                 elif name != "ascent":  # the only pass
                     yield name, batch
                 else:
@@ -75,7 +91,12 @@ class Replay:
                     self._owners = [*owners, *kept.objects]
                     before = State(self._owners, draws=True)
                     self.counts = not self._shares
-                    yield name, first_samples(batch, share) if self._shares else batch
+                    yield name, cut(batch)
+                    if self._cut is not None and not self._prepared:
+                        raise RuntimeError(
+                            f"{self._step} does not call _prepare_inputs, whose inputs ascent_share={share:g} is to "
+                            "be cut from; call it, or use ascent_share=1."
+                        )
                     self._learn(before)
                     self._after = None if self._shares else State(self._owners)
         finally:
@@ -85,6 +106,8 @@ class Replay:
                 after.restore()
             if before is not None:
                 before.release()
+            if isinstance(passes, Generator):
+                passes.close()  # an exception would keep it, and the pass that it is in
 
     @contextmanager
     def for_good(self) -> Iterator[None]:
@@ -108,25 +131,30 @@ class Replay:
             model: whose generators it may draw from; what is drawn after it is then the same in every pass.
         """
 
-        def prepared(*args: Any, **options: Any) -> Any:
-            if self._shares:
+        def prepare_once(*args: Any, **options: Any) -> Any:
+            if self._shares and self._cut is None:
                 return prepare(*args, **options)  # of another batch in every pass
+            cut = self._cut if self._cut is not None and self._is_ascent else lambda result: result
             if self.later:
-                kept, random_state = next(self._asked_for, (None, None))
-                if kept is None:
+                prepared = next(self._asked_for, None)
+                if prepared is None:
                     raise RuntimeError(
                         f"{self._step} prepared its inputs more often in the second pass over a batch than in the "
                         "first, so that the passes would differ; prepare them equally often."
                     )
-                if random_state is not None:
-                    random_state.replay()
-                return kept.again()
+                if prepared.left is not None:
+                    prepared.left.restore()
+                if prepared.random_state is not None:
+                    prepared.random_state.replay()
+                return cut(prepared.kept.again())
             result = prepare(*args, **options)
             if self._kept is not None:
-                self._prepared.append((self._keep(result), None if model is None else RandomState(model.parameters())))
-            return result
+                random_state = None if model is None else RandomState(model.parameters())
+                left = None if self._cut is None else State(self._owners)
+                self._prepared.append(Prepared(self._keep(result), random_state, left))
+            return cut(result)
 
-        return prepared
+        return prepare_once
 
     def _keep(self, batch: Any) -> "Kept":
         kept = Kept(batch, self._clones)

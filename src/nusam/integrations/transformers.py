@@ -22,6 +22,7 @@ from nusam.integrations.deepspeed import InEngine, replaced
 from nusam.integrations.model_calls import Calls
 from nusam.integrations.replay import Replay
 from nusam.integrations.riding import Riding
+from nusam.integrations.rows import check_rows
 from nusam.methods import NuSAM
 from nusam.optimizer import SharpnessAware
 
@@ -162,6 +163,8 @@ class NuSAMTrainerMixin:
         engine = self._engine
         opt = engine.of(model)._passes if engine is not None else sharpness_aware(self.optimizer)
         self._taken = {"active": float(opt.active), "rho": max(opt._radii())}
+        if opt.ascent_share < 1 and not self._draws:
+            check_rows(self, inputs, opt.ascent_share)
         if self._in_one_pass:
             followers = [following for batch, following in self._followers if batch is inputs]
             if followers:
@@ -177,7 +180,7 @@ class NuSAMTrainerMixin:
             else:
                 reached = reaching(self.optimizer, model)
                 names = reached.passes(accumulate=True) if share == 1 else reached._passes(accumulate=True)
-            for name, given in kept.passes(names, owners, inputs, share):
+            for name, given in kept.passes(names, owners, inputs, share, self._draws):
                 several = share == 1 and (kept.later or name == "ascent")
                 with self._calls.compared(model, type(self).__name__, kept.later) if several else nullcontext():
                     last = super().training_step(model, given, *args, **kwargs)  # type: ignore[misc]
@@ -247,12 +250,16 @@ class NuSAMTrainerMixin:
             )
         return cast(Tensor, returned)
 
+    @property
+    def _draws(self) -> bool:
+        """Whether inputs are prepared otherwise than by Trainer, such as generated."""
+        return cast(Any, type(self))._prepare_inputs is not Trainer._prepare_inputs
+
     @contextmanager
     def _inputs_prepared_once(self, model: nn.Module) -> Iterator[None]:
         """Let whatever prepares the inputs, which may count its calls and generate, do so in the first pass alone."""
-        own, kind = vars(self), cast(Any, type(self))
-        draws = kind._prepare_inputs is not Trainer._prepare_inputs
-        own["_prepare_inputs"] = self._replay.once(cast(Any, self)._prepare_inputs, model if draws else None)
+        own = vars(self)
+        own["_prepare_inputs"] = self._replay.once(cast(Any, self)._prepare_inputs, model if self._draws else None)
         try:
             yield
         finally:
