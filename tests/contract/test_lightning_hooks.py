@@ -1,6 +1,7 @@
 """Hooks that a LightningModule may override, searches that train on their own, and state that a step keeps."""
 
 import itertools
+import types
 
 import pytest
 import pytorch_lightning as pl
@@ -135,6 +136,19 @@ def test_a_skipped_step_returns_nothing(rho, half):
 
 
 # ---------------------------------------------------------------- optimizer_zero_grad
+
+
+X, Y = BATCHES[0]
+
+
+@pytest.mark.parametrize("batch", [list(X.split(8)), (X, types.SimpleNamespace(y=Y)), [{"x": X, "y": Y}] * 3])
+def test_a_batch_that_can_not_be_cut_leaves_the_weights_unperturbed(batch):
+    model = Model(ascent_share=1 / 4)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"ascent_share=0\.25 can't cut a (list|tuple), "):
+        fit(model, batches=[batch])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert model.trainer.optimizers[0]._pass is None
 
 
 def every_second(model, optimizer, batch_idx):

@@ -119,6 +119,68 @@ def test_a_stream_may_end_in_mid_training(tmp_path, one_pass):
     assert trained.state.global_step == 7
 
 
+def halves(samples):
+    """Two views, one half of the rows above the other."""
+    x, y = (torch.stack([torch.as_tensor(one[name]) for one in samples]) for name in ("x", "labels"))
+    return {"x": torch.cat([x, -x]), "labels": torch.cat([y, y])}
+
+
+def fewer(samples):
+    """As where sequences are packed into a row."""
+    return {name: rows[: len(samples) // 4] for name, rows in halves(samples).items()}
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize(("collator", "rows"), [(halves, 32), (fewer, 4)])
+def test_rows_that_are_no_samples_are_refused_with_a_share(tmp_path, collator, rows, one_pass):
+    method = partial(nusam.NuSAM, ascent_share=1 / 4)
+    trained = trainer(tmp_path, sharpness_aware=method, one_pass=one_pass, data_collator=collator)
+    before = [p.clone() for p in trained.model.parameters()]
+    with pytest.raises(ValueError, match=rf"DigitsTrainer's, which makes {rows} rows of 16 samples"):
+        trained.train()
+    assert all(torch.equal(p, q) for p, q in zip(trained.model.parameters(), before, strict=True))
+    trainer(tmp_path, data_collator=collator).train()  # without a share
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_last_batch_may_have_fewer_rows(tmp_path, workers, micro_batches):
+    options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": micro_batches}
+    trained = trainer(tmp_path, arguments=options, sharpness_aware=partial(nusam.NuSAM, ascent_share=1 / 4))
+    trained.train_dataset = trained.train_dataset[:40]
+    trained.train()
+    assert len(logged(trained)) == trained.state.global_step == -(-3 // micro_batches)
+
+
+class Drawing(DigitsTrainer):
+    """Draws its inputs from a batch, and keeps some for the step after."""
+
+    def _prepare_inputs(self, inputs):
+        self.prepared = [*getattr(self, "prepared", []), len(inputs["x"])]
+        if len(self.prepared) % 2:
+            self.kept = inputs | {"x": torch.randn_like(inputs["x"])}
+        return super()._prepare_inputs(self.kept)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["x"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+seen = []
+
+
+def test_what_a_trainer_prepares_is_made_once_of_the_whole_batch_and_then_cut(tmp_path):
+    seen.clear()
+    trained = trainer(tmp_path, arguments={"max_steps": 4}, sharpness_aware=partial(nusam.NuSAM, ascent_share=1 / 4))
+    trained.__class__ = Drawing
+    trained.train()
+    assert trained.prepared == [16] * 4  # once a step
+    assert [len(x) for x in seen] == [4, 16] * 4
+    assert all(torch.equal(part, whole[:4]) for part, whole in zip(seen[::2], seen[1::2], strict=True))
+    assert torch.equal(seen[1], seen[3])  # what was kept
+    assert not torch.equal(seen[3], seen[5])
+
+
 def test_two_optimizers_of_ours_are_refused(tmp_path):
     model = NetWithLoss()
     opt = nusam.NuSAM(torch.optim.AdamW(model.parameters()), model=model)
