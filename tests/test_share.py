@@ -260,6 +260,26 @@ def test_loops_that_hand_over_no_batch_are_refused_in_a_sentence():
     opt.step()
 
 
+@pytest.mark.parametrize(("kind", "options"), [WAYS[0], WAYS[1], WAYS[2], WAYS[4]])
+def test_a_share_that_leaves_nothing_to_perturb_by_is_told_once(kind, options):
+    model, _ = problem(1)
+    opt = kind(torch.optim.SGD(model.parameters(), lr=0.1), rho=RHO, model=model, ascent_share=1 / 8, **options)
+
+    def step(count):
+        for part in opt.passes(torch.randint(9, (count, 5))):
+            table = nn.functional.normalize(model(part), dim=-1)
+            nn.functional.cross_entropy(table @ table.detach().T, torch.arange(len(part))).backward()
+        opt.step()
+
+    for _ in range(2):
+        step(8)
+    with pytest.warns(UserWarning, match=r"ascent_share=0\.125, leaves every ε at 0, so that the base optimizer"):
+        step(8)
+    for count in (8, 8, 8, 16):
+        step(count)
+    assert max(value for name, value in opt.metrics().items() if name.startswith("epsilon/")) > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_under_autocast_and_a_scaler(dtype):
     model, batches = problem(3, torch.float32)

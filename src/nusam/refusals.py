@@ -54,6 +54,7 @@ class Unreachable(RuntimeError):
 class Checked(Resumable):
     """An optimizer that refuses what it can't serve, and holds what had a gradient against what had an ε."""
 
+    ascent_share: float
     _ledger: Ledger
     _written: WrittenWeights
     _holders: Holders
@@ -63,6 +64,18 @@ class Checked(Resumable):
     _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
     _told_rounding = False  # whether a dense ε in weights below float32 was told of
     _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
+    _without_epsilon = 0  # looks one after the other at which every ε was 0
+
+    def _warn_of_no_epsilon(self) -> None:
+        """Of a share whose loss has no gradient; one such look may be due to a scaler that seeks its scale."""
+        norms = [values["epsilon"] for values in self._ascent.measured.values()]
+        self._without_epsilon = 0 if any(bool(norm.any()) for norm in norms) else self._without_epsilon + bool(norms)
+        if self._without_epsilon == 2:
+            warnings.warn(
+                f"The ascent's share of the batch, ascent_share={self.ascent_share:g}, leaves every ε at 0, so that the "
+                "base optimizer trains alone; a loss among samples needs several of them, take a larger share.",
+                stacklevel=2,
+            )
 
     def _check_targets(self) -> None:
         """Refuse what can't be perturbed, before anything is."""

@@ -111,6 +111,8 @@ class TwoPasses(Checked):
             self._ledger.end_pass("ascent", found, self._has_closure)
             self._ascended = [target.parameter for target in targets]
             self._pending = self._perturb(targets, pass_, workers, in_forward)
+            if check and self.ascent_share < 1:
+                self._warn_of_no_epsilon()
 
     @uncompiled
     def descent(self, accumulate: bool = False) -> Iterator[None]:

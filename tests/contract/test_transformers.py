@@ -181,6 +181,31 @@ def test_what_a_trainer_prepares_is_made_once_of_the_whole_batch_and_then_cut(tm
     assert not torch.equal(seen[3], seen[5])
 
 
+class Generator(NetWithLoss):
+    def generate(self, x):
+        return x + self(x, torch.zeros(len(x)).long())["logits"].mean()
+
+
+class Online(DigitsTrainer):
+    """Generates its samples from the model as it is in this pass, in the loss as others do in their training step."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            drawn = model.generate(inputs["x"])
+        return super().compute_loss(model, inputs | {"x": drawn}, *args, **kwargs)
+
+
+def test_samples_that_are_generated_in_each_pass_are_refused_with_a_share(tmp_path):
+    model = Generator()
+    before = [p.clone() for p in model.parameters()]
+    trained = trainer(tmp_path, model=model, sharpness_aware=partial(nusam.NuSAM, ascent_share=1 / 4))
+    trained.__class__ = Online
+    with pytest.raises(RuntimeError, match=r"Online generates inside training_step.*use ascent_share=1\.$"):
+        trained.train()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert "generate" not in vars(model)
+
+
 def test_two_optimizers_of_ours_are_refused(tmp_path):
     model = NetWithLoss()
     opt = nusam.NuSAM(torch.optim.AdamW(model.parameters()), model=model)

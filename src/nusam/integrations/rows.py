@@ -1,10 +1,12 @@
-"""Whether each row of a batch that a Trainer's collator made is a sample."""
+"""Whether a share of a Trainer's batch is one of its samples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nusam.batch import samples_in
 
-__all__ = ["check_rows"]
+__all__ = ["check_rows", "without_generating"]
 
 
 def check_rows(trainer: Any, inputs: Any, share: float) -> None:
@@ -24,6 +26,34 @@ def check_rows(trainer: Any, inputs: Any, share: float) -> None:
         f"ascent_share={share:g} can't cut a batch of {type(trainer).__name__}'s, which makes {rows} rows of {samples} "
         "samples, as of pairs or packed sequences; use ascent_share=1, or a collator that makes one row of each."
     )
+
+
+@contextmanager
+def without_generating(trainer: Any, model: Any, share: float) -> Iterator[None]:
+    """Inside, ``model.generate`` is refused: in the descent its samples would be others, of perturbed weights.
+
+    Raises:
+        RuntimeError: if it is called.
+    """
+    inner = trainer.accelerator.unwrap_model(model)
+
+    def generate(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            f"{type(trainer).__name__} generates inside training_step, in the descent from perturbed weights, so that "
+            f"ascent_share={share:g} would have no share of its samples; let _prepare_inputs generate, which is called "
+            "once, or use ascent_share=1."
+        )
+
+    own = vars(inner)
+    before = own.get("generate")
+    if callable(getattr(inner, "generate", None)):
+        own["generate"] = generate
+    try:
+        yield
+    finally:
+        own.pop("generate", None)
+        if before is not None:
+            own["generate"] = before
 
 
 def _samples_per_batch(loader: Any, processes: int) -> int | None:

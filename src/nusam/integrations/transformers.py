@@ -22,7 +22,7 @@ from nusam.integrations.deepspeed import InEngine, replaced
 from nusam.integrations.model_calls import Calls
 from nusam.integrations.replay import Replay
 from nusam.integrations.riding import Riding
-from nusam.integrations.rows import check_rows
+from nusam.integrations.rows import check_rows, without_generating
 from nusam.methods import NuSAM
 from nusam.optimizer import SharpnessAware
 
@@ -163,7 +163,8 @@ class NuSAMTrainerMixin:
         engine = self._engine
         opt = engine.of(model)._passes if engine is not None else sharpness_aware(self.optimizer)
         self._taken = {"active": float(opt.active), "rho": max(opt._radii())}
-        if opt.ascent_share < 1 and not self._draws:
+        cuts = opt.ascent_share < 1 and not self._draws
+        if cuts:
             check_rows(self, inputs, opt.ascent_share)
         if self._in_one_pass:
             followers = [following for batch, following in self._followers if batch is inputs]
@@ -173,8 +174,9 @@ class NuSAMTrainerMixin:
         first: Any = None
         last: Any = None
         owners, kept = (self, self.state), self._replay  # type: ignore[attr-defined]
-        with _in_training_mode(self.optimizer), self._inputs_prepared_once(model):
-            share = opt.ascent_share
+        share = opt.ascent_share
+        alone = without_generating(self, model, share) if cuts else nullcontext()
+        with _in_training_mode(self.optimizer), self._inputs_prepared_once(model), alone:
             if engine is not None:
                 names = engine.passes(model, cast(Any, self).accelerator.sync_gradients)
             else:
