@@ -72,8 +72,8 @@ class Checked(Resumable):
         self._without_epsilon = 0 if any(bool(norm.any()) for norm in norms) else self._without_epsilon + bool(norms)
         if self._without_epsilon == 2:
             warnings.warn(
-                f"The ascent's share of the batch, ascent_share={self.ascent_share:g}, leaves every ε at 0, so that the "
-                "base optimizer trains alone; a loss among samples needs several of them, take a larger share.",
+                f"The ascent's share of the batch, ascent_share={self.ascent_share:g}, leaves every ε at 0, so that "
+                "the base optimizer trains alone; a loss among samples needs several of them, take a larger share.",
                 stacklevel=2,
             )
 

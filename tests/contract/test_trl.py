@@ -17,7 +17,12 @@ peft = pytest.importorskip("peft")
 
 from datasets import Dataset, disable_progress_bars  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -254,3 +259,53 @@ def test_completions_are_generated_once_for_both_passes(tmp_path):
     (plain, _), (ours, _) = run(None, 0.01), run(0.0, 0.01)
     for a, b in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def rewarding(folder):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"vocab_size": len(LETTERS), "max_position_embeddings": 32, "pad_token_id": 0, "num_labels": 1}
+    return trl.RewardTrainer, {
+        "model": LlamaForSequenceClassification(LlamaConfig(**sizes, **shape)),
+        "args": trl.RewardConfig(**plainly(folder)),
+        "train_dataset": preferences(),
+        "processing_class": tokenizer(),
+    }
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("training", [rewarding, TRAININGS["DPO, a reference of its own"]])
+def test_pairs_are_not_cut_in_two(training, one_pass, tmp_path):
+    method = partial(nusam.NuSAM, rho=RHO, ascent_share=1 / 2)
+    with pytest.raises(ValueError, match="makes 8 rows of 4 samples, as of pairs"):
+        trained(training, tmp_path, NuSAMTrainerMixin, sharpness_aware=method, one_pass=one_pass)
+
+
+@pytest.mark.filterwarnings("ignore:one_pass=True can't be had")
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_share_of_the_completions_that_were_generated_once(one_pass, tmp_path):
+    calls = []
+
+    class Spying(trl.GRPOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            calls.append(inputs["completion_ids"].tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training(folder):
+        options = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 4}
+        return Spying, {
+            "model": language_model(),
+            "args": trl.GRPOConfig(**plainly(folder, **options, steps_per_generation=2, max_steps=4)),
+            "train_dataset": Dataset.from_list([{"prompt": "ab" + c} for c in string.ascii_lowercase]),
+            "processing_class": tokenizer(),
+            "reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions],
+        }
+
+    method = partial(nusam.NuSAM, rho=3.0, ascent_share=1 / 4)
+    ours = trained(training, tmp_path, NuSAMTrainerMixin, sharpness_aware=method, one_pass=one_pass)
+    assert [len(call) for call in calls] == [2, 8] * 4
+    width = min(len(row) for call in calls for row in call)
+    assert all(
+        [row[:width] for row in part] == [row[:width] for row in whole[:2]]
+        for part, whole in zip(calls[::2], calls[1::2], strict=True)
+    )
+    assert ours._step == 4
