@@ -2,15 +2,12 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
-from nusam.interrupts import always
-
-__all__ = ["ModuleTree", "is_compiled", "outside_of_graphs", "same", "without_dropout"]
+__all__ = ["ModuleTree", "is_compiled", "outside_of_graphs", "same"]
 
 _VALUES = operator.methodcaller("values")
 
@@ -46,21 +43,6 @@ class ModuleTree:
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether both hold the same objects, in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's dropout layers let everything pass."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
-
-    def undo() -> None:
-        for layer in layers:
-            layer.training = True
-
-    with always(undo):
-        for layer in layers:
-            layer.training = False
-        yield
 
 
 def is_compiled(module: nn.Module) -> bool:

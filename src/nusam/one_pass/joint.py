@@ -18,7 +18,7 @@ from nusam.interrupts import always, around_backwards
 from nusam.layers.module_tree import outside_of_graphs
 from nusam.one_pass.turns import Call, Done, Settings, Turns
 
-__all__ = ["CannotJoin", "Joint", "Rows", "joinable", "observed"]
+__all__ = ["CannotJoin", "Joint", "Rows", "joinable", "leaves", "observed", "part_of"]
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def observed(model: nn.Module, samples: int, seen: dict[nn.Module, list[int | No
     """Inside, note of every call of a module how many rows its outputs have for each sample; None if it has none."""
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
-        lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in _leaves(output)}
+        lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves(output)}
         (length,) = lengths if len(lengths) == 1 else (0,)
         seen.setdefault(module, []).append(length // samples if length and length % samples == 0 else None)
 
@@ -108,9 +108,9 @@ class Joint:
         rows: Rows,
         aside: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self._modules = modules
+        self.modules = modules
         self.rows = rows
-        self._aside = aside
+        self.aside = aside
         self.side = "first"
         self.looks: Callable[[Tensor, int], None] | None = None  # at gradients of what joined modules are given
         self.is_inside = False  # whether the loss itself runs a backward for gradients of its own
@@ -127,7 +127,7 @@ class Joint:
         self._settings = Settings()
 
         # what was compiled in place is called past its own _call_impl
-        compiled = {module: graph for module in self._modules if (graph := module._compiled_call_impl) is not None}
+        compiled = {module: graph for module in self.modules if (graph := module._compiled_call_impl) is not None}
 
         def inside(run: Callable[..., Any]) -> Callable[..., Any]:
             def run_inside(*args: Any, **kwargs: Any) -> Any:
@@ -141,9 +141,9 @@ class Joint:
 
         def undo() -> None:
             if turns.waits():
-                with self._settings.swapped(), self._aside():
+                with self._settings.swapped(), self.aside():
                     turns.close()
-            for module in self._modules:
+            for module in self.modules:
                 vars(module).pop("_call_impl", None)
             for module, graph in compiled.items():
                 module._compiled_call_impl = graph
@@ -151,7 +151,7 @@ class Joint:
 
         with always(undo), around_backwards(inside):
             self.side = "first"
-            for module in self._modules:
+            for module in self.modules:
                 if module in compiled:
                     module._compiled_call_impl = self._meeting(module, compiled[module])
                 else:
@@ -185,8 +185,8 @@ class Joint:
                 output = alone(*joined[0], **joined[1])
             finally:
                 self.side = "first"
-            self._answer = _part(output, self.rows, second=True)
-            return _part(output, self.rows, second=False)
+            self._answer = part_of(output, self.rows, second=True)
+            return part_of(output, self.rows, second=False)
 
         # a function around the module may be compiled, as Lightning compiles a training step
         hidden = "torch._dynamo" in sys.modules
@@ -198,42 +198,10 @@ class Joint:
         def hook_for(cut: int) -> Callable[[Tensor], None]:
             return lambda D: looks(D, cut)
 
-        for tensor in _leaves(given):
+        for tensor in leaves(given):
             length = tensor.shape[0] if tensor.ndim else 0
             if tensor.requires_grad and length and length % sum(self.rows) == 0:
                 tensor.register_hook(hook_for(length // sum(self.rows) * self.rows.first))  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def outputs(self, side: str) -> Iterator[list[Any]]:
-        """What the modules give inside, where gradients are wanted; for a side by itself if it is not ``"both"``."""
-        found: list[Any] = []
-
-        def note(*call: Any) -> None:
-            if torch.is_grad_enabled():
-                found.append([leaf.detach().clone() for leaf in _leaves(call[-1]) if leaf.is_floating_point()])
-
-        handles: list[Any] = []
-        before = self.side
-
-        def undo() -> None:
-            for handle in handles:
-                handle.remove()
-            if side != "both":
-                self.side = before
-
-        with always(undo), self._aside() if side == "second" else nullcontext():
-            handles += [module.register_forward_hook(note) for module in self._modules]
-            if side != "both":
-                self.side = side
-            yield found
-
-    def are_alike(self, together: list[Any], alone: list[Any], side: str) -> bool:
-        """Whether samples come to what they come to without those of the other side, but for rounding."""
-        parts = list(_leaves(_part(together, self.rows, side == "second")))
-        others = list(_leaves(alone))
-        return len(parts) == len(others) and all(
-            a.shape == b.shape and _is_close(a, b) for a, b in zip(parts, others, strict=True)
-        )
 
     def _resume(self) -> Call | Done:
         """Let the second computation go on until it calls a module that is joined, or is done."""
@@ -241,20 +209,10 @@ class Joint:
         assert self._second is not None
         self.side = "second"
         try:
-            with self._settings.swapped(), self._aside():
+            with self._settings.swapped(), self.aside():
                 return self._second.resume(answer)
         finally:
             self.side = "first"
-
-
-def _is_close(a: Tensor, b: Tensor) -> bool:
-    """By what two ways of summing may differ; waits for the device."""
-    eps = torch.finfo(a.dtype).eps
-    coarse = eps > 1e-4 or (
-        a.dtype != torch.float64 and (a.device.type != "cpu" or torch._C._is_any_autocast_enabled())
-    )
-    difference, size = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
-    return not bool(difference > (0.1 if coarse else 1e3 * eps) * size)  # what is not finite is found by its gradient
 
 
 def _has_saved_tensor_hooks() -> bool:
@@ -264,17 +222,18 @@ def _has_saved_tensor_hooks() -> bool:
 # ---------------------------------------------------------------- samples behind samples
 
 
-def _leaves(part: Any) -> Iterator[Tensor]:
+def leaves(part: Any) -> Iterator[Tensor]:
+    """The tensors in it."""
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, Mapping):
         for value in part.values():
-            yield from _leaves(value)
+            yield from leaves(value)
     elif isinstance(part, list | tuple):
         for value in part:
-            yield from _leaves(value)
+            yield from leaves(value)
     elif hasattr(part, "__dataclass_fields__"):
-        yield from _leaves(list(vars(part).values()))
+        yield from leaves([getattr(part, name, None) for name in part.__dataclass_fields__])
 
 
 class Joining:
@@ -337,7 +296,7 @@ class Joining:
         raise CannotJoin("gets a tensor without the samples' dimension, which differs from sample to sample")
 
 
-def _part(output: Any, rows: Rows, second: bool) -> Any:
+def part_of(output: Any, rows: Rows, second: bool) -> Any:
     """The rows of one side; what has no rows goes to both."""
     if isinstance(output, Tensor):
         length = output.shape[0] if output.ndim else 0
@@ -345,5 +304,5 @@ def _part(output: Any, rows: Rows, second: bool) -> Any:
             return output
         cut = length // sum(rows) * rows.first
         return (output[cut:] if second else output[:cut]).clone()  # which a loss may write into
-    fresh = rebuilt(output, lambda entry: _part(entry, rows, second))
+    fresh = rebuilt(output, lambda entry: part_of(entry, rows, second))
     return output if fresh is None else fresh

@@ -1,7 +1,7 @@
 """Losses that are computed to look: which modules can be joined, and whether their samples stay apart."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device, is_sharded
 from nusam.guards.buffers import SMALL
 from nusam.interrupts import always
-from nusam.layers.module_tree import ModuleTree, without_dropout
+from nusam.layers.module_tree import ModuleTree
 from nusam.one_pass.joint import CannotJoin, observed
+from nusam.one_pass.meeting import Meeting
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
 
@@ -70,13 +71,11 @@ class Looks:
         workers = self._opt._workers()
         return workers.replicates or workers.shards or any(map(is_sharded, self._opt._parameters()))
 
-    def why_not(
-        self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, is_first: bool
-    ) -> CannotJoin | None:
+    def why_not(self, riders: Riders, batch: Any, following: Any, loss: Loss, backward: Backward) -> CannotJoin | None:
         """What keeps the samples from travelling together, in this process or in another; nothing if they can."""
         found = None
         try:
-            self._check(riders, batch, ahead, loss, backward, is_first)
+            self._check(riders, batch, following, loss, backward)
         except CannotJoin as reason:
             found = reason
         if self.are_many():
@@ -90,13 +89,18 @@ class Looks:
                 found = CannotJoin(why, for_good=bool(refused == 2))
         return found
 
-    def _check(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, is_first: bool) -> None:
+    def _check(self, riders: Riders, batch: Any, following: Any, loss: Loss, backward: Backward) -> None:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen.
 
-        At first forwards by itself too: samples may meet where no gradient passes.
+        Forwards by itself too: samples may meet where no gradient passes.
         """
         opt = self._opt
+        ahead = first_samples(following, opt.ascent_share)
         reached = []
+
+        def computed(part: Any) -> Tensor:
+            return checked(loss(part))
+
         riders.get_ready()
         with ExitStack() as contexts:
             buffers = contexts.enter_context(self._without_a_trace())
@@ -106,10 +110,7 @@ class Looks:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))  # a graph shows none of its gradients
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
-                before = opt._guard.random_state()
-                with riders.joint.outputs("both") if is_first else nullcontext() as together:
-                    losses = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
-                drew = not before.is_that_of(opt._guard.random_state())
+                losses = riders.joint.run(computed, batch, ahead)
                 backward(losses[number])
                 reached.append(mixed.value())
                 clear_gradients(opt._parameters())
@@ -117,33 +118,14 @@ class Looks:
                 if buffers.moved():
                     raise CannotJoin("has buffers that move with the samples")
             riders.look_no_more()
-            meet = is_first and self._meet(riders, batch, ahead, loss, None if drew else together)
+            meeting = Meeting(riders.joint, computed, opt._guard.random_state)
+            meet = meeting.found(batch, ahead, following, self.are_many())
+            opt._workers().reshard()  # as a backward would have done it
+            riders.forget()
         if any(x != x for x in reached):
             raise CannotJoin(NOT_FINITE, for_good=False)
         if meet or any(reached):
             raise CannotJoin("computes a sample from others in its batch")
-
-    def _meet(self, riders: Riders, batch: Any, ahead: Any, loss: Loss, together: list[Any] | None) -> bool:
-        """Whether the model gives samples something else where others travel with them.
-
-        ``together``: what it gave them then; None where that was drawn by dropout, without which it is found anew.
-        """
-        opt, joint, alike = self._opt, riders.joint, True
-        assert opt.model is not None
-        before = opt._guard.random_state()
-        with without_dropout(opt.model):
-            if together is None:
-                with joint.outputs("both") as together:
-                    joint.run(lambda part: checked(loss(part)), batch, ahead)
-            for side, part in (("first", batch), ("second", ahead)):
-                with joint.outputs(side) as alone:
-                    loss(part)
-                alike &= joint.are_alike(together, alone, side)
-        opt._workers().reshard()  # as a backward would have done it
-        drew = not before.is_that_of(opt._guard.random_state())  # all the same: what differs may be due to that
-        before.replay()
-        riders.forget()
-        return not (alike or drew)
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:

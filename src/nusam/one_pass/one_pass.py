@@ -133,7 +133,7 @@ class OnePass:
         check = due or not self._checked
         riders = self._riders(batch, ahead)
         with opt._descent(accumulate, riders.of):
-            return self._joined(riders, batch, ahead, loss, backward, accumulate, check)
+            return self._joined(riders, batch, following, ahead, loss, backward, accumulate, check)
 
     def _in_two_passes(self, batch: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
         """And learn which modules can be joined."""
@@ -165,12 +165,20 @@ class OnePass:
             self._refuse("is compiled", why="processes add up what a graph does not hand out")
 
     def _joined(
-        self, riders: Riders, batch: Any, ahead: Any, loss: Loss, backward: Backward, accumulate: bool, check: bool
+        self,
+        riders: Riders,
+        batch: Any,
+        following: Any,
+        ahead: Any,
+        loss: Loss,
+        backward: Backward,
+        accumulate: bool,
+        check: bool,
     ) -> Tensor:
         """One forward and one backward of both; of this batch alone if that can't be had."""
         opt = self._opt
         buffers = SmallBuffers(opt._guard.tree)
-        refusal = self._looks.why_not(riders, batch, ahead, loss, backward, not self._checked) if check else None
+        refusal = self._looks.why_not(riders, batch, following, loss, backward) if check else None
         if refusal is None:
             self._checked = True
             assert self._copies is not None
