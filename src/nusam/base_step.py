@@ -12,6 +12,7 @@ from nusam.batch import first_samples
 from nusam.coverage import warn_of_small_reach
 from nusam.guards.calls import check_micro_batches
 from nusam.guards.checks import check_batch, check_closure
+from nusam.guards.rewinding import Rewinding
 from nusam.lmo import Nuclear, Unnormalized
 from nusam.two_passes import TwoPasses
 from nusam.uncompiled import Uncompiled
@@ -26,6 +27,7 @@ class Stepping(TwoPasses):
     _few_by_design = False  # whether the method is meant to reach few of the entries
     _cleared = False  # whether passes since the last step have cleared the gradients of others
     _wasteful = 0  # steps before which they had
+    _batches: Rewinding | None = None  # of the loop over passes()
     _plain = 0  # steps without passes, as long as there was no ascent
 
     def passes(self, *batch: Any, accumulate: bool = False) -> Iterator[Any]:
@@ -43,8 +45,9 @@ class Stepping(TwoPasses):
 
         Args:
             batch: what comes back once a pass: several arguments as a tuple, one (a tensor, dictionary, dataclass,
-                list, ...) as itself. In the ascent it is cut to ``ascent_share`` of its samples, see
-                :func:`nusam.batch.first_samples`. Without any, ``"ascent"`` and ``"descent"`` come.
+                list, ...) as itself, and every pass finds it as the first one did. In the ascent it is cut to
+                ``ascent_share`` of its samples, see :func:`nusam.batch.first_samples`. Without any, ``"ascent"`` and
+                ``"descent"`` come.
             accumulate: whether gradients of micro-batches add up.
 
         Raises:
@@ -62,9 +65,19 @@ class Stepping(TwoPasses):
         part: Any = whole if batch else "ascent"
         if self.ascent_share < 1 and self.active:
             part = first_samples(whole, self.ascent_share)
-        with closing(self._passes(accumulate)) as names:
-            for name in names:
-                yield part if name == "ascent" else whole
+        rewinding = None
+        if batch and self.active and self._needs_ascent:
+            rewinding = self._batches = self._batches or Rewinding()
+            rewinding.keep((whole, part))
+        try:
+            with closing(self._passes(accumulate)) as names:
+                for number, name in enumerate(names):
+                    if rewinding and number:
+                        rewinding.rewind()
+                    yield part if name == "ascent" else whole
+        finally:
+            if rewinding:
+                rewinding.end()
 
     def _passes(self, accumulate: bool) -> Generator[str, None, None]:
         """The passes by name, for loops that cut the batch themselves."""

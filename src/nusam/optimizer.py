@@ -18,6 +18,7 @@ from nusam.directions import Direction
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.surroundings import Holders
+from nusam.guards.calls import check_loop
 from nusam.guards.checks import (
     check_alone,
     check_base_optimizer,
@@ -33,7 +34,8 @@ from nusam.guards.model_guard import ModelGuard
 from nusam.layers.reads import Backwards
 from nusam.layers.structure import Structure
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne
-from nusam.one_pass.one_pass import OnePass, looked_ahead
+from nusam.one_pass.neighbours import looked_ahead
+from nusam.one_pass.one_pass import OnePass
 from nusam.placement.ledger import Ledger
 from nusam.placement.step_in_backward import StepInBackward
 from nusam.placement.written_weights import WrittenWeights
@@ -227,6 +229,7 @@ class SharpnessAware(Stepping):
         """
         self = itself(self)
         one_pass = self._begin_one_pass()
+        check_loop(batches, loss)
         for batch, following in looked_ahead(batches):
             yield one_pass.step(batch, following, loss, backward or Tensor.backward, accumulate)
 

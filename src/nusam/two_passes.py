@@ -91,12 +91,14 @@ class TwoPasses(Checked):
         self._pending = self._waiting = None
         self._repeats = False
         self._looked_for, self._states_before = (), None
-        with always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
+        with ExitStack() as apart, always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass = "ascent"
             self._in_scaler = False  # a step that the scaler skipped is over
             clear_gradients(parameters)
             self._ledger.begin_pass()
             self._guard.before_ascent(check)
+            if not self._apart:
+                apart.enter_context(self._guard.others.put_away(self, workers, check))
             reached = everything if self.targets == "trainable" else {*everything, *(t.parameter for t in targets)}
             self._written.before_ascent(reached, check, self._guard.tree)
             in_the_loop = pass_.in_the_loop() if pass_ else nullcontext()

@@ -1,13 +1,14 @@
 """Calls as other libraries make them: of a constructor, and what it should have been; of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["check_call", "check_micro_batches"]
+__all__ = ["check_call", "check_loop", "check_micro_batches"]
 
 
 def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -83,3 +84,43 @@ def check_micro_batches(closure: Any) -> None:
             f"accumulate_grad_batches={accumulated} runs micro-batches outside of step(closure), which would lose "
             "their gradients; add nusam.integrations.lightning.SharpnessAwareCallback() to the Trainer's callbacks."
         )
+
+
+def check_loop(batches: Any, loss: Any) -> None:
+    """Whether ``one_pass`` was given batches, and a function of one.
+
+    Raises:
+        TypeError: if not.
+    """
+    single = isinstance(batches, Tensor | Mapping) or (isinstance(batches, tuple) and _is_a_batch(batches))
+    if single or not isinstance(batches, Iterable | _Indexed):
+        raise TypeError(
+            f"one_pass() goes through the batches itself and was given {'one of them' if single else 'none'}, a "
+            f"{type(batches).__name__}; write 'for value in opt.one_pass(loader, loss): opt.step()'."
+        )
+    takes_one = callable(loss)
+    try:
+        signature(loss.forward if isinstance(loss, nn.Module) else loss).bind(None)
+    except TypeError:
+        takes_one = False
+    except ValueError:  # of what has no signature
+        pass
+    if not takes_one:
+        kind = "a function of other arguments" if callable(loss) else f"a {type(loss).__name__}"
+        kind = type(loss).__name__ if isinstance(loss, nn.Module) else kind
+        raise TypeError(
+            f"The loss that one_pass() is given must be a function of a batch that calls the model, got {kind}; write "
+            "'def loss(batch): x, y = batch; return criterion(model(x), y)'."
+        )
+
+
+@runtime_checkable
+class _Indexed(Protocol):
+    """What Python iterates over by its index."""
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def _is_a_batch(entries: tuple[Any, ...]) -> bool:
+    """Whether tensors are those of one batch, such as inputs and labels."""
+    return all(isinstance(entry, Tensor) for entry in entries) and len({(e.shape, e.dtype) for e in entries}) > 1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nusam.distributed.blocks import compute_device
 from nusam.guards.buffers import Buffers
+from nusam.guards.others import Others
 from nusam.interrupts import always
 from nusam.layers.module_tree import ModuleTree
 
@@ -33,6 +34,7 @@ class ModelGuard:
         self._of_ascent = of_ascent
         self.tree = None if model is None else ModuleTree(model)
         self._buffers = None if self.tree is None else Buffers(self.tree)
+        self.others = Others(self.tree)
         self._refusal = None if self.tree is None else _Refusal(self.tree)
         self._random_state: RandomState | None = None
         self._replayed: RandomState | None = None  # in the last descent

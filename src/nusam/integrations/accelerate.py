@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from nusam.guards.calls import check_loop
 from nusam.integrations.deepspeed import before_the_step
 from nusam.integrations.looking_ahead import Ahead
 from nusam.optimizer import SharpnessAware
@@ -105,6 +106,7 @@ def one_pass(
     """
     opt = reaching(optimizer, model)
     steps = opt._begin_one_pass()
+    check_loop(batches, loss)
     if getattr(batches, "use_stateful_dataloader", False):
         raise ValueError(
             "one_pass() looks one batch ahead, where a loader of use_stateful_dataloader=True would save its place; "

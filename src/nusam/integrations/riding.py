@@ -43,8 +43,6 @@ class Riding:
         self._step = step
         self._clones = True  # until a step has been seen to leave its batch alone
         self._behind = False  # whether the samples behind have their turn
-        self._following: Any = None
-        self._left: Any = None  # what then waited for the next step
 
     def step(
         self,
@@ -69,22 +67,6 @@ class Riding:
             Skipped: if there is no loss for the batch.
             RuntimeError: if the training step changed what can't be brought back for another call.
         """
-        if batch is not self._following and opt._waiting is self._left:
-            opt._waiting = None  # it was found on a batch that did not come
-        try:
-            return self._taken(opt, owners, batch, following, run, backward)
-        finally:
-            self._following, self._left = following, opt._waiting
-
-    def _taken(
-        self,
-        opt: SharpnessAware,
-        owners: Sequence[object],
-        batch: Any,
-        following: Any,
-        run: Run,
-        backward: Callable[[Tensor], Any],
-    ) -> Any:
         steps = opt._begin_one_pass()
         result: Any = None
         if not opt.active:

@@ -116,6 +116,7 @@ class Joint:
         self.is_inside = False  # whether the loss itself runs a backward for gradients of its own
         self._second: Turns | None = None
         self._answer: Any = None
+        self._request: Call | Done | Exception | None = None  # of the second computation, which has had its turn
 
     def run(self, function: Callable[[Any], T], first: Any, second: Any) -> tuple[T, T]:
         """What the function makes of both batches.
@@ -124,6 +125,7 @@ class Joint:
             CannotJoin: if the two computations call the modules differently.
         """
         turns = self._second = Turns(lambda: function(second))
+        self._request = None
         self._settings = Settings()
 
         # what was compiled in place is called past its own _call_impl
@@ -157,7 +159,7 @@ class Joint:
                 else:
                     vars(module)["_call_impl"] = self._meeting(module, module._call_impl)
             found = function(first)
-            request = self._resume()
+            request = self._asked()
             if isinstance(request, Call):
                 raise CannotJoin("calls its modules a number of times that depends on the samples")
             return found, request.value
@@ -174,7 +176,7 @@ class Joint:
                 return turns.ask(mine)
             if _has_saved_tensor_hooks():
                 raise CannotJoin("is checkpointed around the modules that could be joined")
-            other = self._resume()
+            other = self._asked()
             if not isinstance(other, Call) or other.module is not module:
                 raise CannotJoin("calls its modules in an order that depends on the samples")
             joined = Joining(self.rows, self.looks is not None).of((args, kwargs), (other.args, other.kwargs))
@@ -186,6 +188,9 @@ class Joint:
             finally:
                 self.side = "first"
             self._answer = part_of(output, self.rows, second=True)
+            if self.looks is None:
+                _keep_finite(self._answer, output)
+            self._resume()
             return part_of(output, self.rows, second=False)
 
         # a function around the module may be compiled, as Lightning compiles a training step
@@ -203,14 +208,30 @@ class Joint:
             if tensor.requires_grad and length and length % sum(self.rows) == 0:
                 tensor.register_hook(hook_for(length // sum(self.rows) * self.rows.first))  # type: ignore[no-untyped-call]
 
-    def _resume(self) -> Call | Done:
-        """Let the second computation go on until it calls a module that is joined, or is done."""
+    def _asked(self) -> Call | Done:
+        """What the second computation asks for, or has come to; what it has raised is raised."""
+        if self._request is None:
+            self._resume()
+        request, self._request = self._request, None
+        if isinstance(request, Exception):
+            raise request
+        assert request is not None
+        return request
+
+    def _resume(self) -> None:
+        """Let the second computation go on until it calls a module that is joined, or is done.
+
+        It does so as soon as it has an answer: what it has entered since the first one's call it then leaves before
+        that one goes on, and settings of the process come back in the order in which they were made.
+        """
         answer, self._answer = self._answer, None
         assert self._second is not None
         self.side = "second"
         try:
             with self._settings.swapped(), self.aside():
-                return self._second.resume(answer)
+                self._request = self._second.resume(answer)
+        except Exception as error:
+            self._request = error
         finally:
             self.side = "first"
 
@@ -266,6 +287,8 @@ class Joining:
             return fresh
         if isinstance(first, list | tuple):
             if len(first) != len(second):
+                if (len(first), len(second)) == self._rows and type(first) in (list, tuple):
+                    return type(first)([*first, *second])  # of an entry for each sample
                 raise CannotJoin("gets lists of several lengths", False)
             joined = [self.of(a, b) for a, b in zip(first, second, strict=True)]
             entries = iter(joined)
@@ -280,6 +303,8 @@ class Joining:
         return first
 
     def _of_tensors(self, first: Tensor, second: Tensor) -> Tensor:
+        if first is second:  # no samples, which are other tensors on either side
+            return first
         here, there = first.shape[:1], second.shape[:1]
         a, b = (here or (0,))[0], (there or (0,))[0]
         if a and b and a % self._rows.first == 0 and a * self._rows.second == b * self._rows.first:
@@ -289,11 +314,26 @@ class Joining:
             if self._tracked and joined.is_floating_point() and not joined.requires_grad:
                 joined = joined.requires_grad_().clone()  # no leaf, which could not be written
             return joined
-        if first is second or (first.shape == second.shape and torch.equal(first, second)):
+        if first.shape == second.shape and torch.equal(first, second):
             return first
         if first.shape != second.shape:  # such as positions or a mask, of as many entries as the longest sample
             raise CannotJoin("gets tensors whose shapes change from batch to batch", for_good=False)
         raise CannotJoin("gets a tensor without the samples' dimension, which differs from sample to sample")
+
+
+def _holds(entry: Any) -> bool:
+    return isinstance(entry, Tensor | Mapping | list | tuple)
+
+
+def _keep_finite(behind: Any, output: Any) -> None:
+    """Let no gradient that is not finite come from the loss of the rows behind, which other rows would share."""
+    for rows, whole in zip(leaves(behind), leaves(output), strict=True):
+        if rows is not whole and rows.requires_grad and type(rows) is Tensor:
+            rows.register_hook(_finite)  # type: ignore[no-untyped-call]
+
+
+def _finite(D: Tensor) -> Tensor:
+    return D.nan_to_num(0.0, 0.0, 0.0)
 
 
 def part_of(output: Any, rows: Rows, second: bool) -> Any:
@@ -304,5 +344,7 @@ def part_of(output: Any, rows: Rows, second: bool) -> Any:
             return output
         cut = length // sum(rows) * rows.first
         return (output[cut:] if second else output[:cut]).clone()  # which a loss may write into
+    if type(output) in (list, tuple) and len(output) == sum(rows) and not any(map(_holds, output)):
+        return output[rows.first :] if second else output[: rows.first]
     fresh = rebuilt(output, lambda entry: part_of(entry, rows, second))
     return output if fresh is None else fresh

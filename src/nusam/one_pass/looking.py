@@ -15,6 +15,7 @@ from nusam.interrupts import always
 from nusam.layers.module_tree import ModuleTree
 from nusam.one_pass.joint import CannotJoin, observed
 from nusam.one_pass.meeting import Meeting
+from nusam.one_pass.neighbours import Neighbours
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
 
@@ -71,13 +72,17 @@ class Looks:
         workers = self._opt._workers()
         return workers.replicates or workers.shards or any(map(is_sharded, self._opt._parameters()))
 
-    def why_not(self, riders: Riders, batch: Any, following: Any, loss: Loss, backward: Backward) -> CannotJoin | None:
+    def why_not(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward) -> CannotJoin | None:
         """What keeps the samples from travelling together, in this process or in another; nothing if they can."""
         found = None
         try:
-            self._check(riders, batch, following, loss, backward)
+            self._check(riders, both, loss, backward)
         except CannotJoin as reason:
             found = reason
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:  # that the loss of one batch has not raised
+            found = CannotJoin(f"raises {type(error).__name__} where samples of two batches travel together")
         if self.are_many():
             parameter = self._opt._parameters()[0]
             # batches of which some can't travel together will come again, when nobody can ask the others
@@ -89,13 +94,12 @@ class Looks:
                 found = CannotJoin(why, for_good=bool(refused == 2))
         return found
 
-    def _check(self, riders: Riders, batch: Any, following: Any, loss: Loss, backward: Backward) -> None:
+    def _check(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward) -> None:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen.
 
         Forwards by itself too: samples may meet where no gradient passes.
         """
         opt = self._opt
-        ahead = first_samples(following, opt.ascent_share)
         reached = []
 
         def computed(part: Any) -> Tensor:
@@ -104,22 +108,23 @@ class Looks:
         riders.get_ready()
         with ExitStack() as contexts:
             buffers = contexts.enter_context(self._without_a_trace())
-            for context in (opt._workers().ascent(False), self.for_nothing(), self._set_aside()):
+            for context in (opt._workers().ascent(False), self.for_nothing()):
                 contexts.enter_context(context)
+            parameters = contexts.enter_context(self._set_aside())
             if opt._ascent.compiles:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))  # a graph shows none of its gradients
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
-                losses = riders.joint.run(computed, batch, ahead)
+                losses = riders.joint.run(computed, both.batch, both.ahead)
                 backward(losses[number])
                 reached.append(mixed.value())
-                clear_gradients(opt._parameters())
+                clear_gradients(parameters)
                 riders.forget()
                 if buffers.moved():
                     raise CannotJoin("has buffers that move with the samples")
             riders.look_no_more()
             meeting = Meeting(riders.joint, computed, opt._guard.random_state)
-            meet = meeting.found(batch, ahead, following, self.are_many())
+            meet = meeting.found(both, self.are_many())
             opt._workers().reshard()  # as a backward would have done it
             riders.forget()
         if any(x != x for x in reached):
@@ -128,10 +133,10 @@ class Looks:
             raise CannotJoin("computes a sample from others in its batch")
 
     @contextmanager
-    def _set_aside(self) -> Iterator[None]:
-        """Gradients of micro-batches before are not there, and come back."""
+    def _set_aside(self) -> Iterator[list[Tensor]]:
+        """Gradients of micro-batches before are not there, and come back; also those that another optimizer takes."""
         opt = self._opt
-        parameters = opt._parameters()
+        parameters = [*opt._parameters(), *opt._guard.others.trained(opt._parameters(), opt._workers())]
         kept = [opt._workers().kept(parameter.grad) for parameter in parameters]
 
         def undo() -> None:
@@ -140,7 +145,7 @@ class Looks:
 
         with always(undo):
             clear_gradients(parameters)
-            yield
+            yield parameters
 
 
 class SmallBuffers:
@@ -171,7 +176,7 @@ def checked(value: Any, by: str = "one_pass()") -> Tensor:
     Raises:
         TypeError: if it is something else.
     """
-    if not isinstance(value, Tensor) or value.ndim:
+    if not isinstance(value, Tensor) or value.numel() != 1:
         kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise TypeError(f"The loss that {by} is given must return a tensor with one value, got {kind}.")
-    return value
+    return value.reshape(()) if value.ndim else value

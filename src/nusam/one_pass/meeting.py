@@ -20,6 +20,7 @@ from nusam.batch import first_samples, samples_in
 from nusam.guards.model_guard import RandomState
 from nusam.interrupts import always
 from nusam.one_pass.joint import CannotJoin, Joint, leaves, part_of
+from nusam.one_pass.neighbours import Neighbours
 
 __all__ = ["Meeting"]
 
@@ -49,19 +50,18 @@ class Meeting:
         self._joint, self._loss, self._random_state = joint, loss, random_state
         self._before = random_state()
 
-    def found(self, batch: Any, ahead: Any, following: Any, always_all: bool) -> bool:
+    def found(self, both: Neighbours, always_all: bool) -> bool:
         """Whether samples are given something else where others travel with them.
 
         Args:
-            batch: of the first side.
-            ahead: of the second, the first samples of ``following``.
-            following: what stands in for the batch of the first side.
+            both: the samples of either side.
             always_all: whether to run as often in any case, as other processes must.
         """
+        batch, following, ahead = both
         together = self._together(batch, ahead)
         draws = not self._before.is_that_of(self._random_state())
         count = samples_in(ahead) / samples_in(batch)
-        behind = first_samples(batch, min(1.0, count))
+        behind = Neighbours.of(batch, batch, min(1.0, count)).ahead
         before = first_samples(following, min(1.0, samples_in(batch) / samples_in(following)))
         if samples_in(behind) != samples_in(ahead):
             behind = ahead
@@ -157,11 +157,11 @@ class Meeting:
             yield found
 
 
-class _Undrawn(TorchDispatchMode):
+class _Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, whatever is drawn has the same value, and dropout lets everything pass."""
 
     def __init__(self, value: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._value = value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

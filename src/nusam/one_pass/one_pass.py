@@ -5,9 +5,8 @@ see W + ε and give the gradient; those behind see W, and give the two products 
 update old when it is used, on samples that it was found on.
 """
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,39 +16,26 @@ from torch import Tensor, nn
 
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
-from nusam.ascent.verification import ONE_USE, OTHERWISE, SEVERAL_USES, Verdict
+from nusam.ascent.verification import ONE_USE, SEVERAL_USES
 from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
+from nusam.guards.handing import Handing
 from nusam.layers.module_tree import is_compiled
 from nusam.layers.structure import Structure
-from nusam.lmo import LMO, Nuclear, RankOne
+from nusam.lmo import RankOne
+from nusam.one_pass.carried import found_behind, iterations, perturb_by, weighed
 from nusam.one_pass.copies import Copies
+from nusam.one_pass.fitting import unfit
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, joinable, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
+from nusam.one_pass.neighbours import Neighbours
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
 from nusam.refusals import Unreachable
 
-__all__ = ["OnePass", "looked_ahead"]
-
-# The loss of the samples behind counts so little that what it leaves in a gradient which is not told apart by rows (of
-# a norm, a position, a layer that is no target) is below any rounding. The products have no scale.
-BEHIND = 2.0**-60
+__all__ = ["OnePass"]
 
 Aside = Callable[[], AbstractContextManager[object]]
-
-
-def looked_ahead(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Every batch with the one after it; the last with None."""
-    iterator = iter(batches)
-    try:
-        batch = next(iterator)
-    except StopIteration:
-        return
-    for following in iterator:
-        yield batch, following
-        batch = following
-    yield batch, None
 
 
 class OnePass:
@@ -61,10 +47,13 @@ class OnePass:
         self._structure: Structure | None = None  # of the model when they were found
         self._copies: Copies | None = None  # of small matrices
         self._refused = False
-        self._checked = False
+        self._looked_at: set[Hashable] = set()  # modes of the modules in which samples have been seen to stay apart
         self._told: set[str] = set()
         self._aside: Aside = nullcontext
         self._looks = Looks(opt)
+        self._handing = Handing("The loss that one_pass() is given")
+        self._following: Any = None  # the batch behind that of the last step
+        self._left: Any = None  # what then waited for it
 
     @property
     def counts(self) -> bool:
@@ -72,15 +61,34 @@ class OnePass:
         return self._looks.counts
 
     def step(
-        self, batch: Any, following: Any, loss: Loss, backward: Backward, accumulate: bool, aside: Aside = nullcontext
+        self,
+        batch: Any,
+        following: Any,
+        loss: Loss,
+        backward: Backward,
+        accumulate: bool,
+        aside: Aside | None = None,
     ) -> Tensor:
         """Gradients of one batch at the perturbed weights; its loss there.
 
-        ``aside``: a context for what the loss of the samples behind does.
+        ``aside``: a context for what the loss of the samples behind does, which then looks after its batch itself.
         """
+        if batch is not self._following and self._opt._waiting is self._left:
+            self._opt._waiting = None  # it was found on a batch that did not come
+        self._aside = aside or nullcontext
+        try:
+            value = self._taken(batch, following, loss if aside else partial(self._given, loss), backward, accumulate)
+        finally:
+            self._following, self._left = following, self._opt._waiting
+        self._handing.learn()
+        return value
+
+    def _given(self, loss: Loss, part: Any) -> Tensor:
+        with self._handing.out(part) as given:
+            return loss(given)
+
+    def _taken(self, batch: Any, following: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
         opt = self._opt
-        self._aside = aside
-        loss = partial(_of_a_copy, loss)
         waiting, opt._waiting = opt._waiting, None
         if not opt.active:
             with opt.descent(accumulate):
@@ -125,15 +133,14 @@ class OnePass:
         else:
             opt._ascent.verification.advance()
         if waiting is not None:
-            self._perturb_by(waiting)
+            perturb_by(opt, waiting)
         if following is None:
             with opt.descent(accumulate):
                 return _run(batch, loss, backward)
-        ahead = first_samples(following, opt.ascent_share)
-        check = due or not self._checked
-        riders = self._riders(batch, ahead)
+        both = Neighbours.of(batch, following, opt.ascent_share)
+        riders = self._riders(both.rows)
         with opt._descent(accumulate, riders.of):
-            return self._joined(riders, batch, following, ahead, loss, backward, accumulate, check)
+            return self._joined(riders, both, loss, backward, accumulate, due)
 
     def _in_two_passes(self, batch: Any, loss: Loss, backward: Backward, accumulate: bool) -> Tensor:
         """And learn which modules can be joined."""
@@ -156,7 +163,7 @@ class OnePass:
         assert model is not None
         self._structure = self._opt._structure_now()
         self._modules = joinable(model, passes)
-        self._checked = False
+        self._looked_at.clear()
         if not self._modules:
             self._refuse("has no module whose output has the samples' dimension")
         if any(is_compiled(module) for module in model.modules()):
@@ -165,37 +172,33 @@ class OnePass:
             self._refuse("is compiled", why="processes add up what a graph does not hand out")
 
     def _joined(
-        self,
-        riders: Riders,
-        batch: Any,
-        following: Any,
-        ahead: Any,
-        loss: Loss,
-        backward: Backward,
-        accumulate: bool,
-        check: bool,
+        self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, accumulate: bool, due: bool
     ) -> Tensor:
         """One forward and one backward of both; of this batch alone if that can't be had."""
         opt = self._opt
         buffers = SmallBuffers(opt._guard.tree)
-        refusal = self._looks.why_not(riders, batch, following, loss, backward) if check else None
+        modes = self._modes()
+        check = due or modes not in self._looked_at
+        others = opt._guard.others.trained(opt._parameters(), opt._workers())
+        goes_backward = adds_up = False
+        refusal = self._looks.why_not(riders, both, loss, backward) if check else None
         if refusal is None:
-            self._checked = True
+            self._looked_at.add(modes)
             assert self._copies is not None
             if check:
                 self._copies.unwanted = riders.unsuited()
             # a wrapper would wait for the gradients of matrices that a step leaves out
             riders.get_ready(None if opt._ascent.compiles or self._looks.are_many() else self._copies)
-            goes_backward = False
+            adds_up = accumulate or any(parameter.grad is not None for parameter in others)
             try:
-                mine, other = riders.joint.run(lambda part: checked(loss(part)), batch, ahead)
+                mine, other = riders.joint.run(lambda part: checked(loss(part)), both.batch, both.ahead)
                 goes_backward = True
-                backward(torch.add(mine, other.to(mine.dtype), alpha=BEHIND))
-                opt._waiting = self._found(riders)
+                backward(weighed(mine, other))
+                opt._waiting = found_behind(opt, riders)
                 return mine.detach()
             except CannotJoin as reason:
-                if self._looks.are_many() or (accumulate and goes_backward):
-                    where = "among processes" if self._looks.are_many() else "with accumulate=True"
+                if self._looks.are_many() or (adds_up and goes_backward):
+                    where = "among processes" if self._looks.are_many() else "where gradients add up"
                     raise RuntimeError(
                         f"one_pass() can't go on {where}: the model {reason}, as it did in no step before; "
                         "loop over opt.passes(*batch) instead."
@@ -204,9 +207,9 @@ class OnePass:
         self._refuse(str(refusal), for_good=refusal.for_good)
         buffers.restore()
         riders.go_alone()
-        if not accumulate:
-            clear_gradients(opt._parameters())
-        return _run(batch, loss, backward)
+        if goes_backward and not adds_up:
+            clear_gradients([*opt._parameters(), *others])
+        return _run(both.batch, loss, backward)
 
     # ------------------------------------------------------------ ε from step to step
 
@@ -215,13 +218,13 @@ class OnePass:
         opt = self._opt
         found = opt._ascent.verification.found
         for parameter in (target.parameter for target in opt._targets()):
-            unfit = _unfit(self._structure, parameter, found.get(parameter), opt._ascent.compiles)
-            if unfit:
-                reason, why = (words.format(opt._names()[parameter]) for words in unfit)
+            why_not = unfit(self._structure, parameter, found.get(parameter), opt._ascent.compiles)
+            if why_not:
+                reason, why = (words.format(opt._names()[parameter]) for words in why_not)
                 self._refuse(reason, why)
         return not self._refused
 
-    def _riders(self, batch: Any, ahead: Any) -> Riders:
+    def _riders(self, rows: Rows) -> Riders:
         """The next step's ascent behind this step's descent."""
         opt = self._opt
         structure, modules = self._structure, self._modules
@@ -242,63 +245,19 @@ class OnePass:
 
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
-        pass_ = LayerPass(structure.uses, {}, _iterations(opt.lmo), opt._ascent.compiles, structure.idle, set(), False)
-        rows = Rows(samples_in(batch), samples_in(ahead))
+        pass_ = LayerPass(structure.uses, {}, iterations(opt.lmo), opt._ascent.compiles, structure.idle, set(), False)
         return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside))
-
-    @torch.no_grad()
-    def _found(self, riders: Riders) -> dict[Tensor, RankOne] | None:
-        """The next step's ε, for radii of 1; None if a layer was used otherwise than before."""
-        opt = self._opt
-        ascent = opt._ascent
-        pass_ = riders.pass_
-        riders.settle(_iterations(opt.lmo))
-        otherwise = [p for p, record in pass_.records.items() if record.is_lost() or record.count_differs()]
-        for parameter in otherwise:
-            ascent.verification.forget(parameter)
-        if otherwise:
-            pass_.release()
-            return None
-        others = [target.parameter for target in riders.targets if target.parameter not in pass_.known]
-        gradients = [parameter.grad for parameter in others]
-        measured = ascent.measured
-        for parameter in others:
-            parameter.grad = None  # this batch's, which is no part of the next ε
-        try:
-            found = ascent.perturbations(riders.targets, pass_, 0, opt._workers())
-        finally:
-            ascent.measured = measured
-            for parameter, gradient in zip(others, gradients, strict=True):
-                parameter.grad = gradient
-            pass_.release()
-        pairs = {p: epsilon for p, epsilon in found.items() if isinstance(epsilon, RankOne)}
-        if pairs:
-            torch._foreach_div_([epsilon.sigma for epsilon in pairs.values()], BEHIND)
-        return pairs
-
-    def _perturb_by(self, waiting: dict[Tensor, RankOne]) -> None:
-        """The next descent perturbs by what an earlier pass has found, for radii of 1."""
-        opt = self._opt
-        targets = opt._targets()
-        found = [(t.parameter, abs(t.radius), waiting[t.parameter]) for t in targets if t.parameter in waiting]
-        radii = [radius for _, radius, _ in found]
-        vs, norms = [epsilon.v for _, _, epsilon in found], [epsilon.norm for _, _, epsilon in found]
-        if found:
-            vs, norms = list(torch._foreach_mul(vs, radii)), list(torch._foreach_mul(norms, radii))
-        opt._pending = {
-            parameter: RankOne(epsilon.u, v, epsilon.sigma, norm)
-            for (parameter, _, epsilon), v, norm in zip(found, vs, norms, strict=True)
-        }
-        opt._ascended = [target.parameter for target in targets]
-        opt._ascent.measure(opt._pending)
-        opt._guard.forget_ascent()
-        opt._written.forget_ascent()
-        opt._progress.ascents += 1
 
     # ------------------------------------------------------------ where it can't be had
 
     def _knows_modules(self) -> bool:
         return self._modules is not None and self._structure is self._opt._structure_now()
+
+    def _modes(self) -> Hashable:
+        """Which modules there are, and in which mode; cheap enough for every step."""
+        tree = self._opt._guard.tree
+        assert tree is not None
+        return tree.walks, tuple(module.training for module in tree.modules)
 
     def _refuse(self, reason: str, why: str = "", for_good: bool = True) -> None:
         self._refused |= for_good
@@ -312,37 +271,16 @@ class OnePass:
             )
 
 
-def _of_a_copy(loss: Loss, part: Any) -> Tensor:
-    """The loss, which may take entries out of a batch that it is given several times."""
-    return loss(copy.copy(part) if isinstance(part, Mapping | list) else part)
-
-
-def _iterations(lmo: LMO) -> int:
-    return lmo.power_iterations if isinstance(lmo, Nuclear) else 1
-
-
-def _unfit(
-    structure: Structure | None, parameter: Tensor, verdict: Verdict | None, compiles: bool
-) -> tuple[str, str] | None:
-    """Why the layers of a target can't serve it, with {} for its name; nothing if they can."""
-    if structure is None or not structure.uses_of(parameter):
-        return "has no layer that is known to hold {}", ""
-    if compiles and not _is_served_in_a_graph(structure, parameter, verdict):
-        return "is compiled", "a graph does not hand out what {} leaves"
-    if verdict and verdict.found == OTHERWISE:
-        return "uses {} otherwise than by its layer", ""
-    return None
-
-
-def _is_served_in_a_graph(structure: Structure, parameter: Tensor, verdict: Verdict | None) -> bool:
-    """Whether a compiled graph hands out the products of a matrix: those of one use by a layer of its own."""
-    (use, *more) = structure.uses_of(parameter)
-    several = bool(more) or (verdict is not None and verdict.found == SEVERAL_USES)
-    return not several and not isinstance(use.module, nn.MultiheadAttention)
-
-
 def _run(part: Any, loss: Loss, backward: Backward) -> Tensor:
     """Forward and backward of one batch; its loss."""
     value = checked(loss(part))
-    backward(value)
+    try:
+        backward(value)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "The loss that one_pass() is given must leave the backward to one_pass(), and its graph has been freed; "
+            "return the loss without calling backward()."
+        ) from error
     return value.detach()

@@ -1,0 +1,72 @@
+"""A batch that a user's code is given several times in one step, each time as it was before."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nusam.batch import rebuilt
+
+__all__ = ["Handing"]
+
+
+class Handing:
+    """Hands batches to code that may take entries out of them, bind others, or write into their tensors.
+
+    Containers are made anew for every call. Tensors are copied until a step has been seen to leave them alone.
+
+    Args:
+        whose: what users call the code.
+    """
+
+    def __init__(self, whose: str) -> None:
+        self._whose = whose
+        self._copies = True
+        self._writes = False
+
+    @contextmanager
+    def out(self, batch: Any) -> Iterator[Any]:
+        """What one call is given, inside.
+
+        Raises:
+            RuntimeError: if it wrote into a tensor where no copy had been made.
+        """
+        given: dict[int, Tensor] = {}
+        fresh = self._fresh(batch, given)
+        versions = [(tensor, tensor._version) for tensor in given.values() if not tensor.is_inference()]
+        yield fresh
+        if any(tensor._version != version for tensor, version in versions):
+            self._writes = True
+            if not self._copies:
+                self._copies = True
+                raise RuntimeError(
+                    f"{self._whose} wrote into a tensor of its batch, which it had not done before, so that no copy is "
+                    "there for the other calls of the step; write into a clone of it, or do so from the first step on."
+                )
+
+    def learn(self) -> None:
+        """A step is over."""
+        self._copies, self._writes = self._writes, False
+
+    def _fresh(self, part: Any, given: dict[int, Tensor]) -> Any:
+        if isinstance(part, Tensor):
+            if id(part) not in given:  # one that is there twice stays one
+                given[id(part)] = _copied(part) if self._copies else part
+            return given[id(part)]
+        if type(part) in (list, tuple) and (not part or isinstance(part[0], int | float | str)):
+            return part[:]  # labels or tokens, perhaps many
+        try:
+            fresh = rebuilt(part, lambda entry: self._fresh(entry, given))
+        except (AttributeError, RuntimeError, TypeError):  # it can't be written
+            return part
+        if fresh is not None:
+            return fresh
+        return copy.copy(part) if hasattr(type(part), "__copy__") else part
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    with torch.set_grad_enabled(tensor.requires_grad):
+        return tensor.clone()

@@ -1,0 +1,97 @@
+"""The batch of a loop's passes, which every pass finds as the first one found it."""
+
+from collections.abc import MutableMapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rewinding"]
+
+
+class Rewinding:
+    """Takes back what a pass did to its batch: entries taken out or bound anew, tensors written in place.
+
+    Tensors are copied until a step has been seen to leave them alone.
+    """
+
+    def __init__(self) -> None:
+        self._copies = True
+        self._forget()
+
+    def _forget(self) -> None:
+        self._looked = self._writes = False
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: dict[int, tuple[Tensor, int, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def keep(self, batch: Any) -> None:
+        """The first pass begins."""
+        self._forget()
+        self._keep(batch)
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Another pass begins, after one that is over.
+
+        Raises:
+            RuntimeError: if the pass before wrote into a tensor of which there is no copy.
+        """
+        self._looked = True
+        for tensor, version, before in self._tensors.values():
+            if tensor._version == version:
+                continue
+            self._writes = True
+            if before is None:
+                self._copies = True
+                raise RuntimeError(
+                    "The loop over passes() wrote into a tensor of its batch, which it had not done before, so that no "
+                    "copy is there for the next pass; write into a clone of it, or do so from the first step on."
+                )
+            tensor.copy_(before)
+        for container, before in self._containers:
+            _refill(container, before)
+
+    def end(self) -> None:
+        """There are no more passes."""
+        self._copies = self._writes if self._looked else self._copies
+        self._forget()
+
+    def _keep(self, part: Any) -> None:
+        if isinstance(part, Tensor):
+            if id(part) not in self._tensors and not part.is_inference():
+                self._tensors[id(part)] = part, part._version, part.clone() if self._copies else None
+            return
+        if isinstance(part, tuple):
+            entries: Any = part
+        elif isinstance(part, MutableMapping):
+            entries = list(part.values())
+            self._containers.append((part, dict(part)))
+        elif type(part) is list:
+            self._containers.append((part, list(part)))
+            entries = () if part and isinstance(part[0], int | float | str) else list(part)  # tokens, perhaps many
+        elif is_dataclass(part) and not isinstance(part, type):
+            before = {field.name: getattr(part, field.name, None) for field in fields(part)}
+            entries = list(before.values())
+            self._containers.append((part, before))
+        else:
+            return
+        for entry in entries:
+            self._keep(entry)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Give a container the entries that it had."""
+    if isinstance(container, list):
+        if len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=True)):
+            container[:] = before
+        return
+    if isinstance(container, MutableMapping):
+        if list(container) != list(before) or any(container[name] is not value for name, value in before.items()):
+            container.clear()
+            container.update(before)
+        return
+    for name, value in before.items():
+        if getattr(container, name, None) is not value:
+            object.__setattr__(container, name, value)

@@ -1,0 +1,28 @@
+"""Which matrices the layers of a model can serve in one pass."""
+
+from torch import Tensor, nn
+
+from nusam.ascent.verification import OTHERWISE, SEVERAL_USES, Verdict
+from nusam.layers.structure import Structure
+
+__all__ = ["unfit"]
+
+
+def unfit(
+    structure: Structure | None, parameter: Tensor, verdict: Verdict | None, compiles: bool
+) -> tuple[str, str] | None:
+    """Why the layers of a target can't serve it, with {} for its name; nothing if they can."""
+    if structure is None or not structure.uses_of(parameter):
+        return "has no layer that is known to hold {}", ""
+    if compiles and not _is_served_in_a_graph(structure, parameter, verdict):
+        return "is compiled", "a graph does not hand out what {} leaves"
+    if verdict and verdict.found == OTHERWISE:
+        return "uses {} otherwise than by its layer", ""
+    return None
+
+
+def _is_served_in_a_graph(structure: Structure, parameter: Tensor, verdict: Verdict | None) -> bool:
+    """Whether a compiled graph hands out the products of a matrix: those of one use by a layer of its own."""
+    (use, *more) = structure.uses_of(parameter)
+    several = bool(more) or (verdict is not None and verdict.found == SEVERAL_USES)
+    return not several and not isinstance(use.module, nn.MultiheadAttention)
