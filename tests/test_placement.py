@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nusam
 from nusam.layers.kinds import Conv1D, Embedding, Linear
@@ -152,6 +153,103 @@ def test_autocast():
         assert (
             torch.linalg.vector_norm(gradient - results[1][1][name]) <= 0.1 * torch.linalg.vector_norm(gradient) + 1e-3
         )
+
+
+class LinearOfPython(torch.autograd.Function):
+    """F.linear as ZeRO 3 puts it in the place of torch's: its backward asks the parameter for its entries anew."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias):
+        ctx.save_for_backward(x, W, bias)
+        return x @ W.t() + bias
+
+    @staticmethod
+    def backward(ctx, D):
+        x, W, _ = ctx.saved_tensors
+        rows = D.reshape(-1, D.shape[-1])
+        return D @ W, rows.t() @ x.reshape(-1, x.shape[-1]), rows.sum(0)
+
+
+def linear_of_python(x, W, bias=None):
+    return LinearOfPython.apply(x, W, bias)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(200, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(200, 200)
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+LAYERS = {"linear": lambda: nn.Linear(200, 200), "attention": Attending, "checkpointed": Checkpointed}
+WAYS = {
+    "forward": lambda model: of_lr_0(model, placement="forward"),
+    "forward, matrix-free": lambda model: of_lr_0(model, placement="forward", ascent="matrix-free"),
+    "perturbation": lambda model: nusam.Perturbation(model, 1.0, power_iterations=100),
+    "frozen": lambda model: of_lr_0(model, targets=lambda name, _: name.startswith("2"), ascent="matrix-free"),
+    "perturbation, frozen": lambda model: nusam.Perturbation(
+        model, 1.0, power_iterations=100, targets=lambda name, _: name.startswith("2")
+    ),
+}
+
+
+def of_lr_0(model, **options):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return nusam.NuSAM(torch.optim.SGD(trained, lr=0.0), 1.0, model=model, power_iterations=100, **options)
+
+
+def gradients_by_hand(model, loss, chosen):
+    """At W + ρuvᵀ of the chosen matrices, in float64."""
+    model = copy.deepcopy(model).double().requires_grad_()
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss(model), parameters.values())
+    with torch.no_grad():
+        for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
+            if p.ndim == 2 and chosen(name):
+                U, _, Vh = torch.linalg.svd(gradient)
+                p += torch.outer(U[:, 0], Vh[0])
+    return dict(zip(parameters, torch.autograd.grad(loss(model), parameters.values()), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_linear_function_of_python_that_reads_its_weight_again_finds_what_it_was_given(
+    layer, way, dtype, monkeypatch
+):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 200), nn.Tanh(), LAYERS[layer](), nn.Tanh(), nn.Linear(200, 4))
+    model = model.to(dtype)
+    model[2].requires_grad_("frozen" not in way)
+    x, y = torch.randn(16, 6).to(dtype), torch.randint(0, 4, (16,))
+
+    def loss(model):
+        p = next(model.parameters())
+        output = model(x.to(p.dtype))
+        return nn.functional.cross_entropy(output if p.dtype == torch.float64 else output.float(), y)
+
+    expected = gradients_by_hand(model, loss, lambda name: "frozen" not in way or name.startswith("2"))
+    monkeypatch.setattr(linear_of_python, "__module__", "deepspeed.runtime.zero.linear")
+    monkeypatch.setattr(nn.functional, "linear", linear_of_python)
+    passes = WAYS[way](model)
+    for _ in range(3):  # in which layers are compared, and in which they are served
+        model.zero_grad()
+        for _ in passes.passes():
+            loss(model).backward()
+    for name, p in model.named_parameters():
+        off = 0.0 if p.grad is None else float((p.grad - expected[name]).norm() / expected[name].norm())
+        assert off < (0.03 if dtype == torch.bfloat16 else 1e-4), name
 
 
 @pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.SAM])

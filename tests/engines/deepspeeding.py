@@ -15,6 +15,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from torch import nn
 from torch.nn import functional as F
 
@@ -197,6 +198,64 @@ def said_of(case, folder):
     }
 
 
+def large(convolves=False) -> nn.Module:
+    """A matrix of more entries than are added up before a layer multiplies."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 4)]
+    kernel = [nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 1, 3, padding=1), nn.Flatten()]
+    return nn.Sequential(*(kernel if convolves else []), *layers)
+
+
+def gradients_off(stage, dtype, frozen, convolves, persistent) -> dict:
+    """Of each parameter's gradient at the perturbed weights, against float64 by hand, by its norm."""
+    dtype = getattr(torch, dtype)
+    model = large(convolves).to(dtype)
+    if frozen:
+        model[2].requires_grad_(False)
+    model_by_hand = copy.deepcopy(model).double().requires_grad_()
+    x, y = sample(0)
+    parameters = dict(model_by_hand.named_parameters())
+
+    def gradients():
+        loss = F.cross_entropy(model_by_hand(x.to(dtype).double()), y)
+        return torch.autograd.grad(loss, parameters.values())
+
+    found = gradients()
+    with torch.no_grad():
+        for (name, p), gradient in zip(parameters.items(), found, strict=True):
+            if p.ndim > 1 and (not frozen or name.startswith("2")):
+                U, _, Vh = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+                p += torch.outer(U[:, 0], Vh[0]).view(p.shape)
+    expected = dict(zip(parameters, gradients(), strict=True))
+    config = configured((stage, 1, str(dtype).split(".")[1], False))
+    if persistent:
+        del config["zero_optimization"]["stage3_param_persistence_threshold"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=0.0), config=config)[0]
+    options = {"targets": lambda name, _: name.startswith("2")} if frozen else {}
+    perturbation = nusam.Perturbation(engine, 1.0, power_iterations=100, convolutions=convolves, **options)
+    x, y = part(0)
+    for step in range(3):
+        if step:
+            engine.step()
+        for xs, ys in perturbation.passes(x.to(dtype), y):
+            engine.backward(F.cross_entropy(engine(xs).float(), ys))
+    reduced = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters() if p.requires_grad}
+    off = {n: float((g.double() - expected[n]).norm() / expected[n].norm()) for n, g in reduced.items()}
+    return {"off": max(off.values()), "perturbed": sorted(k for k in perturbation.metrics() if "epsilon" in k)}
+
+
+GRADIENTS = {  # ZeRO's stage, dtype, whether a layer is frozen, whether there is a kernel, whether weights stay
+    "ZeRO 2": (2, "float32", False, False, False),
+    "ZeRO 3": (3, "float32", False, False, False),
+    "ZeRO 3, bfloat16": (3, "bfloat16", False, False, False),
+    "ZeRO 3, a frozen layer": (3, "float32", True, False, False),
+    "ZeRO 2, a kernel": (2, "float32", False, True, False),
+    "ZeRO 3, a kernel": (3, "float32", False, True, False),
+    "ZeRO 3, a kernel that stays": (3, "float32", False, True, True),
+}
+
+
 def run_the_page(folder) -> int:
     """The recipe of docs/deepspeed.md; the steps that it took."""
     page = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text("utf-8")
@@ -232,7 +291,8 @@ def run_the_page(folder) -> int:
 
 def said(folder) -> dict:
     cases = {name: copy.deepcopy(said_of(case, f"{folder}/{i}")) for i, (name, case) in enumerate(CASES.items())}
-    return {"cases": cases, "steps of the page": run_the_page(f"{folder}/page")}
+    gradients = {name: gradients_off(*case) for name, case in GRADIENTS.items()}
+    return {"cases": cases, "gradients": gradients, "steps of the page": run_the_page(f"{folder}/page")}
 
 
 def in_processes(what, path: str) -> None:

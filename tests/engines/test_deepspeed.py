@@ -42,6 +42,24 @@ def test_twenty_steps_equal_one_process(said, case):
     assert said["cases"][case]["epsilon"] == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("case", "most"),
+    [
+        ("ZeRO 2", 1e-4),
+        ("ZeRO 3", 1e-4),
+        ("ZeRO 3, bfloat16", 0.03),
+        ("ZeRO 3, a frozen layer", 1e-4),
+        ("ZeRO 2, a kernel", 1e-4),
+        ("ZeRO 3, a kernel", 1e-4),
+        ("ZeRO 3, a kernel that stays", 1e-4),
+    ],
+)
+def test_every_gradient_is_that_of_the_perturbed_weights(said, case, most):
+    found = said["gradients"][case]
+    assert found["off"] < most
+    assert len(found["perturbed"]) == (1 if "frozen" in case else 4 if "kernel" in case else 3)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_resumes_to_the_bit(said, case):
     assert said["cases"][case]["resumed off"] == 0

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._device import DeviceContext
 
 from nusam.distributed.blocks import is_on_its_way, is_sharded
-from nusam.layers.reads import Watched
+from nusam.layers.reads import Watched, read_again
 from nusam.power_iteration import times
 
 __all__ = [
@@ -48,7 +48,7 @@ class Kind:
 
     @staticmethod
     def apply(x: Tensor, W: Tensor, extra: Any) -> Tensor:
-        return F.linear(x, W, extra)
+        return read_again(F.linear(x, W, extra), W)
 
     @staticmethod
     def is_patched() -> bool:
@@ -256,7 +256,7 @@ def is_altered(kind: type[Kind]) -> bool:
 
 _EMBEDDING = F.embedding
 ROUNDED = 0.25  # of an output, by which eight and four bits leave it what it was
-_SAME_LINEAR = {"deepspeed.runtime.zero.linear"}  # the same function, which keeps no weight for its backward
+_SAME_LINEAR = {"deepspeed.runtime.zero.linear"}  # the same function, which reads the parameter anew in its backward
 
 
 def tapped(y: Tensor, tap: Tensor) -> Tensor:

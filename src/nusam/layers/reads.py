@@ -4,17 +4,19 @@ While a descent runs, a watched parameter is of a class of which torch tells eve
 by activation checkpointing, and without gradients too. It costs nothing where only layers use their weights.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_map
 
 from nusam.interrupts import always, around_backwards
 
-__all__ = ["Backwards", "Watched", "Watcher", "told_of_functions", "untold", "watched"]
+__all__ = ["Backwards", "Watched", "Watcher", "read_again", "told_of_functions", "untold", "watched"]
 
 
 class Watcher(Protocol):
@@ -67,6 +69,16 @@ def untold(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     torch turns its telling on again by itself: after a ``with`` an interrupt could come before that.
     """
     return torch._C._disabled_torch_function_impl(function, (), args, kwargs)
+
+
+def read_again(output: Tensor, W: Tensor) -> Tensor:
+    """The output of a function that got a weight itself, whose backward gets it so too where Python runs that."""
+    if type(W) is Watched and not torch._C._is_torch_function_enabled():
+        node: Any = output.grad_fn
+        if isinstance(node, BackwardCFunction):
+            itself, run = weakref.ref(node), type(node).apply  # what it keeps would live on in a circle
+            node.apply = lambda *gradients: untold(run, itself(), *gradients)  # type: ignore[method-assign]
+    return output
 
 
 @contextmanager
