@@ -284,7 +284,7 @@ def test_what_needs_gradients_in_the_ascent_is_refused(does, said):
         (("a model",), r"^model must be the torch.nn.Module being trained, got str;"),
         ((nn.Tanh(),), r"^model Tanh has no trainable parameter,"),
         ((nn.LSTM(4, 4),), r"^weight_ih_l0 is held by no known layer,"),
-        ((nn.LayerNorm(4),), r"has nothing to perturb"),
+        ((nn.LayerNorm(4),), r"^Perturbation has nothing to perturb: the model holds no trainable 2-D parameter;"),
         ((nn.Linear(4, 4), float("nan")), r"^rho must be a finite number of at least 0, got nan\.$"),
     ],
     ids=str,

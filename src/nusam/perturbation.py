@@ -196,8 +196,8 @@ class _Passes(SharpnessAware):
     _instead = INSTEAD
 
     @property
-    def _what_it_perturbs(self) -> str:
-        return f"Perturbation perturbs a {self._target}"
+    def _name(self) -> str:
+        return Perturbation.__name__
 
     def follow(self) -> None:
         """Hold the parameters that the model trains now."""

@@ -125,8 +125,8 @@ class Checked(Resumable):
         if self._targets(factor=1.0) or not any(rho > 0 for rho in radii):
             return
         raise ValueError(
-            f"{type(self).__name__} has nothing to perturb: "
-            f"{'the model' if self.targets != 'trainable' else 'the optimizer'} holds no "
+            f"{self._name} has nothing to perturb: "
+            f"{'the model' if self.targets != 'trainable' or self._apart else 'the optimizer'} holds no "
             f"{self.targets if isinstance(self.targets, str) else 'targeted'} {self._target}; "
             "hand it such parameters, or choose another method."
         )

@@ -16,7 +16,7 @@ from nusam.distributed.data_parallel import DataParallel, unwrapped
 from nusam.guards.checks import check_radius
 from nusam.layers.convolutions import kernels_of
 from nusam.layers.experts import stacks_of
-from nusam.lmo import LMO, Nuclear
+from nusam.lmo import LMO, Nuclear, unpacked_shape
 from nusam.wrapper import Wrapper
 
 __all__ = ["Progress", "Target", "Targeted", "Targets", "mixed"]
@@ -92,14 +92,19 @@ class Targeted(Wrapper):
 
     @property
     def _what_it_perturbs(self) -> str:
-        return f"{type(self).__name__} perturbs a {self._target}"
+        return f"{self._name} perturbs a {self._target}"
+
+    @property
+    def _name(self) -> str:
+        """What the user knows it by."""
+        return type(self).__name__
 
     def _perturbs(self, parameter: Tensor) -> bool:
         if parameter in self._stacks:
             return self.placement != "forward"
         if not self.lmo.selects(parameter):
             return False
-        return self._kernels is None or parameter.ndim == 2 or parameter in self._kernels
+        return self._kernels is None or len(unpacked_shape(parameter)) == 2 or parameter in self._kernels
 
     def _find_kernels(self) -> None:
         """Which parameters of more than two dimensions are matrices: without a model all that the ball selects."""

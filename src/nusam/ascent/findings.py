@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nusam.ascent.products import LayerGradient, Sum
 from nusam.distributed.blocks import compute_device, is_sharded, whole
-from nusam.lmo import State, matrix_shape
+from nusam.lmo import State, matrix_shape, unpacked_shape
 from nusam.power_iteration import Matrix, TopPair, irregular
 
 __all__ = ["Findings", "Job"]
@@ -157,7 +157,7 @@ class Findings:
         dtypes = {*self.dtypes, self.parameter.dtype} if self.parameter.is_floating_point() else {*self.dtypes}
         if self.probed is not None and self.parameter.dtype != torch.float64:
             dtypes.add(torch.bfloat16)  # an autocast inside a compiled graph is not seen
-        if self.parameter.ndim > 2 and self.u.is_cuda and self.parameter.dtype == torch.float32:
+        if len(unpacked_shape(self.parameter)) > 2 and self.u.is_cuda and self.parameter.dtype == torch.float32:
             dtypes.add(torch.float16)  # cuDNN convolves float32 in TF32 unless told otherwise, as fine as this
         return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 

@@ -81,6 +81,8 @@ def is_here(tensor: Tensor) -> bool:
     """Whether the tensor has memory of its own that can be read, and written entry by entry."""
     if type(tensor) not in PLAIN:
         return is_sharded(tensor) and is_here(here(tensor))
+    if hasattr(tensor, "ds_id"):  # its entries come and go with an engine
+        return False
     if is_lazy(tensor) or tensor.is_meta or tensor.is_inference() or tensor.layout is not torch.strided:
         return False
     expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

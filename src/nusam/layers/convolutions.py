@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from nusam.layers.kinds import Handler, Kind, as_published, dense
+from nusam.lmo import unpacked_shape
 
 __all__ = ["Convolution", "convolution_of", "given", "kernels_of"]
 
@@ -184,7 +185,7 @@ def convolution_of(module: nn.Module) -> type[Convolution] | None:
     if weight is None or is_lazy(weight):
         return None
     module_: Any = module
-    kernel = tuple(weight.shape[2:])
+    kernel = tuple(unpacked_shape(weight)[2:])
     try:
         stride, dilation = (_of_each(value, len(kernel)) for value in (module_.stride, module_.dilation))
         settings = Settings(kernel, stride, (0,) * len(kernel), dilation, module_.groups)
@@ -217,7 +218,7 @@ def kernels_of(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, LAYERS):
             dimensions = 2 + len(module.kernel_size)
-            yield from (p for p in module.parameters() if not is_lazy(p) and p.ndim == dimensions)
+            yield from (p for p in module.parameters() if not is_lazy(p) and len(unpacked_shape(p)) == dimensions)
 
 
 @cache
