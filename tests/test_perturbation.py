@@ -1,7 +1,7 @@
 """A perturbation without an optimizer to wrap, held to νSAM, to a loop by hand, and to its word about gradients."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -128,6 +128,87 @@ def test_twenty_steps_equal_a_loop_by_hand():
         base.step()
     for p, wanted in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(p, wanted, rtol=0, atol=1e-9)
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter that can be switched off, as peft does it: with its flags."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.base, self.adapter, self.how, self.adapts = nn.Linear(6, 9), nn.Linear(6, 9), how, True
+        self.base.requires_grad_(False)
+
+    def forward(self, x):
+        return self.base(x) + (self.adapter(x) if self.adapts else 0)
+
+    @contextmanager
+    def without_adapter(self):
+        self.switch(False)
+        yield
+        self.switch(True)
+
+    def switch(self, on):
+        self.adapts = on
+        if self.how == "module":
+            self.adapter.requires_grad_(on)
+        for p in self.adapter.parameters():
+            if self.how == "method":
+                p.requires_grad_(requires_grad=on)
+            elif self.how == "attribute":
+                p.requires_grad = on
+
+
+def distance_to_reference(model, x):
+    """As losses of preferences have it: the model without its adapters is their reference."""
+    with torch.no_grad(), model[0].without_adapter():
+        reference = model(x)
+    return F.mse_loss(model(x), 2 * reference)
+
+
+def against_a_frozen_layer(model, x):
+    """As adversaries are trained: a layer is frozen for one of two losses, and thawed for the other."""
+    model[2].requires_grad_(False)
+    first = model(x).square().mean()
+    model[2].requires_grad_(True)
+    return first + 0.1 * model(x + 1).cos().mean()
+
+
+@pytest.mark.parametrize("loss", [distance_to_reference, against_a_frozen_layer])
+@pytest.mark.parametrize("how", ["module", "method", "attribute"])
+@pytest.mark.parametrize("chosen", ["all", "the adapter", "the others"])
+def test_flags_that_a_loop_switches_off_and_on_count_as_in_any_loop(loss, how, chosen):
+    def targets(name, parameter):
+        return parameter.requires_grad and (chosen == "all" or ("adapter" in name) == (chosen == "the adapter"))
+
+    found = []
+    for make in (
+        lambda m: nusam.Perturbation(m, RHO, targets=targets, power_iterations=300),
+        lambda m: Wrapped(m, targets=targets, ascent="gradient", power_iterations=300),
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(Adapted(how), nn.Tanh(), nn.Linear(9, 4)).double()
+        chosen_first = {n for n, p in model.named_parameters() if p.requires_grad}
+        perturbation, base = make(model), sgd(model)
+        for step in range(5):
+            base.zero_grad()
+            for x, _ in perturbation.passes(*batch(step, torch.float64)):
+                loss(model, x).backward()
+                assert {type(copy.deepcopy(p)) for p in model.parameters()} == {nn.Parameter}
+            assert {n for n, p in model.named_parameters() if p.requires_grad} == chosen_first
+            base.step()
+        found.append({"model": model.state_dict()})
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    assert_equal(*found, 1e-9)
+
+
+def test_a_flag_that_stays_off_is_off_in_the_descent_and_after_it():
+    model = net()
+    perturbation = nusam.Perturbation(model, RHO)
+    for number, (x, y) in enumerate(perturbation.passes(*batch(0, torch.float64))):
+        F.cross_entropy(model(x), y).backward()
+        model[0].bias.requires_grad = False
+        assert number == 0 or not model[0].bias.requires_grad
+    assert [p is model[0].bias for p in model.parameters()] == [not p.requires_grad for p in model.parameters()]
 
 
 @pytest.mark.parametrize("held", [None, torch.zeros_like, torch.ones_like], ids=["none", "zeros", "ones"])

@@ -37,7 +37,7 @@ class Looks:
         """The weight itself."""
         return W
 
-    def told(self, of: str) -> None:
+    def told(self, of: str, *given: Any, **named: Any) -> None:
         """Somebody looks at its gradient, sets it, or sets ``requires_grad``."""
         self.seen |= of == "grad" and torch._C._current_graph_task_id() == -1  # in no backward, whose hooks do too
 
@@ -81,6 +81,7 @@ class Findings:
         self.wanted_elsewhere = False  # whether the loss itself asks for the gradient
         self.dtypes: set[torch.dtype] = set()
         self.in_pieces = False
+        self.is_aside = False  # whether the loop has switched its gradient off
         self.is_altered = False  # whether a layer's function was another than torch's
         self.is_rounded = False  # or computed with far fewer digits than the matrix has
         self._bias: Tensor | None = None

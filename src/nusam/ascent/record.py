@@ -27,7 +27,7 @@ class Record(Findings):
     def use(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         """The layer's output, in whose backward the products are taken."""
         compiling = torch.compiler.is_compiling()
-        if not self.frozen and not W.requires_grad:  # put aside for this use
+        if self.is_aside or not (self.frozen or W.requires_grad):  # put aside for this use
             return kind.apply(x, W, extra)
         if compiling:
             return self._compiled_use(kind, x, W, extra) if rows is None else kind.apply(x, W, extra)
@@ -118,7 +118,7 @@ class Record(Findings):
 
     def value(self, W: Tensor, tracked: bool) -> Tensor:
         """For a function that reads the weight beside its layer: what gets a gradient in its place."""
-        if not tracked or not torch.is_grad_enabled() or (self.elsewhere and not W.numel()):
+        if self.is_aside or not tracked or not torch.is_grad_enabled() or (self.elsewhere and not W.numel()):
             return W
         return self._followed()
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nusam.interrupts import always
-from nusam.layers.reads import Watcher, told_of_functions, watched
+from nusam.layers.reads import Switched, Watcher, told_of_functions, watched
 
 __all__ = ["INSTEAD", "Silence"]
 
@@ -24,6 +24,7 @@ class Silence:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad and p.is_leaf]
         self._known = set(self._parameters)
+        self._switched_off: set[Tensor] = set()  # by the loop, in the pass
         self._keeps = False
         self._backwards = 0
         self._looked = False  # whether somebody has looked at a gradient since the last one
@@ -36,14 +37,16 @@ class Silence:
         def undo() -> None:
             self._keeps = False
             for parameter in self._parameters:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(parameter not in self._switched_off)
 
         with always(undo), ExitStack() as contexts:
             self._keeps = True
             for parameter in self._parameters:
                 parameter.requires_grad_(False)
             if tells:
-                contexts.enter_context(watched({p: _Told(self, watcher) for p, watcher in watchers.items()}))
+                others = {p: _Told(self, p) for p in self._parameters if p not in watchers}
+                contexts.enter_context(watched({p: _Told(self, p, watcher) for p, watcher in watchers.items()}))
+                contexts.enter_context(watched(others, Switched))
                 contexts.enter_context(told_of_functions())
             yield
             written = [p for p, gradient in before if p.grad is not None and p.grad is not gradient]
@@ -83,14 +86,24 @@ class Silence:
             )
         self._backwards, self._looked = self._backwards + 1, False
 
-    def told(self, of: str) -> None:
-        """Somebody sets ``requires_grad`` of a parameter in the pass, or looks at its ``grad`` or sets it."""
-        if of == "requires_grad":
+    def looked(self) -> None:
+        """Somebody looks at the gradient of a parameter, or sets it."""
+        self._looked = True
+
+    def switch(self, parameter: Tensor, on: bool) -> bool:
+        """Somebody sets ``requires_grad`` in the pass: it stays off, and is so afterwards; whether it is on by that.
+
+        Raises:
+            RuntimeError: if a parameter is switched on that has not been switched off in the pass.
+        """
+        if on and parameter not in self._switched_off:
             raise RuntimeError(
                 "requires_grad of a parameter is set inside the ascent, in which none takes part in a backward; set it "
                 f"before the passes, or use {INSTEAD}."
             )
-        self._looked = True
+        if parameter in self._known:
+            (self._switched_off.discard if on else self._switched_off.add)(parameter)
+        return on
 
     def check(self) -> None:
         """Refuse a pass without a backward."""
@@ -102,7 +115,21 @@ class Silence:
 
 
 class _Told:
-    """A parameter's watcher, and the silence that it keeps."""
+    """Who is told of a parameter, and keeps it silent."""
 
-    def __init__(self, silence: Silence, watcher: Watcher) -> None:
-        self.value, self.told = watcher.value, silence.told
+    def __init__(self, silence: Silence, parameter: Tensor, watcher: Any = None) -> None:
+        self._silence, self._parameter, self._watcher = silence, parameter, watcher
+
+    def value(self, W: Tensor, tracked: bool) -> Tensor:
+        found: Tensor = self._watcher.value(W, tracked)
+        return found
+
+    def told(self, of: str, *given: Any, requires_grad: bool = True) -> bool:
+        """Whether that was all that is to be done."""
+        if of != "requires_grad":
+            self._silence.looked()
+            return False
+        on = self._silence.switch(self._parameter, bool(given[0]) if given else requires_grad)
+        if self._watcher is not None:
+            self._watcher.is_aside = not on
+        return True

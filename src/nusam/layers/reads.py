@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from nusam.interrupts import always, around_backwards
 
-__all__ = ["Backwards", "Watched", "Watcher", "read_again", "told_of_functions", "untold", "watched"]
+__all__ = ["Backwards", "Switched", "Watched", "Watcher", "read_again", "told_of_functions", "untold", "watched"]
 
 
 class Watcher(Protocol):
@@ -27,8 +27,37 @@ class Watcher(Protocol):
         ...
 
 
-class Watched(nn.Parameter):
-    """A parameter in a pass; to everybody else it is what it was."""
+class _InAPass(nn.Parameter):
+    """A parameter in a pass; to everybody else, and in copies, it is what it was."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copy = untold(lambda: nn.Parameter(self.detach().clone(), self.requires_grad))
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain: nn.Parameter = untold(lambda: nn.Parameter(self.detach(), self.requires_grad))
+        return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class Switched(_InAPass):
+    """One whose watcher is told of ``requires_grad`` alone, which costs its uses nothing."""
+
+    @property
+    def requires_grad(self) -> bool:
+        flag: bool = _FLAG.__get__(self)
+        return flag
+
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        vars(self)[_WATCHER].told("requires_grad", requires_grad)
+        return self
+
+
+class Watched(_InAPass):
+    """One whose watcher is told of every use."""
 
     @classmethod
     def __torch_function__(
@@ -42,8 +71,8 @@ class Watched(nn.Parameter):
         if not _reads(name, function) or _is_an_engines(name, function, args):
             of = "requires_grad" if name == "requires_grad_" else _TOLD.get(function)
             tell = getattr(vars(args[0])[_WATCHER], "told", None) if of else None
-            if tell:  # who wants to know of its gradient
-                tell(of)
+            if tell and tell(of, *args[1:], **kwargs):  # who wants to know of its gradient
+                return args[0]
             if function == _DATA_SET:
                 _keep(args[0])
             return untold(function, *args, **kwargs)
@@ -53,14 +82,6 @@ class Watched(nn.Parameter):
         if function == _DATA and type(args[0]) is not cls:
             return args[0].detach()  # the same, but for a count of writes
         return function(*args, **kwargs) if others and not writes else untold(function, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        memo[id(self)] = copy = untold(lambda: nn.Parameter(self.detach().clone(), self.requires_grad))
-        return copy
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        plain: nn.Parameter = untold(lambda: nn.Parameter(self.detach(), self.requires_grad))
-        return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def untold(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +103,7 @@ def read_again(output: Tensor, W: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched(watchers: Mapping[Tensor, Watcher]) -> Iterator[None]:
+def watched(watchers: Mapping[Tensor, Any], kind: type[nn.Parameter] = Watched) -> Iterator[None]:
     """Inside, the watchers are told of what is done with their parameters, as far as these are torch's plain ones."""
     parameters = [parameter for parameter in watchers if type(parameter) is nn.Parameter]
 
@@ -94,7 +115,7 @@ def watched(watchers: Mapping[Tensor, Watcher]) -> Iterator[None]:
     with always(undo) if parameters else nullcontext():
         for parameter in parameters:
             vars(parameter)[_WATCHER] = watchers[parameter]
-            parameter.__class__ = Watched
+            parameter.__class__ = kind
         yield
 
 
@@ -167,6 +188,7 @@ class Backwards:
 _WATCHER = "_nusam_watcher"
 _READING_PROPERTIES = [getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")]
 _DATA = _READING_PROPERTIES[0]
+_FLAG: Any = vars(torch._C.TensorBase)["requires_grad"]
 _DATA_SET = Tensor.data.__set__  # type: ignore[attr-defined]
 _TOLD = {
     getattr(getattr(Tensor, name), function): name
