@@ -49,6 +49,11 @@ def test_a_radius_that_float32_can_not_be_multiplied_with_is_refused(kind):
         ({"placement": "forward"}, ValueError, "placement='forward' needs model= to reach the layers"),
         ({"targets": "frozen"}, ValueError, "targets='frozen' needs model= to reach the layers"),
         ({"targets": "all"}, ValueError, "targets must be one of 'trainable', 'frozen', got 'all'"),
+        (
+            {"targets": ["0.weight"]},
+            ValueError,
+            "'0.weight'.; to choose by name pass a predicate ",
+        ),
         ({"targets": lambda name, p: True}, ValueError, "A predicate for targets needs model= for the names"),
         ({"m_sam": True}, ValueError, "m_sam=True needs model= to be the module wrapped by DistributedDataParallel"),
     ],

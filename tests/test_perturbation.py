@@ -391,6 +391,87 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded():
         assert str(perturbation.state_dict()) == str(before)
 
 
+NO_STATES = {
+    "none": lambda s: None,
+    "a list": lambda s: [s],
+    "steps none": lambda s: {**s, "steps": None},
+    "steps a string": lambda s: {**s, "steps": "3"},
+    "steps negative": lambda s: {**s, "steps": -1},
+    "matrices none": lambda s: {**s, "matrices": None},
+    "matrices a list": lambda s: {**s, "matrices": [1]},
+    "a matrix of numbers": lambda s: {**s, "matrices": {**s["matrices"], "0.weight": {"u": [1.0] * 9}}},
+    "found none": lambda s: {**s, "found": None},
+    "found another": lambda s: {**s, "found": {"0.weight": "x"}},
+    "found unknown": lambda s: {**s, "found": {"0.weight": "two uses: "}},
+    "rho none": lambda s: {**s, "rho": None},
+}
+
+
+@pytest.mark.parametrize("change", NO_STATES.values(), ids=NO_STATES)
+def test_what_is_no_state_is_refused_in_a_sentence_and_nothing_is_loaded(change):
+    saved = train(net(), lambda m: nusam.Perturbation(m, 0.3), range(2))["perturbation"]
+    perturbation = nusam.Perturbation(net(), RHO)
+    before = str(perturbation.state_dict())
+    with pytest.raises(ValueError, match=r"^(The state dict.*|rho must be) .*\.$"):
+        perturbation.load_state_dict(change(saved))
+    assert str(perturbation.state_dict()) == before
+
+
+@pytest.mark.parametrize("replaced", [7, 0], ids=["the head", "the first layer"])
+def test_a_layer_that_is_replaced_midway_is_perturbed(replaced):
+    def run(make):
+        torch.manual_seed(0)
+        model = net()
+        perturbation = make(model)
+        for step in range(4):
+            if step == 2:
+                shape = (model[replaced].in_features, model[replaced].out_features)
+                model[replaced] = nn.Linear(*shape).double()
+                perturbation = make(model) if isinstance(perturbation, Wrapped) else perturbation
+            model.zero_grad()
+            torch.manual_seed(step)
+            for x, y in perturbation.passes(*batch(step, torch.float64)):
+                F.cross_entropy(model(x), y).backward()
+        return [p.grad for p in model.parameters()]
+
+    found = run(lambda m: nusam.Perturbation(m, RHO, power_iterations=300))
+    expected = run(lambda m: Wrapped(m, power_iterations=300))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+
+
+def test_a_share_that_is_set_is_checked_and_cuts_the_next_batch():
+    perturbation = nusam.Perturbation(net(), RHO)
+    perturbation.ascent_share = 0.25
+    assert len(next(perturbation.passes(*batch(0, torch.float64)))[0]) == 4
+    for share in (0, 2, "half", True):
+        with pytest.raises(ValueError, match=r"^ascent_share must be a number above 0 and at most 1, got "):
+            perturbation.ascent_share = share
+    assert perturbation.ascent_share == 0.25
+
+
+@pytest.mark.parametrize("make", [lambda m: nusam.Perturbation(m, RHO), Wrapped], ids=["perturbation", "NuSAM"])
+def test_passes_without_autograd_are_refused_in_a_sentence(make):
+    model = net()
+    perturbation = make(model)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\), in which no backward .*\.$"):
+        next(perturbation.passes())
+    for _ in perturbation.passes():
+        loss_of(model).backward()
+
+
+def test_a_model_that_is_frozen_later_or_in_the_passes_of_another_is_refused_for_what_it_is():
+    model = net()
+    perturbation = nusam.Perturbation(model, RHO)
+    for _ in perturbation.passes():
+        with pytest.raises(RuntimeError, match=r"^A perturbation of this model is in its passes, .*\.$"):
+            nusam.Perturbation(model, RHO)
+        loss_of(model).backward()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^model Sequential has no trainable parameter, .*\.$"):
+        next(perturbation.passes())
+
+
 def test_a_frozen_base_under_adapters_is_perturbed_without_a_gradient():
     class Adapted(nn.Module):
         def __init__(self):

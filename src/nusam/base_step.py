@@ -128,6 +128,8 @@ class Stepping(TwoPasses):
                 "A GradScaler called step() with a closure, whose gradients it would not unscale; run the passes "
                 "yourself, 'for _ in opt.passes(): scaler.scale(loss).backward()', and step without a closure."
             )
+        if not self._had_pass:
+            self._check_no_engine()
         has_loss = closure is not None or bool(losses)
         check_closure(self.base_optimizer, not has_loss and needs_closure(self.base_optimizer))
         if closure is not None:

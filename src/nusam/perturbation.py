@@ -1,17 +1,21 @@
 """νSAM for loops whose step belongs to an engine: the passes, and no optimizer to wrap."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nusam.ascent.silence import INSTEAD
+from nusam.ascent.verification import is_code
 from nusam.coverage import Coverage
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, unwrapped
-from nusam.guards.checks import check_radius
+from nusam.guards.checks import check_count, check_radius, check_share
 from nusam.guards.engines import check_engine
+from nusam.guards.model_guard import ModelGuard
+from nusam.layers.module_tree import same
+from nusam.layers.reads import is_in_a_pass
 from nusam.lmo import Nuclear
 from nusam.optimizer import SharpnessAware
 from nusam.targets import Targets
@@ -72,11 +76,6 @@ class Perturbation:
             )
         check_radius(rho)
         parameters = _trained(model)
-        if not parameters:
-            raise ValueError(
-                f"model {type(model).__name__} has no trainable parameter, so that nothing is trained; pass the module "
-                "being trained."
-            )
         self._passes = _Passes(
             _Held(parameters, {}),
             Nuclear(power_iterations, convolutions),
@@ -139,8 +138,13 @@ class Perturbation:
 
     @property
     def ascent_share(self) -> float:
-        """The share of each batch that the ascent sees."""
+        """The share of each batch that the ascent sees; may be changed between steps."""
         return self._passes.ascent_share
+
+    @ascent_share.setter
+    def ascent_share(self, value: float) -> None:
+        check_share(value)
+        self._passes.cut_to(float(value))
 
     @property
     def model(self) -> nn.Module | None:
@@ -179,7 +183,46 @@ class Perturbation:
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in unwrapped(model).parameters() if parameter.requires_grad]
+    """What the model trains now, which must be something."""
+    everything = list(unwrapped(model).parameters())
+    if any(map(is_in_a_pass, everything)):
+        raise RuntimeError(
+            "A perturbation of this model is in its passes, which another would disturb; make the other one before or "
+            "after them."
+        )
+    trained = [parameter for parameter in everything if parameter.requires_grad]
+    if not trained:
+        raise ValueError(
+            f"model {type(model).__name__} has no trainable parameter, so that nothing is trained; pass the module "
+            "being trained."
+        )
+    return trained
+
+
+def _check_saved(saved: Any) -> None:
+    """Whether a state dict is one of ours, as far as the model need not be asked."""
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            f"The state dict must be one that nusam.Perturbation's state_dict() gave, got {type(saved).__name__}."
+        )
+    missing = [key for key in ("rho", "steps", "matrices", "found") if key not in saved]
+    if missing:
+        raise ValueError(
+            f"The state dict has no {missing[0]!r}, which those of nusam.Perturbation have; load one that its "
+            "state_dict() gave."
+        )
+    check_radius(saved["rho"])
+    check_count("The state dict's 'steps'", saved["steps"])
+    for key, is_one in (("matrices", _is_state), ("found", is_code)):
+        entries = saved[key]
+        if not isinstance(entries, Mapping) or not all(map(is_one, entries.values())):
+            raise ValueError(
+                f"The state dict has a {key!r} that state_dict() did not give, {entries!r:.80}; load one that it gave."
+            )
+
+
+def _is_state(state: Any) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
 
 
 class _Held(Optimizer):
@@ -194,6 +237,7 @@ class _Passes(SharpnessAware):
 
     _apart = True
     _instead = INSTEAD
+    _everything: Sequence[nn.Parameter] = ()  # that the model held in the last passes
 
     @property
     def _name(self) -> str:
@@ -202,7 +246,16 @@ class _Passes(SharpnessAware):
     def follow(self) -> None:
         """Hold the parameters that the model trains now."""
         self._refuse_inside_pass("passes()")
-        self.param_groups[0]["params"][:] = _trained(cast(nn.Module, self.model))
+        model = cast(nn.Module, self.model)
+        self.param_groups[0]["params"][:] = _trained(model)
+        everything = list(unwrapped(model).parameters())
+        if not same(everything, self._everything):
+            self._everything, self._structure = everything, None  # their layers may be new too
+
+    def cut_to(self, share: float) -> None:
+        """Show the ascent this share of each batch."""
+        self._refuse_inside_pass("setting ascent_share")
+        self.ascent_share, self._guard = share, ModelGuard(self.model, share == 1)
 
     def saved(self) -> dict[str, Any]:
         self._refuse_inside_pass("state_dict()")
@@ -217,13 +270,7 @@ class _Passes(SharpnessAware):
 
     def load(self, saved: Mapping[str, Any]) -> None:
         self._refuse_inside_pass("load_state_dict()")
-        missing = [key for key in ("rho", "steps", "matrices", "found") if key not in saved]
-        if missing:
-            raise ValueError(
-                f"The state dict has no {missing[0]!r}, which those of nusam.Perturbation have; load one that its "
-                "state_dict() gave."
-            )
-        check_radius(saved["rho"])
+        _check_saved(saved)
         parameters = {name: parameter for parameter, name in self._names().items()}
         unknown = [name for name in saved["matrices"] if name not in parameters]
         if unknown:

@@ -10,7 +10,7 @@ from nusam.ascent.verification import OTHERWISE
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
-from nusam.guards.checks import check_both, check_join, check_surroundings
+from nusam.guards.checks import check_both, check_join, check_surroundings, check_tracking
 from nusam.guards.engines import check_no_engine
 from nusam.guards.weights import check_parameter, check_sharded
 from nusam.interrupts import always
@@ -133,17 +133,22 @@ class Checked(Resumable):
 
     def _check_processes(self, workers: DataParallel) -> None:
         """Refuse what can't be run among the processes as they are now, before a pass begins."""
+        check_tracking()
         if is_running():
             mixes = self.combination is not None
             check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders, mixes)
-            if not self._apart:
-                check_no_engine(self._parameters(), workers, self._holders)
+            self._check_no_engine()
         workers.refuse_unreduced()
         if workers.joins:
             check_join(self._progress.steps < self.delay, self.rho_schedule)
             if self._join != workers.join and workers.splits_the_batch:
                 self._ascent.states.clear()  # some processes took fewer steps, and remember less
             self._join = workers.join
+
+    def _check_no_engine(self) -> None:
+        """Refuse an optimizer that an engine has taken, and steps."""
+        if not self._apart:
+            check_no_engine(self._parameters(), self._workers(), self._holders, self)
 
     def _structure_now(self) -> Structure | None:
         """Where the model uses its matrices, found anew if it has changed."""

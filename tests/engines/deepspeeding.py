@@ -256,6 +256,65 @@ GRADIENTS = {  # ZeRO's stage, dtype, whether a layer is frozen, whether there i
 }
 
 
+class Fused(torch.autograd.Function):
+    """A head and its loss, whose backward asks the parameter what an engine has noted on it."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx, D):
+        x, W = ctx.saved_tensors
+        return D @ W, (D.T @ x if W.ds_status else None)
+
+
+class WithFusedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = net(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        with deepspeed.zero.GatheredParameters([self.head.weight]):
+            return Fused.apply(self.body(x), self.head.weight)
+
+
+def refused_of(ask) -> str:
+    try:
+        ask()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error)
+    return "nothing"
+
+
+def refusals() -> dict:
+    """What is said of what can't be had, by case."""
+    x, y = part(0)
+
+    def step_handed_over(stage, known):
+        model = net()
+        opt = nusam.NuSAM(sgd(model), RHO, **({"model": model} if known else {}))
+        engine = deepspeed.initialize(model=model, optimizer=opt, config=configured((stage, 1, "float32", False)))[0]
+        engine.backward(F.cross_entropy(engine(x), y))
+        engine.step()
+
+    def use_beside_its_layer():
+        model = WithFusedHead()
+        engine = deepspeed.initialize(model=model, optimizer=sgd(model), config=configured(CASES["ZeRO 3"]))[0]
+        for xs, ys in nusam.Perturbation(engine, RHO).passes(x, y):
+            engine.backward(F.cross_entropy(engine(xs), ys))
+
+    handed_over = {
+        f"a step of NuSAM's own, ZeRO {stage}{', with its model' if known else ''}": refused_of(
+            lambda stage=stage, known=known: step_handed_over(stage, known)
+        )
+        for stage in (0, 2, 3)
+        for known in (False, True)
+    }
+    return {**handed_over, "a fused head": refused_of(use_beside_its_layer)}
+
+
 def run_the_page(folder) -> int:
     """The recipe of docs/deepspeed.md; the steps that it took."""
     page = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text("utf-8")
@@ -292,7 +351,12 @@ def run_the_page(folder) -> int:
 def said(folder) -> dict:
     cases = {name: copy.deepcopy(said_of(case, f"{folder}/{i}")) for i, (name, case) in enumerate(CASES.items())}
     gradients = {name: gradients_off(*case) for name, case in GRADIENTS.items()}
-    return {"cases": cases, "gradients": gradients, "steps of the page": run_the_page(f"{folder}/page")}
+    return {
+        "cases": cases,
+        "gradients": gradients,
+        "refusals": refusals(),
+        "steps of the page": run_the_page(f"{folder}/page"),
+    }
 
 
 def in_processes(what, path: str) -> None:

@@ -78,6 +78,14 @@ def test_what_does_not_know_of_the_engine_is_refused(said, case):
     assert inside.startswith("The model given as model= runs inside DeepSpeed's engine")
 
 
+def test_what_can_not_be_had_is_refused_in_a_sentence(said):
+    refusals = dict(said["refusals"])
+    assert refusals.pop("a fused head").startswith("head.weight is reached in pieces or by another way, where an ε in")
+    assert len(refusals) == 6
+    for refused in refusals.values():
+        assert refused.startswith("DeepSpeed steps inside its engine")
+
+
 @pytest.mark.parametrize(("case", "last"), [("ZeRO 2", 9), ("ZeRO 3", 6)])  # the last life finds the first at its end
 def test_a_killed_process_changes_nothing_and_leaves_no_perturbed_weight_on_disk(killed, case, last):
     assert killed[case]["went on from"] == last

@@ -127,6 +127,8 @@ class Record(Findings):
         if not self.elsewhere:
             return self.leaf
         leaf: Tensor = untold(self.parameter.detach).requires_grad_()
+        # a function may ask it what it asks an engine's parameters
+        vars(leaf).update({name: value for name, value in vars(self.parameter).items() if name.startswith("ds_")})
         if self.job.checks:
             leaf.register_post_accumulate_grad_hook(self.complete)  # type: ignore[no-untyped-call]
         self.leaves.append(leaf)

@@ -18,7 +18,7 @@ from nusam.distributed.sums import Ranks
 from nusam.norms import norm_of
 from nusam.power_iteration import Explicit, as_matrix
 
-__all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared"]
+__all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared", "is_code"]
 
 ONE_USE = "one use"  # the products of a single use of its layer are those of its gradient
 SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
@@ -110,6 +110,12 @@ class Verification:
         self.found = {parameter: Verdict(*verdict) for parameter, verdict in pieces}
         self._age = 1 if self.found else None
         self.ask()
+
+
+def is_code(code: object) -> bool:
+    """Whether it is one of :meth:`Verification.codes`."""
+    found, colon, _ = code.partition(": ") if isinstance(code, str) else ("", "", "")
+    return bool(colon) and found in (ONE_USE, SEVERAL_USES, OTHERWISE, CHANGED)
 
 
 def compared(records: Sequence[Record], workers: DataParallel, everyone: DataParallel) -> dict[Tensor, Verdict]:

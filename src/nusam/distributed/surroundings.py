@@ -63,15 +63,17 @@ class Holders:
             self._found, self._asked = [weakref.ref(x) for x in found], kinds
         return [x for x in (ref() for ref in self._found) if x is not None]
 
-    def engine(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether DeepSpeed's engine holds some of the parameters."""
+    def engine(self, parameters: Sequence[Tensor], optimizer: object = None) -> bool:
+        """Whether DeepSpeed's engine holds some of the parameters, or steps by this optimizer."""
         kind = _imported("deepspeed.runtime.engine", "DeepSpeedEngine")
         if kind is None:
             return False
         if self._engine is None:
             wanted = set(parameters)
-            found = (engine.module.parameters() for engine in _objects((kind,)))
-            self._engine = any(not wanted.isdisjoint(parameters) for parameters in found)
+            engines = [(engine.module.parameters(), engine.basic_optimizer) for engine in _objects((kind,))]
+            self._engine = any(
+                not wanted.isdisjoint(held) or (steps is not None and steps is optimizer) for held, steps in engines
+            )
         return self._engine
 
     def flatten(self, parameters: Sequence[Tensor], model: nn.Module | None) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +38,7 @@ __all__ = [
     "check_served",
     "check_steps",
     "check_surroundings",
+    "check_tracking",
 ]
 
 
@@ -46,6 +48,14 @@ def check_closure(base: Optimizer, missing: bool) -> None:
         raise RuntimeError(
             f"base_optimizer {type(base).__name__} can't step without a closure, from which it takes the loss; call "
             "opt.step(closure), which runs the passes itself."
+        )
+
+
+def check_tracking() -> None:
+    """Whether backwards can run here at all."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "The passes run inside torch.inference_mode(), in which no backward can run; leave it for them."
         )
 
 
@@ -81,7 +91,8 @@ def check_options(
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be the torch.nn.Module being trained, or None, got {type(model).__name__}.")
     if not callable(targets):
-        check_choice("targets", targets, ("trainable", "frozen"))
+        instead = "; to choose by name pass a predicate (name, parameter) -> bool"
+        check_choice("targets", targets, ("trainable", "frozen"), instead)
     check_choice("ascent", ascent, ("auto", "gradient", "matrix-free"))
     check_choice("placement", placement, ("auto", "weights", "forward"))
     check_m_sam(m_sam, lmo, DataParallel(model, m_sam))
@@ -236,9 +247,9 @@ def check_count(what: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"{what} must be a whole number of at least {least}, got {value!r}.")
 
 
-def check_choice(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def check_choice(what: str, value: Any, allowed: tuple[Any, ...], instead: str = "") -> None:
     if value not in allowed:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}{instead}.")
 
 
 def check_rank_one(what: str, lmo: LMO) -> None:

@@ -10,9 +10,11 @@ from nusam.distributed.surroundings import Holders
 __all__ = ["check_engine", "check_no_engine"]
 
 
-def check_no_engine(parameters: Sequence[Tensor], workers: DataParallel, holders: Holders) -> None:
-    """Whether an optimizer's parameters are its own, and no engine's."""
-    if workers.engine is not None or holders.engine(parameters):
+def check_no_engine(
+    parameters: Sequence[Tensor], workers: DataParallel, holders: Holders, optimizer: object = None
+) -> None:
+    """Whether an optimizer's parameters are its own, and no engine's, to which it may have been handed."""
+    if workers.engine is not None or holders.engine(parameters, optimizer):
         raise NotImplementedError(
             "DeepSpeed steps inside its engine and keeps gradients where the two passes can't reach them; use "
             "nusam.Perturbation(engine), which wraps no optimizer."

@@ -16,7 +16,17 @@ from torch.utils._pytree import tree_map
 
 from nusam.interrupts import always, around_backwards
 
-__all__ = ["Backwards", "Switched", "Watched", "Watcher", "read_again", "told_of_functions", "untold", "watched"]
+__all__ = [
+    "Backwards",
+    "Switched",
+    "Watched",
+    "Watcher",
+    "is_in_a_pass",
+    "read_again",
+    "told_of_functions",
+    "untold",
+    "watched",
+]
 
 
 class Watcher(Protocol):
@@ -82,6 +92,11 @@ class Watched(_InAPass):
         if function == _DATA and type(args[0]) is not cls:
             return args[0].detach()  # the same, but for a count of writes
         return function(*args, **kwargs) if others and not writes else untold(function, *args, **kwargs)
+
+
+def is_in_a_pass(parameter: Tensor) -> bool:
+    """Whether some pass watches the parameter."""
+    return isinstance(parameter, _InAPass)
 
 
 def untold(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
