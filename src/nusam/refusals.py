@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from nusam.ascent.verification import OTHERWISE
+from nusam.ascent.verification import BESIDE, OTHERWISE
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
@@ -195,6 +195,8 @@ class Checked(Resumable):
                 raise self._unreachable(parameter, reason)
 
     def _unreachable(self, parameter: Tensor, reason: str) -> Unreachable:
+        if reason == BESIDE and self._holders.of(self._parameters(), stages=True, replicas=False):
+            reason += ", or scaled by its pipeline, whose schedule then needs scale_grads=False"
         return Unreachable(f"{self._names()[parameter]} is {reason}", self._instead)
 
     def _close_ledger(self, forward: Mapping[Tensor, Counted]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nusam.ascent.layer_pass import LayerPass
+from nusam.ascent.verification import BESIDE
 from nusam.both_gradients import BothGradients
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
@@ -280,7 +281,7 @@ class TwoPasses(Checked):
         records = pass_.records.values() if pass_ is not None and pass_.keeps else []
         served = [r for r in records if r.job.in_forward and not r.job.checks and not r.is_altered]
         beside = [record.parameter for record in served if record.gradient is not None]
-        self._refuse_unreachable(there, dict.fromkeys(beside, "also used outside its layer"))
+        self._refuse_unreachable(there, dict.fromkeys(beside, BESIDE))
         self._ascent.verification.advance()
         if found:
             self._progress.ascents += 1

@@ -166,6 +166,44 @@ for number, kind in enumerate((ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1
         CHECKS[2][f"pipeline: {kind.__name__} {way}"] = partial(equals_one_process, kind, show, **options)
 
 
+def perturbation_equals_one_process(kind):
+    """A schedule scales the gradients of each stage when that is through, and others' backwards are still to come."""
+    expected = built(Whole)
+    oracle.train(expected, whole_backward, oracle.nu_sam, RHO, RATE, 5, 1)
+    interleaved = kind is ScheduleInterleaved1F1B
+    modules = modules_of(built(Whole), dist.get_rank(), interleaved)
+    mine = nn.ModuleList(modules)
+    opt, perturbation = sgd(mine), nusam.Perturbation(mine, RHO, power_iterations=ITERATIONS)
+    schedule = pipeline(kind, modules)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for step in range(5):
+        x, y = sample(step, 0)
+        opt.zero_grad()
+        for _ in perturbation.passes():
+            arguments = (x,) if dist.get_rank() == 0 else ()
+            schedule.step(*arguments, **({"target": y, "losses": []} if last else {}))
+        opt.step()
+    theirs = nn.ModuleList(modules_of(expected, dist.get_rank(), interleaved))
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+for kind in (ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B):
+    CHECKS[2][f"pipeline: {kind.__name__} perturbation"] = partial(perturbation_equals_one_process, kind)
+
+
+@check(2, among=CHECKS)
+def an_epsilon_in_the_forward_of_a_stage_needs_unscaled_gradients():
+    (module,) = modules_of(built(Whole), dist.get_rank(), False)
+    opt = nusam.NuSAM(sgd(module), RHO, model=module, ascent="matrix-free", placement="forward")
+    schedule = pipeline(ScheduleGPipe, [module])
+    x, y = sample(0, 0)
+    arguments, targets = ((), {"target": y, "losses": []}) if dist.get_rank() else ((x,), {})
+    with pytest.raises(RuntimeError, match="or scaled by its pipeline, whose schedule then needs scale_grads=False"):
+        for _ in opt.passes():
+            schedule.step(*arguments, **targets)
+
+
 def equals_one_process_with_replicas(engine, kind, **options):
     """Two stages in two replicas each: ranks 0 and 1 hold the first, 2 and 3 the second; each replica has a batch."""
     mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("stage", "replica"))

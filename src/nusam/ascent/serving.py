@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
-from nusam.ascent.verification import IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
+from nusam.ascent.verification import BESIDE, IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
 from nusam.distributed.blocks import compute_device
 from nusam.distributed.data_parallel import DataParallel
 from nusam.interrupts import entered
@@ -232,7 +232,7 @@ class Serving:
             elif record.is_lost():
                 reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
             elif record.has_more and (record.has_pair or (record.job.in_forward and not in_a_graph)):
-                reasons[parameter] = "also used outside its layer"
+                reasons[parameter] = BESIDE
         return reasons
 
     def looked_for(self, pass_: LayerPass) -> list[Tensor]:

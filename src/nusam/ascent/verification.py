@@ -18,7 +18,7 @@ from nusam.distributed.sums import Ranks
 from nusam.norms import norm_of
 from nusam.power_iteration import Explicit, as_matrix
 
-__all__ = ["IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared", "is_code"]
+__all__ = ["BESIDE", "IN_A_GRAPH", "ONE_USE", "SEVERAL_USES", "Verdict", "Verification", "compared", "is_code"]
 
 ONE_USE = "one use"  # the products of a single use of its layer are those of its gradient
 SEVERAL_USES = "several uses"  # the sum over all uses of its layers is
@@ -27,6 +27,7 @@ CHANGED = "changed"  # its products are right, but the loop looks at its gradien
 
 _ROUNDING = 64.0  # rounding units of what was summed, below which a gradient that cancels says nothing
 IN_A_GRAPH = "used repeatedly in a graph"
+BESIDE = "also used outside its layer"
 
 
 class Verdict(NamedTuple):
@@ -184,7 +185,7 @@ def _verdict(
     if in_pieces:
         return Verdict(SEVERAL_USES if agrees else OTHERWISE, "reached in pieces or by another way")
     if not agrees:
-        return Verdict(OTHERWISE, "also used outside its layer" if count else "reached in pieces or by another way")
+        return Verdict(OTHERWISE, BESIDE if count else "reached in pieces or by another way")
     if not is_sharded(record.parameter) and record.leaf.is_leaf and not completed:
         return Verdict(OTHERWISE, "given its gradient by the loop itself")
     if count == 1 and completed <= 1:
