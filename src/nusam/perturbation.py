@@ -12,7 +12,7 @@ from nusam.coverage import Coverage
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, unwrapped
 from nusam.guards.checks import check_count, check_radius, check_share
-from nusam.guards.engines import check_engine
+from nusam.guards.engines import check_engine, check_uncompiled
 from nusam.guards.model_guard import ModelGuard
 from nusam.layers.module_tree import same
 from nusam.layers.reads import is_in_a_pass
@@ -289,6 +289,9 @@ class _Passes(SharpnessAware):
         self._first_ascent = None
 
     def _check_targets(self) -> None:
+        engine = self._workers().engine
+        if engine is not None:
+            check_uncompiled(engine.module.modules())
         targets = [target.parameter for target in self._targets(factor=1.0)]
         names = self._names()
         for parameter in targets:

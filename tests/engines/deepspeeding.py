@@ -305,6 +305,20 @@ def refusals() -> dict:
         for xs, ys in nusam.Perturbation(engine, RHO).passes(x, y):
             engine.backward(F.cross_entropy(engine(xs), ys))
 
+    def compiled(stage, late):
+        engine = engine_of((stage, 1, "float32", False))
+        perturbation = nusam.Perturbation(engine, RHO) if late else None
+        engine.compile(backend="eager") if late else engine.module[3].compile(backend="eager")
+        perturbation = perturbation or nusam.Perturbation(engine, RHO)
+        next(perturbation.passes(x, y))
+
+    compiles = {
+        f"compiled, ZeRO {stage}{', late' if late else ''}": refused_of(
+            lambda stage=stage, late=late: compiled(stage, late)
+        )
+        for stage in (0, 2, 3)
+        for late in (False, True)
+    }
     handed_over = {
         f"a step of NuSAM's own, ZeRO {stage}{', with its model' if known else ''}": refused_of(
             lambda stage=stage, known=known: step_handed_over(stage, known)
@@ -312,7 +326,7 @@ def refusals() -> dict:
         for stage in (0, 2, 3)
         for known in (False, True)
     }
-    return {**handed_over, "a fused head": refused_of(use_beside_its_layer)}
+    return {**handed_over, **compiles, "a fused head": refused_of(use_beside_its_layer)}
 
 
 def run_the_page(folder) -> int:

@@ -81,9 +81,10 @@ def test_what_does_not_know_of_the_engine_is_refused(said, case):
 def test_what_can_not_be_had_is_refused_in_a_sentence(said):
     refusals = dict(said["refusals"])
     assert refusals.pop("a fused head").startswith("head.weight is reached in pieces or by another way, where an ε in")
-    assert len(refusals) == 6
-    for refused in refusals.values():
-        assert refused.startswith("DeepSpeed steps inside its engine")
+    assert len(refusals) == 12
+    for case, refused in refusals.items():
+        steps = "DeepSpeed steps inside its engine"
+        assert refused.startswith("A perturbation under DeepSpeed finds ε in layers" if "compiled" in case else steps)
 
 
 @pytest.mark.parametrize(("case", "last"), [("ZeRO 2", 9), ("ZeRO 3", 6)])  # the last life finds the first at its end

@@ -30,6 +30,12 @@ class Engine:
         self._engine: Any = engine
 
     @property
+    def module(self) -> nn.Module:
+        """What it trains."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         """Whose processes split the batch."""
         return (self._engine.seq_data_parallel_group,)

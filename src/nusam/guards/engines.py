@@ -1,13 +1,14 @@
 """What is refused where DeepSpeed's engine is around the parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.surroundings import Holders
+from nusam.layers.module_tree import is_compiled
 
-__all__ = ["check_engine", "check_no_engine"]
+__all__ = ["check_engine", "check_no_engine", "check_uncompiled"]
 
 
 def check_no_engine(
@@ -25,8 +26,18 @@ def check_engine(parameters: Sequence[Tensor], workers: DataParallel, holders: H
     """Whether the engine around the parameters is known, and one that the passes can be run in."""
     if workers.engine is not None:
         workers.engine.refuse()
+        check_uncompiled([workers.engine.module])
     elif holders.engine(parameters):
         raise RuntimeError(
             "The model given as model= runs inside DeepSpeed's engine, whose ascent would count as a step; pass the "
             "engine as model=."
+        )
+
+
+def check_uncompiled(modules: Iterable[nn.Module]) -> None:
+    """Whether Python calls an engine's modules, whose graphs would hand out nothing that processes share."""
+    if any(map(is_compiled, modules)):
+        raise NotImplementedError(
+            "A perturbation under DeepSpeed finds ε in layers that Python calls, and the engine's module is compiled, "
+            "or a part of it; leave out engine.compile() and torch.compile."
         )
