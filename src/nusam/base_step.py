@@ -55,9 +55,9 @@ class Stepping(TwoPasses):
             ValueError: if ``rho_schedule`` or a group's ``rho`` gave something else than a finite number ≥ 0, or if
                 there is no batch that could be cut though ``ascent_share`` is below 1.
         """
-        return Uncompiled(self._batches(batch, accumulate))
+        return Uncompiled(self._over(batch, accumulate))
 
-    def _batches(self, batch: tuple[Any, ...], accumulate: bool) -> Generator[Any, None, None]:
+    def _over(self, batch: tuple[Any, ...], accumulate: bool) -> Generator[Any, None, None]:
         """The batch, once a pass."""
         self = itself(self)
         check_batch(batch, self.ascent_share)

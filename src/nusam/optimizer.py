@@ -171,7 +171,6 @@ class SharpnessAware(Stepping):
         self._in_backward: StepInBackward | None = None
         self._guard = ModelGuard(model, self.ascent_share == 1)
         self._written = WrittenWeights()
-        self._first_ascent: int | None = None  # the step of it, since the start or the last load
         self._ledger = Ledger()
         self._backwards = Backwards()
         self._structure: Structure | None = None

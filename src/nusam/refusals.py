@@ -59,12 +59,18 @@ class Checked(Resumable):
     _written: WrittenWeights
     _holders: Holders
     _structure: Structure | None
-    ascent_share: float
     _instead = "placement='weights'"  # of an ε in the forward
     _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
     _told_rounding = False  # whether a dense ε in weights below float32 was told of
     _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
     _without_epsilon = 0  # looks one after the other at which every ε was 0
+
+    def _is_looked_at(self) -> bool:
+        """Whether the ascent that begins is one that is watched closely: the first, and 2, 4, 8, … steps after it."""
+        if self._first_ascent is None:
+            self._first_ascent = self._progress.steps
+        age = self._progress.steps - self._first_ascent
+        return age != 1 and age & (age - 1) == 0
 
     def _warn_of_no_epsilon(self) -> None:
         """Of a share whose loss has no gradient; one such look may be due to a scaler that seeks its scale."""

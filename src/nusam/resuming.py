@@ -25,7 +25,7 @@ class Resumable(Targeted):
     _pending: dict[Tensor, Perturbation] | None
     _waiting: dict[Tensor, RankOne] | None  # ε of the next step, for radii of 1
     _in_backward: StepInBackward | None
-    _first_ascent: int | None  # the step of it, since the start or the last load
+    _first_ascent: int | None = None  # the step of it, since the start or the last load
     _looks_ahead = False  # whether steps are taken in one pass, so that an ε may wait
 
     def state_dict(self) -> dict[str, Any]:

@@ -76,10 +76,7 @@ class TwoPasses(Checked):
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees, everything)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
-        if self._first_ascent is None:
-            self._first_ascent = self._progress.steps
-        age = self._progress.steps - self._first_ascent
-        check = age != 1 and age & (age - 1) == 0  # the first, and 2, 4, 8, … steps after it
+        check = self._is_looked_at()
 
         def undo() -> None:
             for parameter, gradient in zip(parameters, kept, strict=True):
