@@ -30,6 +30,7 @@ __all__ = ["first_samples", "rebuilt", "samples_in"]
 
 # what begins the names of entries that say where packed sequences end
 PACKED = ("cu_seq_lens", "cu_seqlens", "seq_idx")
+FIELDS, CHANNELS = 4, (1, 3, 4)  # of a sample at most, and of an image
 POSITIONS = "position_ids"  # which begin anew with each of several sequences in a row
 INSTEAD = (
     "hand over tensors whose first dimension is the batch and leave out what all samples share, cut it yourself in "
@@ -44,7 +45,8 @@ def first_samples(batch: Any, share: float) -> Any:
     single number, row or string, a list of strings or numbers of another length, a vector of fewer numbers with a
     fraction (class weights), and masks and positions of shape (T, T) or (1, T) beside (B, T).
 
-    A tuple of tensors has them side by side, as ``passes(x, y)`` hands them over. A list may have samples in it or
+    A tuple of tensors has them side by side, as ``passes(x, y)`` hands them over. So has a batch that is a list of up to
+    four of one shape, as loaders make it of pairs and triplets, unless that is an image's. Any other list may have samples in it or
     tensors side by side: it is what makes sense of the rest of the batch.
 
     Args:
@@ -112,6 +114,7 @@ class _Reading:
 
     def __init__(self, batch: Any, size: int, parallel: bool) -> None:
         self.size = size
+        self._batch = batch
         self.left = 0  # numbers, rows and lists of them that no sample has a part in
         self._parallel = parallel
         self._lists: dict[int, Any] = {}  # those of samples
@@ -180,7 +183,8 @@ class _Reading:
         may_be_samples = len(part) == self.size and not (side_by_side and _is_of_fields(part))
         if may_be_samples and self._parallel and not side_by_side:
             return self._has_samples(part)
-        may_be_samples = may_be_samples and _are_alike(part)
+        is_collated = part is self._batch and _is_collated(part)
+        may_be_samples = may_be_samples and _are_alike(part) and not is_collated
         left, lists = self.left, dict(self._lists)
         try:
             found = True in [self._visit(entry) for entry in part]
@@ -287,6 +291,14 @@ def _kind(part: Any) -> Any:
 def _is_of_fields(part: Any) -> bool:
     """Whether a tuple has tensors or lists in it, which stand side by side then."""
     return any(has_rows(entry) or is_list(entry) or isinstance(entry, PLAIN) for entry in part)
+
+
+def _is_collated(part: Any) -> bool:
+    """Whether a batch is a list of few tensors of one shape, as loaders make it of pairs and triplets; not of images."""
+    if not (1 < len(part) <= FIELDS and all(map(has_rows, part)) and len({entry.shape for entry in part}) == 1):
+        return False
+    shape = part[0].shape
+    return len(shape) > 0 and not (len(shape) == 3 and shape[0] in CHANNELS)
 
 
 def _is_tuple_of_flat(part: Any) -> bool:
