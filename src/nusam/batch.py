@@ -45,9 +45,9 @@ def first_samples(batch: Any, share: float) -> Any:
     single number, row or string, a list of strings or numbers of another length, a vector of fewer numbers with a
     fraction (class weights), and masks and positions of shape (T, T) or (1, T) beside (B, T).
 
-    A tuple of tensors has them side by side, as ``passes(x, y)`` hands them over. So has a batch that is a list of at
-    most four tensors of one shape, as loaders make it of pairs and triplets, unless it is an image's. Any other list may
-    have samples in it or tensors side by side: it is what makes sense of the rest of the batch.
+    A tuple of tensors has them side by side, as ``passes(x, y)`` hands them over. So has a batch that lists at most
+    four tensors of one shape, as loaders do with pairs and triplets, unless it is an image's. Any other list may have
+    samples in it or tensors side by side: it is what makes sense of the rest of the batch.
 
     Args:
         batch: a tensor, or containers of tensors (lists, tuples, mappings, dataclasses).

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from nusam.batch import rebuilt
 
-__all__ = ["Handing"]
+__all__ = ["Handing", "Written"]
+
+
+class Written(RuntimeError):
+    """A batch was written into, of which there is no copy."""
 
 
 class Handing:
@@ -32,7 +36,7 @@ class Handing:
         """What one call is given, inside.
 
         Raises:
-            RuntimeError: if it wrote into a tensor where no copy had been made.
+            Written: if it wrote into a tensor where no copy had been made.
         """
         given: dict[int, Tensor] = {}
         fresh = self._fresh(batch, given)
@@ -42,7 +46,7 @@ class Handing:
             self._writes = True
             if not self._copies:
                 self._copies = True
-                raise RuntimeError(
+                raise Written(
                     f"{self._whose} wrote into a tensor of its batch, which it had not done before, so that no copy is "
                     "there for the other calls of the step; write into a clone of it, or do so from the first step on."
                 )

@@ -106,12 +106,12 @@ def one_pass(
     """
     opt = reaching(optimizer, model)
     steps = opt._begin_one_pass()
-    check_loop(batches, loss)
     if getattr(batches, "use_stateful_dataloader", False):
         raise ValueError(
             "one_pass() looks one batch ahead, where a loader of use_stateful_dataloader=True would save its place; "
             "prepare it without, and resume by skip_first_batches."
         )
+    check_loop(batches, loss)
     ahead = LoaderAhead(batches, accelerator)
     for batch in ahead:
         following = ahead.peek()

@@ -11,6 +11,7 @@ from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device, is_sharded
 from nusam.guards.buffers import SMALL
+from nusam.guards.handing import Written
 from nusam.interrupts import always
 from nusam.layers.module_tree import ModuleTree
 from nusam.one_pass.joint import CannotJoin, observed
@@ -79,7 +80,7 @@ class Looks:
             self._check(riders, both, loss, backward)
         except CannotJoin as reason:
             found = reason
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Written):
             raise
         except (IndexError, RuntimeError, TypeError, ValueError) as error:  # that the loss of one batch has not raised
             found = CannotJoin(f"raises {type(error).__name__} where samples of two batches travel together")

@@ -164,6 +164,10 @@ class _Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._value = value
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would load torch's compiler for nothing
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
