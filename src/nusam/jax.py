@@ -56,7 +56,7 @@ def nusam(
             params = optax.apply_updates(params, updates)
 
     Args:
-        optimizer: the base optimizer.
+        optimizer: the base optimizer, which is given gradients and weights, and no ``value=``.
         rho: radius ρ ≥ 0 of the ball, in the units of the weights.
         power_iterations: T of Algorithm 2, at least 1.
         as_matrix: from a leaf's path and the leaf to the (n, m) as which it is seen, or to None for what is not
@@ -65,11 +65,25 @@ def nusam(
         opaque_mode: see :func:`optax.contrib.sam`.
 
     Raises:
-        ValueError: for arguments that can't be, and at ``init`` if the parameters hold nothing to perturb.
+        TypeError, ValueError: for arguments that can't be, and at ``init`` if the parameters hold nothing to perturb,
+            or a matrix in less than float32, which would round ε away.
     """
+    if isinstance(optimizer, type) or not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"optimizer must be one of optax, such as optax.adamw(1e-3), got {optimizer!r}.")
     ascent = nuclear(rho, power_iterations=power_iterations, as_matrix=as_matrix, seed=seed)
     # with its own default optax would begin from the same random u in every step
-    return sam(optimizer, ascent, reset_state=False, opaque_mode=opaque_mode)
+    around = sam(optimizer, ascent, reset_state=False, opaque_mode=opaque_mode)
+
+    def init(params: Any) -> Any:
+        for path, (leaf, _) in _matrices(params, as_matrix).items():
+            if leaf.dtype != _working_dtype(leaf):
+                raise ValueError(
+                    f"{path} is of {leaf.dtype}, which would round ε away; keep the parameters in float32 and cast "
+                    "them in the loss, or leave it out with as_matrix=."
+                )
+        return around.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, around.update)
 
 
 def nuclear(
@@ -81,8 +95,13 @@ def nuclear(
     Everything that is no matrix gets 0, and so does a gradient that is zero, infinite or NaN. For the arguments see
     :func:`nusam`.
     """
-    if isinstance(rho, bool) or not isinstance(rho, int | float) or not (math.isfinite(rho) and rho >= 0):
+    if callable(rho):
+        raise ValueError("rho must be a number, got a function; a schedule goes through optax.inject_hyperparams.")
+    known = not isinstance(rho, jax.core.Tracer)
+    if known and (isinstance(rho, bool | str) or jnp.ndim(rho) or not (math.isfinite(float(rho)) and rho >= 0)):
         raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}.")
+    if not callable(as_matrix):
+        raise TypeError(f"as_matrix must be a function of a leaf's path and the leaf, got {as_matrix!r}.")
     if isinstance(power_iterations, bool) or not isinstance(power_iterations, int) or power_iterations < 1:
         raise ValueError(f"power_iterations must be a whole number of at least 1, got {power_iterations!r}.")
 
@@ -109,13 +128,15 @@ def nuclear(
             )
         us, epsilons = {}, {}
         for path, (leaf, shape) in found.items():
-            G = leaf.reshape(shape).astype(_working_dtype(leaf))
+            G = (leaf if leaf.shape == shape else leaf.reshape(shape)).astype(_working_dtype(leaf))
             us[path], v = _power_iteration(G, state.u[path], power_iterations)
-            epsilons[path] = -rho * jnp.outer(us[path], v)
+            epsilons[path] = -rho * (us[path][:, None] * v)
 
         def negative(path: Any, leaf: Any) -> Any:
             epsilon = epsilons.get(jax.tree_util.keystr(path))
-            return jnp.zeros_like(leaf) if epsilon is None else epsilon.reshape(leaf.shape).astype(leaf.dtype)
+            if epsilon is None:
+                return jnp.zeros_like(leaf)
+            return (epsilon if epsilon.shape == leaf.shape else epsilon.reshape(leaf.shape)).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(negative, updates), NuclearState(us)
 
@@ -127,12 +148,14 @@ def _matrices(tree: Any, as_matrix: AsMatrix) -> dict[str, tuple[Any, Shape]]:
     found = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = jax.tree_util.keystr(keys)
+        if not hasattr(leaf, "dtype"):  # a number of Python's
+            continue
         shape = as_matrix(path, leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size else None
         if shape is None:
             continue
-        if len(shape) != 2 or math.prod(shape) != leaf.size:
+        if not isinstance(shape, tuple | list) or len(shape) != 2 or min(shape) < 1 or math.prod(shape) != leaf.size:
             raise ValueError(
-                f"as_matrix gave {tuple(shape)} for {path} of shape {tuple(leaf.shape)}; return (n, m) with as many "
+                f"as_matrix gave {shape!r} for {path} of shape {tuple(leaf.shape)}; return (n, m) with as many "
                 "entries, or None."
             )
         found[path] = leaf, (int(shape[0]), int(shape[1]))
@@ -149,13 +172,17 @@ def _power_iteration(G: Any, warm_start: Any, iterations: int) -> tuple[Any, Any
     signs = jax.random.rademacher(jax.random.key(n), (n,), G.dtype)
     u = warm_start + signs * (jnp.finfo(G.dtype).eps ** 2 * n**-0.5)
     for _ in range(iterations):
-        v = jnp.matmul(G.T, u, precision=jax.lax.Precision.HIGHEST)
-        v = v / jnp.abs(v).max()
-        u = jnp.matmul(G, v, precision=jax.lax.Precision.HIGHEST)
-        u = u / jnp.abs(u).max()
+        v = _by_its_largest((G * u[:, None]).sum(0))  # of arrays in shards too, whatever their sharding
+        u = _by_its_largest((G * v).sum(1))
+    alive = jnp.isfinite(u).all() & jnp.isfinite(v).all() & (u != 0).any()
     u, v = (x / (jnp.linalg.norm(x) + TAU) for x in (u, v))
-    alive = jnp.isfinite(u).all() & jnp.isfinite(v).all()
-    return jnp.where(alive, u, warm_start), jnp.where(alive, v, 0)
+    # a sum, since a choice is between arrays of one sharding
+    return jnp.where(alive, u, 0) + jnp.where(alive, 0, warm_start), jnp.where(alive, v, 0)
+
+
+def _by_its_largest(x: Any) -> Any:
+    largest = jnp.abs(x).max()
+    return x / jnp.where(largest > 0, largest, 1)
 
 
 def _working_dtype(leaf: Any) -> Any:

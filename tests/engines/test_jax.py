@@ -187,6 +187,9 @@ def test_the_page_runs():
         "['heads']",
         "['W']",
     }
+    heads = {"query": {"kernel": jnp.ones((8, 2, 3)), "bias": jnp.ones((2, 3))}, "out": {"kernel": jnp.ones((2, 3, 8))}}
+    us = names["optimizer"].init(heads).adv_state.u
+    assert {path: len(u) for path, u in us.items()} == {"['query']['kernel']": 8, "['out']['kernel']": 6}
 
 
 def test_the_example_learns(monkeypatch, capsys):
@@ -223,9 +226,118 @@ def test_half_precision_leaves_are_multiplied_in_single():
     assert np.linalg.norm(np.asarray(updates["W"], np.float64)) == pytest.approx(RHO, rel=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_weights_that_would_round_epsilon_away_are_refused(dtype, opaque):
+    optimizer = nj.nusam(optax.sgd(RATE), RHO, opaque_mode=opaque)
+    with pytest.raises(ValueError, match=r"^\['W'\] is of b?float16, which would round ε away; .*\.$"):
+        optimizer.init({"W": jnp.ones((3, 2), dtype), "V": jnp.ones((3, 2))})
+    optimizer.init({"b": jnp.ones(3, dtype), "V": jnp.ones((3, 2))})
+
+
+@pytest.mark.parametrize("cut", [("d", None), (None, "d"), (None, None)])
+def test_arrays_of_an_explicit_sharding_have_the_same_epsilon(cut):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    G = np.random.default_rng(0).standard_normal((6, 4))
+    with jax.set_mesh(mesh):
+        here = {"W": jax.device_put(G, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*cut)))}
+        ascent = nj.nuclear(RHO, power_iterations=40)
+        state = ascent.init(here)
+        updates, _ = jax.jit(ascent.update)(here, state)
+    U, _, Vh = np.linalg.svd(G)
+    np.testing.assert_allclose(np.asarray(updates["W"]), -RHO * np.outer(U[:, 0], Vh[0]), atol=1e-6)
+
+
+def test_a_gradient_of_zeros_divides_by_no_zero():
+    with jax.debug_nans(True):
+        ascent = nj.nuclear(RHO)
+        epsilons, _ = epsilon_of(ascent, {"W": jnp.zeros((3, 2))}, ascent.init({"W": jnp.ones((3, 2))}))
+    assert not epsilons["W"].any()
+
+
+def linear_loss(params, batch):
+    x, y = batch
+    return ((x @ params["W"] * params["scale"] - y) ** 2).mean()
+
+
+@pytest.mark.parametrize("rho", [np.float32(RHO), jnp.asarray(RHO), 1])
+def test_numbers_of_any_kind_may_be_radii_and_leaves(rho):
+    rng = np.random.default_rng(0)
+    params = {"W": jnp.asarray(rng.standard_normal((5, 3))), "scale": 2.0}
+    batch = rng.standard_normal((6, 5)), rng.standard_normal((6, 3))
+    optimizer = nj.nusam(optax.sgd(RATE), rho, power_iterations=40, opaque_mode=True)
+    gradient = jax.grad(linear_loss)(params, batch)
+    updates, _ = optimizer.update(
+        gradient, optimizer.init(params), params, grad_fn=jax.grad(lambda moved, _: linear_loss(moved, batch))
+    )
+    U, _, Vh = np.linalg.svd(gradient["W"])
+    moved = {"W": params["W"] + float(rho) * np.outer(U[:, 0], Vh[0]), "scale": 2.0}
+    np.testing.assert_allclose(updates["W"], -RATE * jax.grad(linear_loss)(moved, batch)["W"], rtol=1e-3)
+
+
+def test_a_schedule_of_the_radius_goes_through_optax():
+    build = optax.inject_hyperparams(nj.nusam, static_args=("power_iterations", "as_matrix", "seed", "opaque_mode"))
+    params = {"W": jnp.eye(3, 2)}
+    optimizer = build(optax.sgd(0.0), lambda k: RHO * (k + 1), opaque_mode=True)
+    state, seen = optimizer.init(params), []
+
+    def gradient(moved, _=None):
+        seen.append(float(jnp.linalg.norm(moved["W"] - params["W"])))
+        return {"W": jnp.ones((3, 2))}
+
+    for _ in range(3):
+        _, state = optimizer.update(gradient(params), state, params, grad_fn=gradient)
+    np.testing.assert_allclose(seen[1::2], [RHO, 2 * RHO, 3 * RHO], rtol=1e-6)
+
+
+def test_micro_batches_add_up_inside():
+    weights, biases, batches = network()
+    params = {f"W{i}": jnp.asarray(W) for i, W in enumerate(weights)} | {"b0": biases[0], "b1": biases[1]}
+    optimizer = nj.nusam(optax.MultiSteps(optax.sgd(RATE), 2), RHO, power_iterations=60, opaque_mode=True)
+    state, expected = optimizer.init(params), params
+    for first, second in zip(batches[:4:2], batches[1:4:2], strict=True):
+        mean = jax.tree.map(lambda *g: sum(g) / 2, *[at_epsilon(expected, batch) for batch in (first, second)])
+        expected = jax.tree.map(lambda p, g: p - RATE * g, expected, mean)
+        for batch in (first, second):
+            grad_fn = jax.grad(lambda moved, _, batch=batch: loss(moved, batch))
+            updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params, grad_fn=grad_fn)
+            params = optax.apply_updates(params, updates)
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name], value, atol=1e-5)
+
+
+def at_epsilon(params, batch):
+    """The gradient at W + ρuvᵀ."""
+    moved = dict(params)
+    for name, G in jax.grad(loss)(params, batch).items():
+        if G.ndim == 2:
+            U, _, Vh = np.linalg.svd(G)
+            moved[name] = params[name] + RHO * np.outer(U[:, 0], Vh[0])
+    return jax.grad(loss)(moved, batch)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda: nj.nusam(optax.adamw), "optimizer must be one of optax, such as"),
+        (lambda: nj.nusam(1e-3), "optimizer must be one of optax, such as"),
+        (lambda: nj.nuclear(0.1, as_matrix=(3, 3)), r"as_matrix must be a function .*, got \(3, 3\)\."),
+    ],
+)
+def test_what_is_of_another_kind_is_one_sentence(make, said):
+    with pytest.raises(TypeError, match=said):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: nj.nuclear(optax.linear_schedule(0.0, 0.1, 5)), "a schedule goes through optax.inject_hyperparams"),
+        (lambda: nj.nuclear("0.1"), "rho must be a finite number of at least 0, got '0.1'"),
+        (
+            lambda: nj.nuclear(0.1, as_matrix=lambda path, leaf: leaf.ndim == 2).init({"b": jnp.ones((3, 2))}),
+            r"as_matrix gave True for \['b'\] of shape \(3, 2\)",
+        ),
         (lambda: nj.nuclear(-1.0), "rho must be a finite number of at least 0, got -1.0."),
         (lambda: nj.nuclear(float("nan")), "rho must be a finite number of at least 0, got nan."),
         (lambda: nj.nuclear(0.1, power_iterations=0), "power_iterations must be a whole number of at least 1, got 0."),
