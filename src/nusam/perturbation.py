@@ -118,7 +118,7 @@ class Perturbation:
         self._passes.follow()
         yield from passes
         if ends_step:
-            self._passes.step()
+            self._passes.count_step()
 
     @property
     def active(self) -> bool:
@@ -237,6 +237,7 @@ class _Passes(SharpnessAware):
 
     _apart = True
     _instead = INSTEAD
+    _skipped: int | None = None  # steps that the engine had skipped before the last one
     _everything: Sequence[nn.Parameter] = ()  # that the model held in the last passes
 
     @property
@@ -246,11 +247,25 @@ class _Passes(SharpnessAware):
     def follow(self) -> None:
         """Hold the parameters that the model trains now."""
         self._refuse_inside_pass("passes()")
+        self._count_skipped()
         model = cast(nn.Module, self.model)
         self.param_groups[0]["params"][:] = _trained(model)
         everything = list(unwrapped(model).parameters())
         if not same(everything, self._everything):
             self._everything, self._structure = everything, None  # their layers may be new too
+
+    def count_step(self) -> None:
+        """The engine is about to step."""
+        self.step()
+        engine = self._workers().engine
+        self._skipped = None if engine is None else engine.skipped
+
+    def _count_skipped(self) -> None:
+        """Take back the last step, if the engine has skipped it."""
+        engine = self._workers().engine
+        if engine is not None and self._skipped is not None and engine.skipped > self._skipped:
+            self._progress.steps -= 1
+            self._skipped = engine.skipped
 
     def cut_to(self, share: float) -> None:
         """Show the ascent this share of each batch."""
@@ -259,6 +274,7 @@ class _Passes(SharpnessAware):
 
     def saved(self) -> dict[str, Any]:
         self._refuse_inside_pass("state_dict()")
+        self._count_skipped()
         self._progress.warn_if_never_perturbed()
         names = self._names()
         return {
@@ -286,7 +302,7 @@ class _Passes(SharpnessAware):
         found = {parameters[name]: code for name, code in saved["found"].items() if name in parameters}
         self._ascent.verification.load(found)
         self._progress.steps, self._progress.ascents = saved["steps"], max(0, saved["steps"] - self.delay)
-        self._first_ascent = None
+        self._first_ascent = self._skipped = None
 
     def _check_targets(self) -> None:
         engine = self._workers().engine

@@ -256,6 +256,23 @@ GRADIENTS = {  # ZeRO's stage, dtype, whether a layer is frozen, whether there i
 }
 
 
+def steps_with_a_scaler() -> dict:
+    """A loss scale from which gradients overflow at first."""
+    fp16 = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 100, "hysteresis": 1}
+    config = {**configured((2, 1, "float32", False)), "fp16": fp16}
+    model = net()
+    engine = deepspeed.initialize(model=model, optimizer=sgd(model), config=config)[0]
+    perturbation, perturbed, counted = nusam.Perturbation(engine, RHO, delay=3), [], []
+    for step in range(14):
+        x, y = part(step)
+        perturbed.append(perturbation.active)
+        for xs, ys in perturbation.passes(x.half(), y):
+            engine.backward(F.cross_entropy(engine(xs).float(), ys))
+        engine.step()
+        counted.append(step + 1 - engine.skipped_steps == perturbation.state_dict()["steps"])
+    return {"skipped": engine.skipped_steps, "unperturbed": perturbed.index(True), "counted": all(counted)}
+
+
 class Fused(torch.autograd.Function):
     """A head and its loss, whose backward asks the parameter what an engine has noted on it."""
 
@@ -363,12 +380,11 @@ def run_the_page(folder) -> int:
 
 
 def said(folder) -> dict:
-    cases = {name: copy.deepcopy(said_of(case, f"{folder}/{i}")) for i, (name, case) in enumerate(CASES.items())}
-    gradients = {name: gradients_off(*case) for name, case in GRADIENTS.items()}
     return {
-        "cases": cases,
-        "gradients": gradients,
+        "cases": {name: copy.deepcopy(said_of(case, f"{folder}/{i}")) for i, (name, case) in enumerate(CASES.items())},
+        "gradients": {name: gradients_off(*case) for name, case in GRADIENTS.items()},
         "refusals": refusals(),
+        "scaled": steps_with_a_scaler(),
         "steps of the page": run_the_page(f"{folder}/page"),
     }
 

@@ -78,6 +78,13 @@ def test_what_does_not_know_of_the_engine_is_refused(said, case):
     assert inside.startswith("The model given as model= runs inside DeepSpeed's engine")
 
 
+def test_steps_that_the_scaler_skips_do_not_count(said):
+    scaled = said["scaled"]
+    assert scaled["skipped"] > 3
+    assert scaled["unperturbed"] == scaled["skipped"] + 3
+    assert scaled["counted"]
+
+
 def test_what_can_not_be_had_is_refused_in_a_sentence(said):
     refusals = dict(said["refusals"])
     assert refusals.pop("a fused head").startswith("head.weight is reached in pieces or by another way, where an ε in")

@@ -40,6 +40,11 @@ class Engine:
         """Whose processes split the batch."""
         return (self._engine.seq_data_parallel_group,)
 
+    @property
+    def skipped(self) -> int:
+        """Steps that it did not take, since gradients overflowed."""
+        return int(self._engine.skipped_steps)
+
     def refuse(self) -> None:
         """Refuse an engine whose parameters are not all of every process that splits the batch.
 
