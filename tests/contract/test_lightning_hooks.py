@@ -141,7 +141,7 @@ def test_a_skipped_step_returns_nothing(rho, half):
 X, Y = BATCHES[0]
 
 
-@pytest.mark.parametrize("batch", [list(X.split(8)), (X, types.SimpleNamespace(y=Y)), [{"x": X, "y": Y}] * 3])
+@pytest.mark.parametrize("batch", [list(X.split(2)), (X, types.SimpleNamespace(y=Y)), [{"x": X, "y": Y}] * 3])
 def test_a_batch_that_can_not_be_cut_leaves_the_weights_unperturbed(batch):
     model = Model(ascent_share=1 / 4)
     before = [p.clone() for p in model.parameters()]

@@ -86,7 +86,7 @@ def test_a_recipe_goes_on_in_one_pass(title, tmp_path, monkeypatch):
     before = [parameter.detach().clone() for parameter in known["model"].parameters()]
     exec(RECIPES[title], known)
     assert not any(torch.equal(a, b) for a, b in zip(before, known["model"].parameters(), strict=True))
-    assert made[-1]._one_pass._checked
+    assert made[-1]._one_pass._looked_at
 
 
 def noting(made):

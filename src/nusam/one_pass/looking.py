@@ -73,11 +73,16 @@ class Looks:
         workers = self._opt._workers()
         return workers.replicates or workers.shards or any(map(is_sharded, self._opt._parameters()))
 
-    def why_not(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward) -> CannotJoin | None:
-        """What keeps the samples from travelling together, in this process or in another; nothing if they can."""
+    def why_not(
+        self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool
+    ) -> CannotJoin | None:
+        """What keeps the samples from travelling together, in this process or in another; nothing if they can.
+
+        ``is_whole``: whether to look for what no gradient shows, too.
+        """
         found = None
         try:
-            self._check(riders, both, loss, backward)
+            self._check(riders, both, loss, backward, is_whole)
         except CannotJoin as reason:
             found = reason
         except (torch.OutOfMemoryError, Written):
@@ -95,7 +100,7 @@ class Looks:
                 found = CannotJoin(why, for_good=bool(refused == 2))
         return found
 
-    def _check(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward) -> None:
+    def _check(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool) -> None:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen.
 
         Forwards by itself too: samples may meet where no gradient passes.
@@ -114,18 +119,18 @@ class Looks:
             parameters = contexts.enter_context(self._set_aside())
             if opt._ascent.compiles:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))  # a graph shows none of its gradients
+            meeting = Meeting(riders.joint, computed, opt._guard.random_state)
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
-                losses = riders.joint.run(computed, both.batch, both.ahead)
-                backward(losses[number])
+                together = meeting.together(both.batch, both.ahead, is_whole)
+                backward(together.losses[number])
                 reached.append(mixed.value())
                 clear_gradients(parameters)
                 riders.forget()
                 if buffers.moved():
                     raise CannotJoin("has buffers that move with the samples")
             riders.look_no_more()
-            meeting = Meeting(riders.joint, computed, opt._guard.random_state)
-            meet = meeting.found(both, self.are_many())
+            meet = is_whole and meeting.found(both, together, self.are_many())
             opt._workers().reshard()  # as a backward would have done it
             riders.forget()
         if any(x != x for x in reached):

@@ -1,15 +1,15 @@
 """Whether samples that travel together meet where no gradient passes: in a number that the model takes of all of them.
 
-Each side is computed once more without the other one, and with others behind it. Where the model draws, what it gives
-samples alone tells nothing, since it draws otherwise for another number of them. So it is looked at where every draw
-has one and the same value. Others behind, in shapes that are the same, leave every draw where it was.
+Each side is computed once more without the other one. Where the model draws, what it gives samples alone tells nothing,
+since it draws otherwise for another number of them. So it is looked at where every draw has one and the same value, and
+with others behind: in shapes that are the same they leave every draw where it was.
 """
 
 import pickle
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from nusam.interrupts import always
 from nusam.one_pass.joint import CannotJoin, Joint, leaves, part_of
 from nusam.one_pass.neighbours import Neighbours
 
-__all__ = ["Meeting"]
+__all__ = ["Found", "Meeting"]
 
 VALUES = (0.01, 0.99)  # of all draws, so that what happens with some probability happens, and what it leaves does
 TRIALS = 4  # with others behind, of a model that draws
@@ -30,8 +30,8 @@ TRIALS = 4  # with others behind, of a model that draws
 Function = Callable[[Any], Tensor]
 
 
-class _Found(NamedTuple):
-    """What one run came to: the outputs of the joined modules, and the losses of both sides."""
+class Found(NamedTuple):
+    """What one run came to: the outputs of the joined modules, if they were noted, and the losses."""
 
     outputs: list[Any]
     losses: tuple[Tensor, ...]
@@ -50,15 +50,15 @@ class Meeting:
         self._joint, self._loss, self._random_state = joint, loss, random_state
         self._before = random_state()
 
-    def found(self, both: Neighbours, always_all: bool) -> bool:
+    def found(self, both: Neighbours, together: Found, always_all: bool) -> bool:
         """Whether samples are given something else where others travel with them.
 
         Args:
             both: the samples of either side.
+            together: what they came to, with outputs.
             always_all: whether to run as often in any case, as other processes must.
         """
         batch, following, ahead = both
-        together = self._together(batch, ahead)
         draws = not self._before.is_that_of(self._random_state())
         count = samples_in(ahead) / samples_in(batch)
         behind = Neighbours.of(batch, batch, min(1.0, count)).ahead
@@ -68,21 +68,35 @@ class Meeting:
         if samples_in(before) != samples_in(batch):
             before = batch
         meet = not draws and self._meets_alone(batch, ahead, together)
-        for value in VALUES if draws or always_all else ():
+        if not (draws or always_all):
+            return meet
+        for value in VALUES:
             meet |= self._meets_undrawn(batch, ahead, value)
-        for trial in range(TRIALS if draws or always_all else 1):
+        for trial in range(TRIALS):
             if trial:
-                together = self._together(batch, ahead)
+                together = self.together(batch, ahead)
             meet |= self._meets_others(batch, ahead, together, before, behind)
             self._before = self._random_state()  # the next trial draws otherwise
         return meet
 
-    def _meets_alone(self, batch: Any, ahead: Any, together: _Found) -> bool:
+    def _meets_alone(self, batch: Any, ahead: Any, together: Found) -> bool:
         """Whether a side by itself comes to something else, but for rounding."""
-        return any(
-            not _are_alike(part_of(together.outputs, self._joint.rows, side == "second"), alone.outputs, _rounding)
-            for side, alone in (("first", self._alone(batch, "first")), ("second", self._alone(ahead, "second")))
-        )
+        for number, (side, part) in enumerate((("first", batch), ("second", ahead))):
+            alone = self._alone(part, side)
+            mine = part_of(together.outputs, self._joint.rows, side == "second")
+            if not _are_alike(mine, alone.outputs, _rounding):
+                return True
+            # an autocast inside of the loss shows in the outputs
+            tolerance = max(map(_rounding, [*leaves(mine), *alone.losses]))
+            is_another = not _is_close(together.losses[number], alone.losses[0], tolerance)
+            if is_another and self._repeats(batch, ahead, together, number):
+                return True
+        return False
+
+    def _repeats(self, batch: Any, ahead: Any, together: Found, number: int) -> bool:
+        """Whether the loss of a side comes to the same again: it may count its calls."""
+        again = self.together(batch, ahead)
+        return _are_alike([together.losses[number]], [again.losses[number]], _same)
 
     def _meets_undrawn(self, batch: Any, ahead: Any, value: float) -> bool:
         """The same where every draw is ``value``; nothing where the model can't compute with that."""
@@ -96,7 +110,7 @@ class Meeting:
         self._before.replay()
         before = _drawn_beside_torch()
         try:
-            meets = self._meets_alone(batch, ahead, self._together(batch, ahead))
+            meets = self._meets_alone(batch, ahead, self.together(batch, ahead))
             return meets and _drawn_beside_torch() == before
         except CannotJoin:
             raise
@@ -105,31 +119,31 @@ class Meeting:
         finally:
             self._loss = loss
 
-    def _meets_others(self, batch: Any, ahead: Any, together: _Found, before: Any, behind: Any) -> bool:
+    def _meets_others(self, batch: Any, ahead: Any, together: Found, before: Any, behind: Any) -> bool:
         """Whether a side comes to something else with others on the other side, in the same shapes and draws."""
         joint = self._joint
-        others = (self._together(batch, behind), self._together(before, ahead))
-        again = self._together(batch, ahead)
+        others = (self.together(batch, behind), self.together(before, ahead))
+        repeat = [self._repeats(batch, ahead, together, number) for number in (0, 1)]
         for number, other in enumerate(others):
             mine, theirs = (part_of(found.outputs, joint.rows, number == 1) for found in (together, other))
             if not _are_alike(mine, theirs, _same):
                 return True
-            # a loss may count its calls
-            repeats = _are_alike([together.losses[number]], [again.losses[number]], _same)
-            if repeats and not _are_alike([together.losses[number]], [other.losses[number]], _same):
+            loss, another = [together.losses[number]], [other.losses[number]]
+            if repeat[number] and not _are_alike(loss, another, _same):
                 return True
         return False
 
-    def _together(self, first: Any, second: Any) -> _Found:
+    def together(self, first: Any, second: Any, notes: bool = True) -> Found:
+        """Run both sides, from the generators as they were."""
         self._before.replay()
-        with self._outputs("both") as outputs:
-            losses = self._joint.run(self._loss, first, second)
-        return _Found(outputs, tuple(loss.detach() for loss in losses))
+        nowhere: AbstractContextManager[list[Any]] = nullcontext([])
+        with self._outputs("both") if notes else nowhere as outputs:
+            return Found(outputs, tuple(self._joint.run(self._loss, first, second)))
 
-    def _alone(self, part: Any, side: str) -> _Found:
+    def _alone(self, part: Any, side: str) -> Found:
         self._before.replay()
         with self._outputs(side) as outputs:
-            return _Found(outputs, (self._loss(part).detach(),))
+            return Found(outputs, (self._loss(part),))
 
     @contextmanager
     def _outputs(self, side: str) -> Iterator[list[Any]]:
@@ -193,6 +207,7 @@ def _drawn_beside_torch() -> tuple[object, bytes]:
     return random.getstate(), b"" if numpy_random is None else pickle.dumps(numpy_random.get_state())
 
 
+@torch.no_grad()
 def _are_alike(some: Any, others: Any, tolerance: Callable[[Tensor], float]) -> bool:
     """Whether tensors have the same entries, but for rounding; waits for the device."""
     pairs = list(leaves(some)), list(leaves(others))
@@ -201,6 +216,7 @@ def _are_alike(some: Any, others: Any, tolerance: Callable[[Tensor], float]) -> 
     )
 
 
+@torch.no_grad()
 def _is_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     difference, size = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
     return not bool(difference > tolerance * size)  # what is not finite is found by its gradient

@@ -35,6 +35,8 @@ from nusam.refusals import Unreachable
 
 __all__ = ["OnePass"]
 
+OFTEN = 32  # ascents up to which the looks, at the 2nd, 4th, 8th, …, are too many to look at everything
+
 Aside = Callable[[], AbstractContextManager[object]]
 
 
@@ -178,10 +180,12 @@ class OnePass:
         opt = self._opt
         buffers = SmallBuffers(opt._guard.tree)
         modes = self._modes()
-        check = due or modes not in self._looked_at
+        is_new = modes not in self._looked_at
+        check = due or is_new
         others = opt._guard.others.trained(opt._parameters(), opt._workers())
         goes_backward = adds_up = False
-        refusal = self._looks.why_not(riders, both, loss, backward) if check else None
+        is_whole = is_new or opt._progress.ascents > OFTEN
+        refusal = self._looks.why_not(riders, both, loss, backward, is_whole) if check else None
         if refusal is None:
             self._looked_at.add(modes)
             assert self._copies is not None
