@@ -218,8 +218,13 @@ def draw(path: Path) -> None:
     """Test error over what a run costs more than AdamW's, a panel for each task that has been recorded."""
     tables = recorded()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "kept", "font.size": 10}):
-        figure = Figure(figsize=(5.2 * len(tables), 4.2), layout="constrained", facecolor="white")
-        for axes, (adamw, *rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+        columns = min(2, len(tables))
+        lines = -(-len(tables) // columns)
+        figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained", facecolor="white")
+        panels = figure.subplots(lines, columns, squeeze=False).flat
+        for axes in panels[len(tables) :]:
+            axes.set_axis_off()
+        for axes, (adamw, *rows) in zip(panels, tables, strict=False):
             mean, error = map(float, adamw["test accuracy"].split(" ± "))
             axes.axhline(100 - mean, color="black", lw=1, label="AdamW")
             axes.axhspan(100 - mean - error, 100 - mean + error, color="black", alpha=0.1, lw=0)
