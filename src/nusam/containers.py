@@ -15,6 +15,7 @@ __all__ = [
     "entries_of",
     "first_rows",
     "has_rows",
+    "is_a_dataclass",
     "is_container",
     "is_fractional",
     "is_list",
@@ -40,7 +41,7 @@ def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
         return part._make(map(change, part))
     if type(part) in (list, tuple):
         return type(part)(map(change, part))
-    if _is_dataclass(part):
+    if is_a_dataclass(part):
         fresh = copy.copy(part)
         for field in dataclasses.fields(part):
             object.__setattr__(fresh, field.name, change(getattr(part, field.name)))
@@ -54,8 +55,8 @@ def entries_of(part: Any) -> Iterator[Any]:
         yield from part.values()
     elif isinstance(part, list | tuple):
         yield from part
-    elif _is_dataclass(part):
-        yield from (getattr(part, field.name) for field in dataclasses.fields(part))
+    elif is_a_dataclass(part):
+        yield from (getattr(part, field.name, None) for field in dataclasses.fields(part))
 
 
 def leaves_of(part: Any) -> Iterator[Any]:
@@ -68,7 +69,11 @@ def leaves_of(part: Any) -> Iterator[Any]:
 
 
 def is_container(part: Any) -> bool:
-    return isinstance(part, Mapping | list | tuple) or _is_dataclass(part)
+    return isinstance(part, Mapping | list | tuple) or is_a_dataclass(part)
+
+
+def is_a_dataclass(part: Any) -> bool:
+    return dataclasses.is_dataclass(part) and not isinstance(part, type)
 
 
 def is_list(part: Any) -> bool:
@@ -102,10 +107,6 @@ def first_rows(part: Any, count: int) -> Any:
     if not isinstance(part, Tensor) or part.layout == torch.strided:
         return part[:count]
     return part.to_sparse(layout=torch.sparse_coo).narrow_copy(0, 0, count).to_sparse(layout=part.layout)
-
-
-def _is_dataclass(part: Any) -> bool:
-    return dataclasses.is_dataclass(part) and not isinstance(part, type)
 
 
 def _holds_tensors(part: Any, deep: int) -> bool:

@@ -1,11 +1,13 @@
 """The batch of a loop's passes, which every pass finds as the first one found it."""
 
 from collections.abc import MutableMapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nusam.containers import entries_of, is_a_dataclass, is_container, is_list, is_list_of_plain
 
 __all__ = ["Rewinding"]
 
@@ -63,22 +65,23 @@ class Rewinding:
             if id(part) not in self._tensors and not part.is_inference():
                 self._tensors[id(part)] = part, part._version, part.clone() if self._copies else None
             return
-        if isinstance(part, tuple):
-            entries: Any = part
-        elif isinstance(part, MutableMapping):
-            entries = list(part.values())
-            self._containers.append((part, dict(part)))
-        elif type(part) is list:
-            self._containers.append((part, list(part)))
-            entries = () if part and isinstance(part[0], int | float | str) else list(part)  # tokens, perhaps many
-        elif is_dataclass(part) and not isinstance(part, type):
-            before = {field.name: getattr(part, field.name, None) for field in fields(part)}
-            entries = list(before.values())
+        before = _contents(part)
+        if before is not None:
             self._containers.append((part, before))
-        else:
-            return
-        for entry in entries:
-            self._keep(entry)
+        if is_container(part) and not (is_list(part) and is_list_of_plain(part)):  # tokens, perhaps many
+            for entry in entries_of(part):
+                self._keep(entry)
+
+
+def _contents(part: Any) -> Any:
+    """What a container that can be written to holds; None of others."""
+    if isinstance(part, MutableMapping):
+        return dict(part)
+    if type(part) is list:
+        return list(part)
+    if is_a_dataclass(part):
+        return {field.name: getattr(part, field.name, None) for field in fields(part)}
+    return None
 
 
 def _refill(container: Any, before: Any) -> None:
