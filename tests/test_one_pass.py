@@ -499,8 +499,10 @@ def test_what_a_loss_sets_for_the_process_is_its_own(calls):
 
 def test_what_is_refused():
     model, batches = built(), token_batches(3)
-    with pytest.raises(ValueError, match=r"one_pass\(\) needs"):
-        next(wrapped(model, placement="weights").one_pass(batches, lambda batch: mean(model, batch)))
+    for option in ({"placement": "weights"}, {"ascent": "gradient"}):
+        opt = wrapped(model, **option)
+        with pytest.raises(ValueError, match=rf"one_pass\(\) needs.*{next(iter(option))}="):
+            next(opt.one_pass(batches, lambda batch: mean(model, batch)))
     with pytest.raises(ValueError, match="rank-one"):
         opt = nusam.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
         next(opt.one_pass(batches, lambda batch: mean(model, batch)))

@@ -90,7 +90,7 @@ def test_the_projected_steps_are_the_recorded_ones():
     recorded = (ROOT / "benchmarks" / "results" / "communication-projected-cpu.md").read_text()
     rows = [line.strip("|").split("|") for line in recorded.splitlines() if line.startswith("| LLaMA-7B shape | FSDP2")]
     seconds = {cells[2].strip(): cells[-1].split()[0] for cells in rows}
-    page = (ROOT / "docs" / "cheap.md").read_text()
+    page = (ROOT / "docs" / "one-pass.md").read_text()
     names = {"νSAM matrix-free": "νSAM, whole batch", "νSAM at 1/8": "νSAM at 1/8, two passes"}
     for method in ("AdamW", "SAM", "νSAM matrix-free", "νSAM at 1/8", "νSAM at 1/8, one pass"):
         ratio = float(seconds[method]) / float(seconds["AdamW"])

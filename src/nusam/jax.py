@@ -27,7 +27,7 @@ class NuclearState(NamedTuple):
 
 
 def matrices(path: str, leaf: Any) -> Shape | None:
-    """Two-dimensional leaves of floating-point numbers, as they are."""
+    """Two-dimensional leaves, as they are."""
     return tuple(leaf.shape) if leaf.ndim == 2 else None
 
 

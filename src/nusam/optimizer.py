@@ -34,6 +34,7 @@ from nusam.guards.model_guard import ModelGuard
 from nusam.layers.reads import Backwards
 from nusam.layers.structure import Structure
 from nusam.lmo import LMO, Nuclear, Perturbation, RankOne
+from nusam.one_pass.fitting import check_fits
 from nusam.one_pass.neighbours import looked_ahead
 from nusam.one_pass.one_pass import OnePass
 from nusam.placement.ledger import Ledger
@@ -210,7 +211,8 @@ class SharpnessAware(Stepping):
 
         The first perturbed step, and one after the end of ``batches``, has no ε waiting and takes an ascent of its
         own; the very first takes two passes. So does every step, after one warning, where the model does not tell
-        samples apart: batch norm, experts with a capacity, weights that are used outside of their layers.
+        samples apart: batch norm, experts with a capacity, weights that are used outside of their layers. From then
+        on ``ascent="auto"`` is matrix-free for matrices of every size, in :meth:`passes` too.
 
         Args:
             batches: of the run, or of an epoch; looked ahead by one.
@@ -223,8 +225,8 @@ class SharpnessAware(Stepping):
             The loss of a batch at the perturbed weights, with its gradients in place.
 
         Raises:
-            ValueError: for a ball that is not nuclear, without ``model=``, with ``placement="weights"``, or after
-                :func:`step_in_backward`.
+            ValueError: for a ball that is not nuclear, without ``model=``, with ``ascent="gradient"`` or
+                ``placement="weights"``, or after :func:`step_in_backward`.
         """
         self = itself(self)
         one_pass = self._begin_one_pass()
@@ -237,12 +239,7 @@ class SharpnessAware(Stepping):
         self._refuse_inside_pass("one_pass()")
         check_closure(self.base_optimizer, needs_closure(self.base_optimizer))
         check_served("one_pass()", self.lmo, self.model)
-        if self.placement == "weights" or self._in_backward is not None:
-            given = "placement='weights'" if self._in_backward is None else "step_in_backward()"
-            raise ValueError(
-                f"one_pass() needs an ε in the forward and gradients that stay, which {given} does not leave; leave it "
-                "out, or loop over opt.passes(*batch)."
-            )
+        check_fits(self._ascent.serve_from is not None, self.placement, self._in_backward is not None)
         self._ascent.serve_from = 0
         self._looks_ahead = True
         if self._one_pass is None:
@@ -250,7 +247,7 @@ class SharpnessAware(Stepping):
         return self._one_pass
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for any logger; the only call that waits for the device.
+        """Flat numbers for any logger. Waits for the device.
 
         ``active`` (of the next step) and ``rho`` (the largest radius of the groups, after the schedule); for
         each parameter of the last ascent ``epsilon/NAME``, ‖ε‖_F, and for rank-one perturbations

@@ -152,7 +152,7 @@ class Perturbation:
         return self._passes.model
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers for any logger, those of :meth:`SharpnessAware.metrics`; the only call that waits."""
+        """Flat numbers for any logger, those of :meth:`SharpnessAware.metrics`. Waits for the device."""
         return self._passes.metrics()
 
     def coverage(self) -> Coverage:

@@ -82,12 +82,12 @@ def test_a_setup_of_ones_own(setup, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "rho.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_documented_setup_and_command(tmp_path, monkeypatch):
+def test_the_documented_file_and_command(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "choosing-rho.md").read_text()
-    (code,) = re.findall(r"^```python title=\"setup.py\"\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (code,) = re.findall(r"^```python title=\"search.py\"\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     (command,) = re.findall(r"^nusam find-rho (.*)$", page, flags=re.MULTILINE)
     monkeypatch.chdir(tmp_path)
-    Path("setup.py").write_text(code)
+    Path("search.py").write_text(code)
     assert find_rho(monkeypatch, *command.split()) == 0
     trials = json.loads(Path("runs/find-rho/rho.json").read_text())["trials"]
     assert len(trials) == 7

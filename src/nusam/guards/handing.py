@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from nusam.batch import rebuilt
+from nusam.guards.batch_copies import BatchCopies
 
-__all__ = ["Handing", "Written"]
-
-
-class Written(RuntimeError):
-    """A batch was written into, of which there is no copy."""
+__all__ = ["Handing"]
 
 
 class Handing:
@@ -27,9 +24,7 @@ class Handing:
     """
 
     def __init__(self, whose: str) -> None:
-        self._whose = whose
-        self._copies = True
-        self._writes = False
+        self._copies = BatchCopies(whose)
 
     @contextmanager
     def out(self, batch: Any) -> Iterator[Any]:
@@ -42,23 +37,16 @@ class Handing:
         fresh = self._fresh(batch, given)
         versions = [(tensor, tensor._version) for tensor in given.values() if not tensor.is_inference()]
         yield fresh
-        if any(tensor._version != version for tensor, version in versions):
-            self._writes = True
-            if not self._copies:
-                self._copies = True
-                raise Written(
-                    f"{self._whose} wrote into a tensor of its batch, which it had not done before, so that no copy is "
-                    "there for the other calls of the step; write into a clone of it, or do so from the first step on."
-                )
+        self._copies.note(any(tensor._version != version for tensor, version in versions))
 
     def learn(self) -> None:
         """A step is over."""
-        self._copies, self._writes = self._writes, False
+        self._copies.step_is_over()
 
     def _fresh(self, part: Any, given: dict[int, Tensor]) -> Any:
         if isinstance(part, Tensor):
             if id(part) not in given:  # one that is there twice stays one
-                given[id(part)] = _copied(part) if self._copies else part
+                given[id(part)] = _copied(part) if self._copies.are_made else part
             return given[id(part)]
         if type(part) in (list, tuple) and (not part or isinstance(part[0], int | float | str)):
             return part[:]  # labels or tokens, perhaps many

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nusam.containers import entries_of, is_a_dataclass, is_container, is_list, is_list_of_plain
+from nusam.guards.batch_copies import BatchCopies
 
 __all__ = ["Rewinding"]
 
@@ -19,11 +20,11 @@ class Rewinding:
     """
 
     def __init__(self) -> None:
-        self._copies = True
+        self._copies = BatchCopies("The loop over passes()")
         self._forget()
 
     def _forget(self) -> None:
-        self._looked = self._writes = False
+        self._looked = False
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[Tensor, int, Tensor | None]] = {}
 
@@ -38,32 +39,28 @@ class Rewinding:
         """Another pass begins, after one that is over.
 
         Raises:
-            RuntimeError: if the pass before wrote into a tensor of which there is no copy.
+            Written: if the pass before wrote into a tensor of which there is no copy.
         """
         self._looked = True
         for tensor, version, before in self._tensors.values():
             if tensor._version == version:
                 continue
-            self._writes = True
-            if before is None:
-                self._copies = True
-                raise RuntimeError(
-                    "The loop over passes() wrote into a tensor of its batch, which it had not done before, so that no "
-                    "copy is there for the next pass; write into a clone of it, or do so from the first step on."
-                )
-            tensor.copy_(before)
+            self._copies.note(wrote=True)
+            if before is not None:  # else the note has raised
+                tensor.copy_(before)
         for container, before in self._containers:
             _refill(container, before)
 
     def end(self) -> None:
         """There are no more passes."""
-        self._copies = self._writes if self._looked else self._copies
+        if self._looked:
+            self._copies.step_is_over()
         self._forget()
 
     def _keep(self, part: Any) -> None:
         if isinstance(part, Tensor):
             if id(part) not in self._tensors and not part.is_inference():
-                self._tensors[id(part)] = part, part._version, part.clone() if self._copies else None
+                self._tensors[id(part)] = part, part._version, part.clone() if self._copies.are_made else None
             return
         before = _contents(part)
         if before is not None:

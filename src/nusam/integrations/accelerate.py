@@ -10,7 +10,7 @@
             opt.step()
             opt.zero_grad()
 
-or, in one pass a step (see ``docs/cheap.md``)::
+or, in one pass a step (see ``docs/one-pass.md``)::
 
     for value in one_pass(opt, model, loader, lambda batch: criterion(model(batch[0]), batch[1]), accelerator):
         opt.step()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nusam.batch import first_samples
+from nusam.guards.batch_copies import BatchCopies
 from nusam.guards.model_guard import RandomState
 from nusam.integrations.batches import Kept
 from nusam.integrations.state import State
@@ -44,7 +45,7 @@ class Replay:
         self._step = step
         self._shares = False  # whether the ascent sees a share of the batch
         self._cut: Callable[[Any], Any] | None = None  # what is prepared is cut by, rather than the batch
-        self._clones = True  # until a step has been seen to leave its batch alone
+        self._copies = BatchCopies(step)
         self._owners: list[object] = []
         self._after: State | None = None  # what the first of several passes left
         self._kept: list[Kept] | None = None  # while the first of several passes runs
@@ -157,7 +158,7 @@ class Replay:
         return prepare_once
 
     def _keep(self, batch: Any) -> "Kept":
-        kept = Kept(batch, self._clones)
+        kept = Kept(batch, self._copies.are_made)
         if kept.has_graph:
             raise RuntimeError(
                 f"{self._step} was given a batch that carries a graph of its own, backward through which only one of "
@@ -168,14 +169,8 @@ class Replay:
         return kept
 
     def _learn(self, before: "State") -> None:
-        changed = any(kept.changed for kept in self._kept or ())
-        if changed and not self._clones:
-            self._clones = True
-            raise RuntimeError(
-                f"{self._step} wrote into a tensor of its batch, which it had not done before, so that no copy is "
-                "there for the second pass; write into a clone of it, or do so from the first perturbed step on."
-            )
-        self._clones = changed
+        self._copies.note(any(kept.changed for kept in self._kept or ()))
+        self._copies.step_is_over()
         self._kept = None
         name = before.lost()
         if name is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nusam.guards.batch_copies import BatchCopies
 from nusam.integrations.batches import Kept
 from nusam.integrations.looking_ahead import Ahead
 from nusam.integrations.state import State
@@ -41,7 +42,7 @@ class Riding:
         self.counts = True
         """Whether what is logged counts: what the batch's own call says in its descent."""
         self._step = step
-        self._clones = True  # until a step has been seen to leave its batch alone
+        self._copies = BatchCopies(step)
         self._behind = False  # whether the samples behind have their turn
 
     def step(
@@ -99,7 +100,7 @@ class Riding:
                 if not is_new:
                     before.restore()
                 theirs, is_new = None, False
-            given = Kept(part, self._clones).again()
+            given = Kept(part, self._copies.are_made).again()
             watched = Kept(given, False)
             value, found = run(given, behind)
             writes |= watched.changed
@@ -138,13 +139,8 @@ class Riding:
             before.release()
 
     def _learn(self, before: State, writes: bool) -> None:
-        if writes and not self._clones:
-            self._clones = True
-            raise RuntimeError(
-                f"{self._step} wrote into a tensor of its batch, which it had not done before, so that no copy is "
-                "there for the other call; write into a clone of it, or do so from the first perturbed step on."
-            )
-        self._clones = writes
+        self._copies.note(writes)
+        self._copies.step_is_over()
         name = before.lost()
         if name is not None:
             raise RuntimeError(

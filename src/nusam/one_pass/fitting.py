@@ -1,11 +1,25 @@
-"""Which matrices the layers of a model can serve in one pass."""
+"""What one pass fits: the options of an optimizer, and the matrices that the layers of a model can serve."""
 
 from torch import Tensor, nn
 
 from nusam.ascent.verification import OTHERWISE, SEVERAL_USES, Verdict
 from nusam.layers.structure import Structure
 
-__all__ = ["unfit"]
+__all__ = ["check_fits", "unfit"]
+
+
+def check_fits(serves: bool, placement: str, in_backward: bool) -> None:
+    """Refuse options that leave out what one pass lives by."""
+    given = {
+        "ascent='gradient'": not serves,
+        "placement='weights'": placement == "weights",
+        "step_in_backward()": in_backward,
+    }
+    for option in (option for option, is_given in given.items() if is_given):
+        raise ValueError(
+            "one_pass() needs products of the layers, an ε in the forward and gradients that stay, which "
+            f"{option} does not leave; leave it out, or loop over opt.passes(*batch)."
+        )
 
 
 def unfit(

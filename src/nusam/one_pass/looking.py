@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device, is_sharded
+from nusam.guards.batch_copies import Written
 from nusam.guards.buffers import SMALL
-from nusam.guards.handing import Written
 from nusam.interrupts import always
 from nusam.layers.module_tree import ModuleTree
 from nusam.one_pass.joint import CannotJoin, observed
