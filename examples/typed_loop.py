@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import nusam
 from nusam.combinations import SurrogateGap
 from nusam.directions import Averaged
-from nusam.lmo import L2, LMO, Dense, Perturbation, State
+from nusam.lmo import L2, LMO, Dense, Epsilon, State
 
 
 class Blockwise(LMO):
@@ -20,7 +20,7 @@ class Blockwise(LMO):
 
     def __call__(
         self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         """ε of each parameter; 0 where its gradient is zero or not finite."""
         return [self._on_sphere(gradient, radius) for gradient, radius in zip(gradients, radii, strict=True)]
 

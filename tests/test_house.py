@@ -27,7 +27,7 @@ STOREYS = [
     {"resuming"},
     {"refusals"},
     {"two_passes"},
-    {"base_step"},
+    {"stepping"},
     {"one_pass"},
     {"optimizer"},
     {"methods", "perturbation"},

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nusam.lmo import Dense, Perturbation, State, measured
+from nusam.lmo import Dense, Epsilon, State, measured
 from nusam.norms import largest_entry
 from nusam.power_iteration import ALONE, Together
 
@@ -42,11 +42,11 @@ class Direction:
 
     def shaped(
         self,
-        epsilons: list[Perturbation],
+        epsilons: list[Epsilon],
         parameters: Sequence[Tensor],
         states: Sequence[State],
         together: Together = ALONE,
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         """ε as it is added."""
         return epsilons
 
@@ -114,11 +114,11 @@ class Adaptive(Direction):
 
     def shaped(
         self,
-        epsilons: list[Perturbation],
+        epsilons: list[Epsilon],
         parameters: Sequence[Tensor],
         states: Sequence[State],
         together: Together = ALONE,
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         return measured([self._scaled(_entries(e), w) for e, w in zip(epsilons, parameters, strict=True)], together)
 
     def _scaled(self, x: Tensor, w: Tensor) -> Tensor:
@@ -164,11 +164,11 @@ class Sparse(Direction):
 
     def shaped(
         self,
-        epsilons: list[Perturbation],
+        epsilons: list[Epsilon],
         parameters: Sequence[Tensor],
         states: Sequence[State],
         together: Together = ALONE,
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         return measured([_entries(e) * s["mask"] for e, s in zip(epsilons, states, strict=True)], together)
 
 
@@ -196,5 +196,5 @@ def _are_finite(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack([one.to(each[0].device) for one in each]).all()
 
 
-def _entries(epsilon: Perturbation) -> Tensor:
+def _entries(epsilon: Epsilon) -> Tensor:
     return epsilon.epsilon if isinstance(epsilon, Dense) else torch.outer(epsilon.u, epsilon.v)

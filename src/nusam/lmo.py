@@ -23,7 +23,7 @@ __all__ = [
     "Linf",
     "Nuclear",
     "NuclearNormalized",
-    "Perturbation",
+    "Epsilon",
     "RankOne",
     "Spectral",
     "Unnormalized",
@@ -51,7 +51,7 @@ class RankOne(NamedTuple):
     norm: Tensor  # () Frobenius (of one matrix: nuclear) norm of ε
 
 
-Perturbation = Dense | RankOne
+Epsilon = Dense | RankOne
 
 
 class LMO(ABC):
@@ -86,7 +86,7 @@ class LMO(ABC):
     @abstractmethod
     def __call__(
         self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
-    ) -> list[Perturbation]: ...
+    ) -> list[Epsilon]: ...
 
 
 class Nuclear(LMO):
@@ -137,13 +137,11 @@ class Nuclear(LMO):
         states: Sequence[State],
         seed: int,
         together: Together = ALONE,
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         pairs = power_iteration(gradients, [state["u"] for state in states], self.power_iterations, together)
         return self.from_pairs(pairs, radii, states)
 
-    def from_pairs(
-        self, pairs: Sequence[TopPair], radii: Sequence[float], states: Sequence[State]
-    ) -> list[Perturbation]:
+    def from_pairs(self, pairs: Sequence[TopPair], radii: Sequence[float], states: Sequence[State]) -> list[Epsilon]:
         """ε from top pairs that are known already, however they were found."""
         if not pairs:
             return []
@@ -202,7 +200,7 @@ class L2(LMO):
         states: Sequence[State],
         seed: int,
         together: Together = ALONE,
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         directions, norms = unit(gradients, together, radii)
         return [Dense(*pair) for pair in zip(directions, norms, strict=True)]
 
@@ -215,7 +213,7 @@ class Gaussian(LMO):
 
     def __call__(
         self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         for index, gradient in enumerate(gradients):
             gradient.normal_(generator=torch.Generator(gradient.device).manual_seed(seed + index))
         return L2()(gradients, [abs(radius) for radius in radii], states, seed)
@@ -236,7 +234,7 @@ class Unnormalized(LMO):
         states: Sequence[State],
         seed: int,
         together: Together = ALONE,
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         maxima = [largest_entry(G).float() for G in gradients]
         together.max_(maxima)
         dead = ~torch.stack([x.to(maxima[0].device) for x in maxima]).isfinite().all()
@@ -251,7 +249,7 @@ class Linf(LMO):
 
     def __call__(
         self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         epsilons = [
             G.sign().mul_(radius).masked_fill_(~_is_alive(G), 0) for G, radius in zip(gradients, radii, strict=True)
         ]
@@ -272,7 +270,7 @@ class Spectral(LMO):
 
     def __call__(
         self, gradients: Sequence[Tensor], radii: Sequence[float], states: Sequence[State], seed: int
-    ) -> list[Perturbation]:
+    ) -> list[Epsilon]:
         epsilons = [self._polar(gradient).mul_(radius) for gradient, radius in zip(gradients, radii, strict=True)]
         return [Dense(epsilon, torch.linalg.vector_norm(epsilon)) for epsilon in epsilons]
 
@@ -291,7 +289,7 @@ def unpacked_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
-def measured(epsilons: list[Tensor], together: Together) -> list[Perturbation]:
+def measured(epsilons: list[Tensor], together: Together) -> list[Epsilon]:
     """Each with its norm, of which this process may know a part."""
     squares = [norm_of(epsilon).square() for epsilon in epsilons]
     together.sum_(squares)

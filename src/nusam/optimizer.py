@@ -1,4 +1,8 @@
-"""Sharpness-aware minimization over any norm ball, around any PyTorch optimizer (Algorithm 1, eq. (6))."""
+"""Sharpness-aware minimization over any norm ball, around any PyTorch optimizer (Algorithm 1, eq. (6)).
+
+One object in storeys, a file each: ``wrapper`` (what is the base optimizer's), ``targets`` (what is perturbed),
+``resuming`` (its state), ``refusals`` (what is checked), ``two_passes`` (ascent and descent), ``stepping`` (the loop).
+"""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +15,6 @@ from torch.optim import Optimizer
 
 from nusam.ascent.ascent import Ascent
 from nusam.base_optimizer import needs_closure
-from nusam.base_step import Stepping
 from nusam.both_gradients import BothGradients
 from nusam.combinations import Combination
 from nusam.directions import Direction
@@ -33,13 +36,14 @@ from nusam.guards.checks import (
 from nusam.guards.model_guard import ModelGuard
 from nusam.layers.reads import Backwards
 from nusam.layers.structure import Structure
-from nusam.lmo import LMO, Nuclear, Perturbation, RankOne
+from nusam.lmo import LMO, Epsilon, Nuclear, RankOne
 from nusam.one_pass.fitting import check_fits
 from nusam.one_pass.neighbours import looked_ahead
 from nusam.one_pass.one_pass import OnePass
 from nusam.placement.ledger import Ledger
 from nusam.placement.step_in_backward import StepInBackward
 from nusam.placement.written_weights import WrittenWeights
+from nusam.stepping import Stepping
 from nusam.targets import Progress, Targets
 from nusam.wrapper import itself
 
@@ -168,7 +172,7 @@ class SharpnessAware(Stepping):
         self._ascent = Ascent(lmo, serve_from, direction, remembers, self._apart)
         self._both = BothGradients(combination)
         self._stacks = self._ascent.stacks
-        self._pending: dict[Tensor, Perturbation] | None = None
+        self._pending: dict[Tensor, Epsilon] | None = None
         self._in_backward: StepInBackward | None = None
         self._guard = ModelGuard(model, self.ascent_share == 1)
         self._written = WrittenWeights()

@@ -12,7 +12,7 @@ from nusam.coverage import Coverage
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, unwrapped
 from nusam.guards.checks import check_count, check_radius, check_share
-from nusam.guards.engines import check_engine, check_uncompiled
+from nusam.guards.engine_checks import check_engine, check_uncompiled
 from nusam.guards.model_guard import ModelGuard
 from nusam.layers.module_tree import same
 from nusam.layers.reads import is_in_a_pass

@@ -11,7 +11,7 @@ from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_both, check_join, check_surroundings, check_tracking
-from nusam.guards.engines import check_no_engine
+from nusam.guards.engine_checks import check_no_engine
 from nusam.guards.weights import check_parameter, check_sharded
 from nusam.interrupts import always
 from nusam.layers.kinds import held

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nusam.ascent.ascent import Ascent
-from nusam.lmo import Nuclear, Perturbation, RankOne, State, matrix_shape
+from nusam.lmo import Epsilon, Nuclear, RankOne, State, matrix_shape
 from nusam.placement.step_in_backward import StepInBackward
 from nusam.saving import load_base, merge, own_containers, split
 from nusam.targets import Targeted
@@ -22,7 +22,7 @@ class Resumable(Targeted):
     """An optimizer whose state dict is the base optimizer's, with ours in it."""
 
     _ascent: Ascent
-    _pending: dict[Tensor, Perturbation] | None
+    _pending: dict[Tensor, Epsilon] | None
     _waiting: dict[Tensor, RankOne] | None  # ε of the next step, for radii of 1
     _in_backward: StepInBackward | None
     _first_ascent: int | None = None  # the step of it, since the start or the last load

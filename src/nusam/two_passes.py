@@ -10,7 +10,6 @@ from torch import Tensor
 from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import BESIDE
 from nusam.both_gradients import BothGradients
-from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
 from nusam.guards.changes import Changes
 from nusam.guards.model_guard import ModelGuard
@@ -19,7 +18,7 @@ from nusam.interrupts import always
 from nusam.layers.outside_graphs import watched_outside_graphs
 from nusam.layers.reads import Backwards, watched
 from nusam.layers.uses import rerouted
-from nusam.lmo import Nuclear, Perturbation, RankOne, State
+from nusam.lmo import Epsilon, Nuclear, RankOne, State
 from nusam.placement.in_forward import InForward
 from nusam.placement.ledger import clear_gradients
 from nusam.refusals import CHANGED, OTHERWISE_USED, WRITTEN, Checked
@@ -34,7 +33,7 @@ Handlers = Callable[[dict[Tensor, RankOne]], dict[Tensor, Any]]  # that add ε i
 
 
 class TwoPasses(Checked):
-    """A step: the ascent finds ε, the descent takes the gradient at x + ε, and the base optimizer steps with it."""
+    """The ascent finds ε, and the descent takes the gradient at x + ε."""
 
     _guard: ModelGuard
     _backwards: Backwards
@@ -144,21 +143,18 @@ class TwoPasses(Checked):
         pairs = {p: e for p, e in perturbations.items() if type(e) is RankOne and self._in_forward(p)}
         forward = self._handlers(pairs) if handlers is None else handlers(pairs)
         in_place = [p for p in perturbations if p not in pairs] if pairs else list(perturbations)
-        # processes with perturbations of their own would drift apart by the rounding of a subtraction
-        bit_exact = self.m_sam is not False
         parameters = self._parameters()
-        others = [] if self._in_backward else parameters  # those are written by the base optimizer
-        epsilons = [perturbations[parameter] for parameter in in_place]
         workers = self._workers()
         self._check_processes(workers)
         workers.reshard()  # layers are known by what they hold then
         structure = self._structure_now()
-        unknown: set[Tensor] = set()
-        if structure is not None and self._written.checks:
-            unknown = {p for p in in_place if not (is_sharded(p) or structure.uses_of(p))}
         unreached = {p for p in self._ascended if p not in perturbations}
-        perturbed = self._written.in_weights(in_place, epsilons, bit_exact, unknown, others, unreached)
-        del epsilons
+        # processes with perturbations of their own would drift apart by the rounding of a subtraction
+        bit_exact = self.m_sam is not False
+        others = [] if self._in_backward else parameters  # those are written by the base optimizer
+        perturbed = self._written.in_weights(
+            {p: perturbations[p] for p in in_place}, bit_exact, structure, others, unreached
+        )
 
         def undo() -> None:
             perturbed.remove()
@@ -197,14 +193,17 @@ class TwoPasses(Checked):
                 yield
             if changes.found:
                 self._keep_gradients(list(changes.found), workers)
-            for parameter, handler in forward.items():
-                if handler.is_written():
-                    raise self._unreachable(parameter, WRITTEN)
-            self._written.after_descent(self._names)
-            if not accumulate and not self._in_backward:
-                found = any(p.grad is not None for p in parameters)
-                self._ledger.end_pass("descent", found, self._has_closure)
+            self._check_descent(forward, not (accumulate or self._in_backward))
             self._close_ledger({parameter: forward[parameter] for parameter in pairs})
+
+    def _check_descent(self, forward: dict[Tensor, Any], needs_gradients: bool) -> None:
+        """Refuse a descent whose loop wrote weights with an ε in the forward, or left no gradient."""
+        for parameter, handler in forward.items():
+            if handler.is_written():
+                raise self._unreachable(parameter, WRITTEN)
+        self._written.after_descent(self._names)
+        if needs_gradients:
+            self._ledger.end_pass("descent", any(p.grad is not None for p in self._parameters()), self._has_closure)
 
     def _keep_gradients(self, changed: list[Tensor], workers: DataParallel) -> None:
         """The loop changes gradients, which this step's ascent did not have: begin anew with them, or say so."""
@@ -246,7 +245,7 @@ class TwoPasses(Checked):
 
     def _perturb(
         self, targets: list[Target], pass_: LayerPass | None, workers: DataParallel, in_forward: set[Tensor]
-    ) -> dict[Tensor, Perturbation]:
+    ) -> dict[Tensor, Epsilon]:
         """ε for every target that the ascent reached."""
         for target in targets:
             gradient = target.parameter.grad

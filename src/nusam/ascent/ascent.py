@@ -16,7 +16,7 @@ from nusam.directions import Direction
 from nusam.distributed.blocks import complete, is_sharded, local, local_state, route
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
-from nusam.lmo import LMO, Nuclear, Perturbation, RankOne, State
+from nusam.lmo import LMO, Epsilon, Nuclear, RankOne, State
 from nusam.power_iteration import ALONE, Matrix, Together, power_iteration
 from nusam.targets import Target
 
@@ -55,7 +55,7 @@ class Ascent(Serving):
         workers: DataParallel,
         age: int = 0,
         keep: Callable[[], None] = lambda: None,
-    ) -> dict[Tensor, Perturbation]:
+    ) -> dict[Tensor, Epsilon]:
         """ε of every target that the pass reached.
 
         Args:
@@ -92,7 +92,7 @@ class Ascent(Serving):
         return found
 
     @torch.no_grad()
-    def drawn(self, targets: Sequence[Target], seed: int, age: int) -> dict[Tensor, Perturbation]:
+    def drawn(self, targets: Sequence[Target], seed: int, age: int) -> dict[Tensor, Epsilon]:
         """ε of a direction that needs no gradient."""
         with full_precision(target.parameter for target in targets):
             found = self._in_the_ball([], targets, seed, age, ALONE)
@@ -101,7 +101,7 @@ class Ascent(Serving):
 
     def _in_the_ball(
         self, gradients: Sequence[Tensor], targets: Sequence[Target], seed: int, age: int, together: Together
-    ) -> dict[Tensor, Perturbation]:
+    ) -> dict[Tensor, Epsilon]:
         """direction → ball → shape, of what is here of each target."""
         if not targets:
             return {}
@@ -117,9 +117,9 @@ class Ascent(Serving):
             epsilons = self.direction.shaped(epsilons, parameters, here, together)
         return {target.parameter: epsilon for target, epsilon in zip(targets, epsilons, strict=True)}
 
-    def _of_stacks(self, targets: Sequence[Target]) -> dict[Tensor, Perturbation]:
+    def _of_stacks(self, targets: Sequence[Target]) -> dict[Tensor, Epsilon]:
         """ε of every matrix of a stack, by its gradient; 0 for that of an expert without one."""
-        found: dict[Tensor, Perturbation] = {}
+        found: dict[Tensor, Epsilon] = {}
         for target in targets:
             gradient, state = target.parameter.grad, self.state_of(target)
             if gradient is not None:
@@ -130,7 +130,7 @@ class Ascent(Serving):
                 found[target.parameter] = RankOne(us, vs, sigmas.amax(), torch.linalg.vector_norm(norms))
         return found
 
-    def measure(self, found: Mapping[Tensor, Perturbation]) -> None:
+    def measure(self, found: Mapping[Tensor, Epsilon]) -> None:
         """What the metrics say of a step's ε."""
         self.measured = {
             parameter: {"sigma": perturbation.sigma, "epsilon": perturbation.norm}
@@ -156,7 +156,7 @@ class Ascent(Serving):
 
     def _from_here(
         self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, sharded: bool, age: int
-    ) -> dict[Tensor, Perturbation]:
+    ) -> dict[Tensor, Epsilon]:
         """All that is needed is in this process."""
         if pass_ is None:
             reached = [target for target in targets if target.parameter.grad is not None]
@@ -198,7 +198,7 @@ class Ascent(Serving):
 
     def _from_parts(
         self, targets: Sequence[Target], pass_: LayerPass | None, workers: DataParallel, in_summands: bool, age: int
-    ) -> dict[Tensor, Perturbation]:
+    ) -> dict[Tensor, Epsilon]:
         """Processes hold blocks or summands, and all of them go through the same list of targets.
 
         A gradient that is missing here may be there elsewhere, so it counts as zeros.

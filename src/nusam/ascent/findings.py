@@ -28,7 +28,7 @@ class Job(NamedTuple):
     apart: bool = False  # its gradient, where it must be formed, is a stand-in's: no hook of the parameter's sees it
 
 
-class Looks:
+class Watching:
     """Whether the loop has looked at the gradient of a parameter, after a backward in an ascent."""
 
     seen = False
@@ -62,7 +62,7 @@ class Findings:
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
         self.thaws = self.frozen and plain and not job.apart
         self.job = job
-        self.looks = Looks()
+        self.looks = Watching()
         self.iterations = iterations
         self.u = u if u.device == device else u.to(device)
         self.kept: list[Matrix] = []  # of every use that is multiplied after the pass

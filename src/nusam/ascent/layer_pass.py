@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nusam.ascent.asked import standing_in
-from nusam.ascent.findings import Job, Looks
+from nusam.ascent.findings import Job, Watching
 from nusam.ascent.function import without_autocast
 from nusam.ascent.record import Record
 from nusam.ascent.silence import Silence
@@ -61,7 +61,7 @@ class LayerPass:
         self._silence, self._tells = Silence(silent), tells
         self._looks = ExitStack()
         self._is_the_loop = False  # whose code runs
-        self._others = Looks()  # at gradients of idle layers, and of biases
+        self._others = Watching()  # at gradients of idle layers, and of biases
         self._stand_ins: dict[Tensor, Tensor] = {}
         self.tap = torch.zeros((), requires_grad=True, device="cpu")  # reached where autograd accumulates
         self._tap_node = torch.autograd.graph.get_gradient_edge(self.tap).node

@@ -30,7 +30,7 @@ __all__ = [
     "check_count",
     "check_join",
     "check_m_sam",
-    "check_method",
+    "check_sharpness_aware",
     "check_model",
     "check_options",
     "check_radius",
@@ -134,7 +134,7 @@ def check_both(method: str, combination: Combination | None, share: float) -> No
         )
 
 
-def check_method(method: Any) -> None:
+def check_sharpness_aware(method: Any) -> None:
     """Whether a framework can hand its optimizer to it."""
     if isinstance(method, Optimizer) or not callable(method):
         raise TypeError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nusam.guards.checks import check_method
+from nusam.guards.checks import check_sharpness_aware
 from nusam.integrations.deepspeed import InEngine, replaced
 from nusam.integrations.model_calls import Calls
 from nusam.integrations.replay import Replay
@@ -76,7 +76,7 @@ class NuSAMTrainerMixin:
         one_pass: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_method(sharpness_aware or NuSAM)
+        check_sharpness_aware(sharpness_aware or NuSAM)
         if delay_ratio is not None and not (isinstance(delay_ratio, int | float) and 0 <= delay_ratio <= 1):
             raise ValueError(f"delay_ratio must be a share of the steps from 0 to 1, or None, got {delay_ratio!r}.")
         self._sharpness_aware = sharpness_aware or NuSAM

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nusam.base_step import Stepping
 from nusam.lmo import LMO, Nuclear, RankOne
 from nusam.one_pass.riders import Riders
+from nusam.stepping import Stepping
 
 __all__ = ["found_behind", "iterations", "perturb_by", "weighed"]
 

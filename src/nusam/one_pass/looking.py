@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device, is_sharded
 from nusam.guards.batch_copies import Written
@@ -19,6 +18,7 @@ from nusam.one_pass.meeting import Meeting
 from nusam.one_pass.neighbours import Neighbours
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
+from nusam.stepping import Stepping
 
 __all__ = ["Backward", "Loss", "Looks", "SmallBuffers", "checked"]
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import ONE_USE, SEVERAL_USES
-from nusam.base_step import Stepping
 from nusam.batch import first_samples, samples_in
 from nusam.guards.handing import Handing
 from nusam.layers.module_tree import is_compiled
@@ -32,6 +31,7 @@ from nusam.one_pass.neighbours import Neighbours
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
 from nusam.refusals import Unreachable
+from nusam.stepping import Stepping
 
 __all__ = ["OnePass"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nusam.distributed.blocks import block, is_sharded, local
-from nusam.lmo import Dense, Perturbation, RankOne
+from nusam.lmo import Dense, Epsilon, RankOne
 
 __all__ = ["InWeights", "in_weights"]
 
@@ -29,7 +29,7 @@ class InWeights(ABC):
 
 def in_weights(
     parameters: Sequence[Tensor],
-    perturbations: Sequence[Perturbation],
+    perturbations: Sequence[Epsilon],
     copied: AbstractSet[Tensor] = frozenset(),
     kept: Sequence[Tensor] = (),
 ) -> InWeights:
@@ -44,7 +44,7 @@ def in_weights(
     kinds = set(map(type, perturbations))
     if len(kinds) > 1:
         raise TypeError("An LMO must return perturbations of one kind, got both Dense and RankOne.")
-    restored: list[tuple[Tensor, Perturbation | None]] = [(local(parameter), None) for parameter in kept]
+    restored: list[tuple[Tensor, Epsilon | None]] = [(local(parameter), None) for parameter in kept]
     if kinds == {Dense}:
         return _WithCopy([*restored, *zip(map(local, parameters), perturbations, strict=True)])
     subtracted: list[tuple[Tensor, RankOne]] = []
@@ -57,7 +57,7 @@ def in_weights(
     return _Both(_RankOneInWeights(subtracted), _WithCopy(restored))
 
 
-def _here(parameter: Tensor, epsilon: Perturbation) -> Perturbation:
+def _here(parameter: Tensor, epsilon: Epsilon) -> Epsilon:
     """The block of ε that belongs to what is here of the parameter."""
     if isinstance(epsilon, Dense) or not is_sharded(parameter):
         return epsilon
@@ -122,7 +122,7 @@ class _RankOneInWeights(InWeights):
 class _WithCopy(InWeights):
     """Keeps a copy of the weights while they are perturbed, and restores it bit for bit."""
 
-    def __init__(self, perturbed: Sequence[tuple[Tensor, Perturbation | None]]) -> None:
+    def __init__(self, perturbed: Sequence[tuple[Tensor, Epsilon | None]]) -> None:
         self._parameters = [parameter for parameter, _ in perturbed]
         self._perturbations = [epsilon for _, epsilon in perturbed]
         self._originals: list[Tensor] = []

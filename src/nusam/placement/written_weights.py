@@ -5,15 +5,17 @@ are is known of torch's own layers; of others it is seen by what a write leaves 
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor, nn
 
+from nusam.distributed.blocks import is_sharded
 from nusam.guards.watch import Watch, is_here
 from nusam.layers.module_tree import ModuleTree, same
-from nusam.lmo import Dense, Perturbation
+from nusam.layers.structure import Structure
+from nusam.lmo import Dense, Epsilon
 from nusam.placement.in_weights import InWeights, in_weights
 
 __all__ = ["WrittenWeights"]
@@ -68,11 +70,6 @@ class WrittenWeights:
             self._unseen |= changed - stirred
             self._in_ascent = stirred | changed
 
-    @property
-    def checks(self) -> bool:
-        """Whether this step is one that looks at everything."""
-        return self._check
-
     def forget_ascent(self) -> None:
         """The next descent is no second pass."""
         self._check = self._ascended = False
@@ -83,32 +80,33 @@ class WrittenWeights:
 
     def in_weights(
         self,
-        parameters: Sequence[Tensor],
-        perturbations: Sequence[Perturbation],
+        perturbations: Mapping[Tensor, Epsilon],
         bit_exact: bool = False,
-        unknown: AbstractSet[Tensor] = frozenset(),
+        structure: Structure | None = None,
         others: Iterable[Tensor] = (),
         unreached: AbstractSet[Tensor] = frozenset(),
     ) -> InWeights:
         """Prepare to add each perturbation to its parameter; see :func:`nusam.placement.in_weights`.
 
         Args:
-            parameters: what is perturbed.
-            perturbations: by how much.
+            perturbations: what is perturbed, and by how much.
             bit_exact: whether all of them are kept by a copy.
-            unknown: those of them that no known layer holds; a step that checks has a copy of them at hand.
+            structure: of the model; a step that checks has a copy at hand of what no known layer holds.
             others: parameters that may be unperturbed, and are kept all the same where the ascent has written them.
             unreached: those that the ascent was to perturb and did not reach, and so has not written.
         """
-        dense = any(type(epsilon) is Dense for epsilon in perturbations)
+        parameters, epsilons = [*perturbations], [*perturbations.values()]
+        dense = any(type(epsilon) is Dense for epsilon in epsilons)
         perturbed = set(parameters)
         copied = perturbed if bit_exact else perturbed & self._written
-        spared = [p for p in parameters if p in unknown and p not in copied] if self._check and not dense else []
+        spared = []
+        if self._check and not dense and structure is not None:
+            spared = [p for p in parameters if not (p in copied or is_sharded(p) or structure.uses_of(p))]
         written = self._in_ascent | (self._unseen - unreached) if self._ascended else set()
         kept = [p for p in others if p in written and p not in perturbed]
         self._subtracted = set() if dense else perturbed - copied - {*spared}
         watched = [] if dense else [p for p in parameters if p in self._watchable and p not in self._written]
-        placed = in_weights(parameters, perturbations, copied, kept)
+        placed = in_weights(parameters, epsilons, copied, kept)
         self._placed = _Watched(placed, lambda: self._begin(watched), spared)
         return self._placed
 

@@ -19,7 +19,7 @@ __all__ = [
     "check_gradients_can_be_had",
     "check_method",
     "check_network",
-    "check_options",
+    "check_takes_options",
     "check_several",
     "check_takes",
     "first_sentence",
@@ -61,7 +61,7 @@ def check_method(what: str, method: Any) -> None:
         )
 
 
-def check_options(what: str, method: Any, options: Mapping[str, Any]) -> None:
+def check_takes_options(what: str, method: Any, options: Mapping[str, Any]) -> None:
     """Whether a method can be called with an optimizer and these options, as far as can be told."""
     try:
         inspect.signature(method, follow_wrapped=False).bind("base_optimizer", **options)

@@ -11,7 +11,7 @@ from nusam.lmo import Nuclear
 from nusam.methods import NuSAM
 from nusam.optimizer import SharpnessAware
 from nusam.power_iteration import working_dtype
-from nusam.tools.arguments import check_method, check_network, check_options, shortly
+from nusam.tools.arguments import check_method, check_network, check_takes_options, shortly
 
 __all__ = ["Footprint", "footprint", "perturbation_numel"]
 
@@ -94,7 +94,7 @@ def _optimizer(model: nn.Module, method: Callable[..., SharpnessAware]) -> Sharp
     check_network(model)
     options: dict[str, Any] = {"model": model, "placement": "weights"}
     check_method("method", method)
-    check_options("method", method, options)
+    check_takes_options("method", method, options)
     made = method(torch.optim.SGD(model.parameters(), lr=0.0), **options)
     if not isinstance(made, SharpnessAware):
         raise TypeError(f"method must make a nusam.SharpnessAware of an optimizer, got {shortly(made)}.")

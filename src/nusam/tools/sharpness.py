@@ -15,7 +15,7 @@ from nusam.distributed.blocks import is_sharded
 from nusam.guards.checks import check_count, check_radius
 from nusam.guards.model_guard import RandomState
 from nusam.interrupts import always
-from nusam.lmo import L2, LMO, Dense, Nuclear, Perturbation
+from nusam.lmo import L2, LMO, Dense, Epsilon, Nuclear
 from nusam.power_iteration import working_dtype
 from nusam.tools.arguments import check_gradients_can_be_had, check_network, check_takes
 from nusam.tools.derivatives import Gradients, Hessian, owned
@@ -237,7 +237,7 @@ def _inner(a: list[Tensor], b: list[Tensor]) -> float:
     )
 
 
-def _dense(perturbation: Perturbation) -> Tensor:
+def _dense(perturbation: Epsilon) -> Tensor:
     if isinstance(perturbation, Dense):
         return perturbation.epsilon
     return torch.outer(perturbation.u, perturbation.v)

@@ -18,7 +18,7 @@ from nusam.guards.checks import check_base_optimizer
 from nusam.lmo import Nuclear
 from nusam.one_pass.looking import checked
 from nusam.optimizer import SharpnessAware
-from nusam.tools.arguments import check_options, first_sentence, shortly
+from nusam.tools.arguments import check_takes_options, first_sentence, shortly
 
 __all__ = ["Method", "Trained", "Trainings", "first", "values"]
 
@@ -62,7 +62,7 @@ class Trainings:
         """The method with everything but the base optimizer and the model."""
         options: dict[str, Any] = {} if share == 1 else {"ascent_share": share}
         options |= {_radius_of(method): rho, "delay": int(self.delay * self.steps)}
-        check_options("methods", method, {**options, "model": self.model})
+        check_takes_options("methods", method, {**options, "model": self.model})
         return partial(method, **options)
 
     def prepared(self, method: Method | None, rho: float, share: float) -> tuple[nn.Module, Optimizer]:
