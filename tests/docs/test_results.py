@@ -61,3 +61,11 @@ def test_what_a_share_keeps_is_what_was_recorded():
     kept = pytest.importorskip("kept")
     page = (DOCS / "cheap.md").read_text("utf-8")
     assert page.split(kept.BEGIN)[1].split(kept.END)[0].strip() == kept.side_by_side()
+
+
+def test_how_old_epsilon_may_be_is_what_was_recorded():
+    page = (DOCS / "one-pass.md").read_text("utf-8")
+    table = json.loads((DOCS.parent / "benchmarks" / "results" / "staleness-cpu.json").read_text("utf-8"))["table"]
+    gains = [row["over AdamW"].replace("-", "−") for row in table if row["ε"] != "AdamW"]
+    for first in range(0, len(gains), 4):
+        assert f"| {' | '.join(gains[first : first + 4])} |" in page
