@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
@@ -126,6 +126,72 @@ def test_an_exception_in_the_body(kind, where, moment, exception, style):
 
     with pytest.raises(exception):
         {"loop": loop, "closure": lambda: opt.step(body), "halves": halves}[style]()
+    assert_unperturbed(model, before)
+    train_step(model, opt)
+
+
+def numbered(opt, body):
+    for _ in enumerate(opt.passes()):
+        body()
+
+
+def behind_a_generator(opt, body):
+    def passes():
+        yield from opt.passes(*batch())
+
+    for _ in passes():
+        body()
+
+
+def in_a_closure(opt, body):
+    opt.step(body)
+
+
+def closed(opt, body):
+    with closing(opt.passes()) as passes:
+        for _ in passes:
+            body()
+
+
+def closed_by_hand(opt, body):
+    passes = opt.passes()
+    try:
+        for _ in passes:
+            body()
+    finally:
+        passes.close()
+        passes.close()
+
+
+def without_an_optimizer(opt, body):
+    for _ in nusam.Perturbation(opt.model).passes():
+        body()
+
+
+@pytest.mark.parametrize("fatal", [0, 1], ids=["ascent", "descent"])
+@pytest.mark.parametrize(
+    "loop",
+    [numbered, behind_a_generator, in_a_closure, closed, closed_by_hand, without_an_optimizer],
+)
+def test_an_exception_that_is_kept_keeps_no_pass(loop, fatal):
+    """As a notebook keeps it, with all its frames and their variables."""
+    model = mlp()
+    opt = optimizer(nusam.NuSAM, model, placement="weights")
+    train_step(model, opt)
+    before = weights(model)
+    calls = iter(range(2))
+
+    def body():
+        loss = loss_of(model)
+        loss.backward()
+        if next(calls) == fatal:
+            raise OverflowError
+        return loss
+
+    with pytest.raises(OverflowError) as kept:
+        loop(opt, body)
+    assert kept.traceback
+    assert opt._pass is None
     assert_unperturbed(model, before)
     train_step(model, opt)
 

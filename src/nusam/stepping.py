@@ -1,7 +1,7 @@
 """What a training loop calls: the passes over a batch, and the base optimizer's step."""
 
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -30,14 +30,16 @@ class Stepping(TwoPasses):
     _batches: Rewinding | None = None  # of the loop over passes()
     _plain = 0  # steps without passes, as long as there was no ascent
 
-    def passes(self, *batch: Any, accumulate: bool = False) -> Iterator[Any]:
+    def passes(self, *batch: Any, accumulate: bool = False) -> Uncompiled[Any]:
         """Iterate over the passes of one step: the ascent, then the descent; only the latter while inactive.
 
         The loop body computes the loss and calls ``backward``. Each pass starts with cleared gradients; with
         ``accumulate=True`` the descent gradient adds to what is there, and the ascent leaves no trace in it:
         every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
         ones afterwards; a loop left in the ascent leaves no gradient of it behind. If you keep what is returned in a
-        variable, a loop that breaks is left once you let go of it.
+        variable, close it where its loop may be left midway, ``with contextlib.closing(opt.passes()) as passes:``;
+        otherwise the pass lasts until you let go of it, and an exception's traceback keeps variables,
+        such as the hidden one of a comprehension.
 
         The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
         layer was compared with its gradient: the second time its gradient is formed. Both passes come twice in a step

@@ -1,6 +1,6 @@
 """What ``torch.compile`` runs as it is written when it compiles the loop around it: passes set up and take down."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, wraps
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -38,15 +38,23 @@ class _Context(AbstractContextManager[T]):
 class Uncompiled(Iterator[T], Generic[T]):
     """The items of a generator, whose steps from one to the next are not compiled."""
 
-    def __init__(self, items: Iterator[T]) -> None:
+    def __init__(self, items: Generator[T, None, None]) -> None:
         self._items = items
 
     def __next__(self) -> T:
         return cast(T, _eager(next)(self._items))
 
+    def close(self) -> None:
+        """Leave the generator, wherever it is, as its own ``close`` does."""
+        _eager(_close)(self._items)
+
 
 def _enter(context: AbstractContextManager[T]) -> T:
     return context.__enter__()
+
+
+def _close(items: Generator[Any, None, None]) -> None:
+    items.close()
 
 
 def _exit(context: AbstractContextManager[Any], *exception: Any) -> bool | None:

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import assert_unperturbed
 from tests.contract.plain_loop import PlainLoop
-from tests.contract.problem import BATCHES, LR, RHO, Run
+from tests.contract.problem import BATCHES, LR, RHO, Net, Run, Trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning on PyTorch 2.14
@@ -130,6 +130,48 @@ def test_training_goes_on_after_an_overflow(loop, overflow):
     trained = loop.train(run)
     assert len(trained.rates) == 10 - overflow % 2  # one in the ascent costs this step's perturbation alone
     assert_equal_runs(trained, PlainLoop().train(run), tolerance=HALF)
+
+
+RUNS = {
+    "the whole batch": (Run(steps=5), None),
+    "a share": (Run(steps=5, share=0.5), "share"),
+    "micro-batches": (Run(steps=5, micro_batches=2), "accumulation"),
+    "one pass": (Run(steps=5, share=0.5, one_pass=True), "one pass"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt")
+@pytest.mark.parametrize("fatal", [6, 7], ids=["ascent", "descent"])
+@pytest.mark.parametrize("kind", [OverflowError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("loop", "run"),
+    [
+        pytest.param(loop, run, id=f"{type(loop).__name__.removesuffix('Loop')}, {name}")
+        for loop in LOOPS
+        for name, (run, needs) in RUNS.items()
+        if needs is None or needs in loop.can
+    ],
+)
+def test_who_handles_an_exception_finds_the_unperturbed_weights(loop, run, kind, fatal, monkeypatch):
+    """While the exception is there, and with it every frame that it went through."""
+    forward, start, started = Net.forward, Trained.start, []
+
+    def failing(model, x):
+        output = forward(model, x)
+        if model.forwards == fatal + 1:
+            raise kind
+        return output
+
+    monkeypatch.setattr(Net, "forward", failing)
+    monkeypatch.setattr(Trained, "start", lambda *args: started.append(start(*args)) or started[-1])
+    try:
+        loop.train(run)
+    except (kind, SystemExit):  # as Lightning leaves after a KeyboardInterrupt
+        (trained,) = started
+        assert_unperturbed(trained.model, trained.after[-1], RHO)
+        trained.opt.state_dict()
+    else:
+        pytest.fail("the exception was lost")
 
 
 @each(LOOPS, needs="resume")

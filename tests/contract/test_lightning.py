@@ -152,6 +152,32 @@ def test_an_exception_leaves_unperturbed_weights_and_no_trace(fatal):
     assert not trained.opt._optimizer_step_pre_hooks
 
 
+@pytest.mark.parametrize("fatal", [4, 5], ids=["ascent", "descent"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["before ours", "behind ours"])
+def test_what_a_callback_saves_in_on_exception_are_the_unperturbed_weights(fatal, is_first, tmp_path):
+    class Failing(Module):
+        def training_step(self, batch, batch_idx):
+            if self.trained.model.forwards == fatal:
+                raise OverflowError
+            return super().training_step(batch, batch_idx)
+
+    class Saving(pl.Callback):
+        """As Lightning's OnExceptionCheckpoint."""
+
+        def on_exception(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    run = Run(steps=5)
+    trained = Trained.start(run)
+    trainer = trainer_on_cpu(max_epochs=1)
+    trainer.callbacks.insert(0 if is_first else 1, Saving())
+    with pytest.raises(OverflowError):
+        trainer.fit(Failing(trained), loader(run))
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=False)["state_dict"].values()
+    for weight, before in zip(saved, trained.after[-1], strict=True):
+        assert ((weight - before).abs() <= torch.finfo(torch.float32).eps * (before.abs() + 0.05)).all()
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("skipped", ["ascent", "descent"])
 @pytest.mark.parametrize("precision", ["float32", "float16"])

@@ -27,7 +27,7 @@ Under DeepSpeed, whose engine keeps gradients and the step to itself, there is n
 and ``passes(perturbation, model, x, y)`` in the same loop.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ __all__ = ["LoaderAhead", "one_pass", "passes", "sharpness_aware"]
 REDUCES_IN_STEP = {DistributedType.XLA, DistributedType.MEGATRON_LM}
 
 
-def passes(optimizer: Optimizer | Perturbation, model: nn.Module, *batch: Any) -> Iterator[Any]:
+def passes(optimizer: Optimizer | Perturbation, model: nn.Module, *batch: Any) -> Generator[Any, None, None]:
     """The passes over one micro-batch, :meth:`nusam.SharpnessAware.passes` with ``accumulate=True``.
 
     Call ``zero_grad()`` once a step, as accelerate asks for anyway. Every micro-batch is perturbed on its own.

@@ -18,7 +18,7 @@ __all__ = ["InEngine", "before_the_step", "replaced"]
 FILE = "nusam.pt"  # beside an engine's own files in a checkpoint
 
 
-def before_the_step(engine: nn.Module, passes: Generator[Any, None, None]) -> Iterator[Any]:
+def before_the_step(engine: nn.Module, passes: Generator[Any, None, None]) -> Generator[Any, None, None]:
     """The passes over one micro-batch, after which the engine steps, as ``Accelerator.backward`` asks for in each."""
     asked: list[tuple[Any, Any]] = []
 
@@ -80,7 +80,7 @@ class InEngine:
                 self._perturbation.load_state_dict(torch.load(self._resumes_from / FILE, map_location="cpu"))
         return self._perturbation
 
-    def passes(self, engine: nn.Module, ends_step: bool) -> Iterator[str]:
+    def passes(self, engine: nn.Module, ends_step: bool) -> Generator[str, None, None]:
         """The passes over one micro-batch by name, after which the engine steps."""
         self._passed = True
         return before_the_step(engine, self.of(engine)._named(ends_step))

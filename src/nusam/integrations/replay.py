@@ -6,7 +6,7 @@ one ended. So every later pass begins with what the first one found, and in the 
 it: that one was at the weights themselves, as is the loss that frameworks log.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class Replay:
         """The name of every pass, and the batch for it.
 
         Args:
-            passes: the names, ``"ascent"`` and ``"descent"``.
+            passes: the names, ``"ascent"`` and ``"descent"``; left with the loop, if they can be closed.
             owners: whose attributes the training step may change.
             batch: as the framework hands it to the training step.
             share: of the batch that an ascent sees. Below 1 it is the last pass that counts, which sees all of it.
@@ -101,14 +101,16 @@ class Replay:
                     self._learn(before)
                     self._after = None if self._shares else State(self._owners)
         finally:
-            after, self._after = self._after, None
-            self._kept, self._prepared, self._owners, self.later, self.counts = None, [], [], False, True
-            if after is not None:
-                after.restore()
-            if before is not None:
-                before.release()
-            if isinstance(passes, Generator):
-                passes.close()  # an exception would keep it, and the pass that it is in
+            try:
+                if hasattr(passes, "close"):  # whoever holds on to it, as the frames of an exception do
+                    passes.close()
+            finally:
+                after, self._after = self._after, None
+                self._kept, self._prepared, self._owners, self.later, self.counts = None, [], [], False, True
+                if after is not None:
+                    after.restore()
+                if before is not None:
+                    before.release()
 
     @contextmanager
     def for_good(self) -> Iterator[None]:

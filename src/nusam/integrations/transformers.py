@@ -178,7 +178,7 @@ class NuSAMTrainerMixin:
         alone = without_generating(self, model, share) if cuts else nullcontext()
         with _in_training_mode(self.optimizer), self._inputs_prepared_once(model), alone:
             if engine is not None:
-                names = engine.passes(model, cast(Any, self).accelerator.sync_gradients)
+                names: Iterator[str] = engine.passes(model, cast(Any, self).accelerator.sync_gradients)
             else:
                 reached = reaching(self.optimizer, model)
                 names = reached.passes(accumulate=True) if share == 1 else reached._passes(accumulate=True)

@@ -42,8 +42,7 @@ def _stepper(run: Run, batch: Images, classes: int) -> Callable[[], object]:
 
     def step() -> None:
         optimizer.zero_grad()
-        passes = optimizer.passes(pixels, labels) if isinstance(optimizer, SharpnessAware) else [(pixels, labels)]
-        for x, y in passes:
+        for x, y in optimizer.passes(pixels, labels) if isinstance(optimizer, SharpnessAware) else [(pixels, labels)]:
             cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
