@@ -1,7 +1,10 @@
 """nusam find-rho, from the command line."""
 
 import json
+import os
+import pickle
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 
 import nusam
 from nusam.experiments.commands.main import main
+from nusam.experiments.commands.setups import imported
 from nusam.experiments.pages.radius_figure import draw
 from nusam.tools.radius_search import RadiusSearch, Trial
 from nusam.tools.verdict import Verdict
@@ -82,6 +86,63 @@ def test_a_setup_of_ones_own(setup, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "rho.png").read_bytes().startswith(b"\x89PNG")
 
 
+IN_A_FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Row:
+    number: int = 3
+
+    @dataclass
+    class Inner:
+        row: Row | None = None
+
+def row():
+    return Row.Inner(Row(4))
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["training.py", "random.py", "nusam.py", "pickle.py", "my set-up v1.2.py", "größe 50%.py"]
+)
+def test_what_a_file_defines_is_found_by_other_processes_and_shadows_nothing(name, tmp_path):
+    """As dataclasses look for their annotations, and loader workers that are spawned for what they are handed."""
+    known = {name: module for name, module in sys.modules.items() if "setups" not in name}
+    (tmp_path / name).write_text(IN_A_FILE)
+    module = imported(tmp_path / name)
+    assert sys.modules[module.__name__] is module
+    assert known.items() <= sys.modules.items()
+    pickled = pickle.dumps(module.row())
+    assert pickle.loads(pickled) == module.row()
+    read = (
+        "import pickle, sys; found = pickle.load(sys.stdin.buffer); print(found.row.number, type(found).__qualname__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(nusam.__file__).parents[1])}
+    other = subprocess.run(
+        [sys.executable, "-c", read], input=pickled, env=environment, cwd="/", check=True, capture_output=True
+    )
+    assert other.stdout.split() == [b"4", b"Row.Inner"]
+    (tmp_path / name).write_text(IN_A_FILE.replace("Row(4)", "Row(55)"))
+    assert imported(tmp_path / name).row().row.number == 55
+
+
+def test_a_set_up_of_dataclasses_whose_annotations_are_put_off(tmp_path, monkeypatch):
+    head = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Configuration:
+    width: int = 16
+"""
+    (tmp_path / "random.py").write_text(
+        head + SETUP.replace("setup():", "setup(given: Configuration = Configuration()):")
+    )
+    options = ("--steps", 2, "--seeds", 1, "--rhos", 0.05, "--methods", "nusam", "--out", tmp_path / "out")
+    assert find_rho(monkeypatch, f"{tmp_path / 'random.py'}:setup", *options) == 0
+
+
 def test_the_documented_file_and_command(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "choosing-rho.md").read_text()
     (code,) = re.findall(r"^```python title=\"search.py\"\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
@@ -149,6 +210,8 @@ def test_an_error_in_the_users_own_loss_keeps_its_place(setup, monkeypatch):
     [
         (("nowhere.py:setup",), "SETUP must be FILE.py:FUNCTION with a file that exists, got nowhere.py:setup"),
         (("{file}:number",), "has no function number"),
+        ((f"{__file__}c:setup",), "SETUP must be FILE.py:FUNCTION with a file that exists"),
+        (("/dev/../etc/hostname:setup",), "SETUP must name a Python file, got /dev/../etc/hostname"),
         (("{file}:incomplete",), "must return a dict with base, loader, loss, model, validation"),
         (("{file}:setup", "--rhos", "-1"), "rho must be a finite number of at least 0, got -1.0"),
         (("{file}:setup", "--methods", "magic"), "--methods must name some of nusam, nusam-norm, sam, sam-on"),

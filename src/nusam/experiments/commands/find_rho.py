@@ -1,6 +1,5 @@
 """``nusam find-rho``: a short sweep over ρ on data and a model of one's own, or on those of the experiments."""
 
-import importlib.util
 import inspect
 import math
 import sys
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from nusam.experiments.commands.setups import imported
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import writing_to
 from nusam.experiments.limits import at_least, not_negative, pixels_on_a_side, some_of
@@ -125,13 +125,11 @@ def _of_user(setup: str) -> dict[str, Any]:
     path, _, name = setup.rpartition(":")
     if not path or not Path(path).is_file():
         raise Refused(f"SETUP must be FILE.py:FUNCTION with a file that exists, got {setup}.")
-    specification = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if specification is None or specification.loader is None:
+    if Path(path).suffix != ".py":
         raise Refused(f"SETUP must name a Python file, got {path}.")
-    module = importlib.util.module_from_spec(specification)
     sys.path.insert(0, str(Path(path).resolve().parent))
     try:
-        specification.loader.exec_module(module)
+        module = imported(Path(path))
     except SyntaxError as error:
         raise Refused(f"{error.filename}, line {error.lineno}, is no Python ({error.msg}); mend it.") from error
     function = getattr(module, name, None)
