@@ -399,6 +399,51 @@ def test_where_samples_are_not_told_apart_it_takes_two_passes_and_says_so(name, 
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize(("name", "model"), list(mixing()), ids=[name for name, _ in mixing()])
+@pytest.mark.parametrize("by", ["a state", "a copy"])
+def test_a_resumed_run_that_takes_two_passes_goes_on_in_two_and_says_so_again(name, model, by):
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(B, 5, generator=generator) for _ in range(10)]
+
+    def loss(model, x):
+        return model(x).square().mean()
+
+    opt = wrapped(model, "AdamW", power_iterations=1)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="every step takes two passes"):
+        run(opt, model, batches[:6], loss)
+    again, resumed = copy.deepcopy((model, opt))
+    if by == "a state":
+        resumed = wrapped(again, "AdamW", power_iterations=1)
+        resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    torch.manual_seed(4)
+    run(opt, model, batches[6:], loss)
+    torch.manual_seed(4)
+    with pytest.warns(UserWarning, match=f"since the model {opt._refused}; from now on every step") as told:
+        run(resumed, again, batches[6:], loss)
+    assert len(told) == 1
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert resumed.state_dict()["param_groups"] == opt.state_dict()["param_groups"]
+
+
+def test_a_state_that_does_not_tell_of_two_passes_is_looked_at_anew():
+    (_, model), *_ = mixing()
+    batches = torch.randn(6, B, 5).unbind()
+    with pytest.warns(UserWarning, match="every step takes two passes"):
+        run(opt := wrapped(model), model, batches, lambda model, x: model(x).square().mean())
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        assert group.pop("nusam_one_pass_refused") == opt._refused
+    resumed = wrapped(model)
+    resumed.load_state_dict(state)
+    assert not resumed._refused
+    with pytest.warns(UserWarning, match="every step takes two passes"):
+        run(resumed, model, batches, lambda model, x: model(x).square().mean())
+    assert resumed._refused
+
+
 class Blocks(nn.Module):
     """Whose blocks meet one by one, given positions that are as long as the batch."""
 

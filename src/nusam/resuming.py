@@ -27,6 +27,7 @@ class Resumable(Targeted):
     _in_backward: StepInBackward | None
     _first_ascent: int | None = None  # the step of it, since the start or the last load
     _looks_ahead = False  # whether steps are taken in one pass, so that an ε may wait
+    _refused = ""  # why every such step takes two, once one has
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with our warm starts among the entries of each parameter."""
@@ -40,7 +41,8 @@ class Resumable(Targeted):
         found = {names.get(p, p): code for p, code in self._ascent.verification.codes()}
         served = found if self.model is not None and isinstance(self.lmo, Nuclear) else None
         base = self.base_optimizer.state_dict()
-        saved = merge(base, self.param_groups, states, outside, self._progress.steps, served)
+        refused = self._refused if self._looks_ahead or self._refused else None
+        saved = merge(base, self.param_groups, states, outside, self._progress.steps, served, refused)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved
@@ -68,7 +70,7 @@ class Resumable(Targeted):
         self._ascent.states, self._ascent.measured, self._pending = states, {}, None
         self._ascent.verification.load({outside.get(key, key): code for key, code in saved.found.items()})
         self._progress.steps, self._progress.ascents = saved.steps, max(0, saved.steps - self.delay)
-        self._first_ascent = None
+        self._first_ascent, self._refused = None, saved.refused
         self._waiting = self._saved_ahead({p: state for p, state in found.items() if p in states})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -23,8 +23,9 @@ _STEPS = "nusam_steps"
 _OUTSIDE = "nusam_outside"
 _FOUND = "nusam_found"
 _FOUND_OUTSIDE = "nusam_found_outside"
+_REFUSED = "nusam_one_pass_refused"
 _BASE = "nusam_base"
-_OURS = (_STEPS, _OUTSIDE, _FOUND, _FOUND_OUTSIDE)
+_OURS = (_STEPS, _OUTSIDE, _FOUND, _FOUND_OUTSIDE, _REFUSED)
 
 
 class Saved(NamedTuple):
@@ -36,6 +37,7 @@ class Saved(NamedTuple):
     steps: int
     rhos: list[float | None]  # of the groups, where the base optimizer does not save them
     found: dict[Any, str]  # what was found of a parameter's layers, by parameter or, outside of the optimizer, by name
+    refused: str = ""  # why every step in one pass takes two
 
 
 def own_containers(value: Any) -> Any:
@@ -64,10 +66,11 @@ def merge(
     outside: dict[str, State],
     steps: int,
     found: dict[Any, str] | None = None,
+    refused: str | None = None,
 ) -> dict[str, Any]:
     """The base optimizer's state dict with ours in it; ``groups`` are the live ones it was made from."""
     if not _is_standard(base):
-        alone = merge(_bare(groups), groups, states, outside, steps, found)
+        alone = merge(_bare(groups), groups, states, outside, steps, found, refused)
         return {**alone, _BASE: base}
     state = dict(base["state"])
     for key, parameter in _keys(base, groups) if states else ():
@@ -75,6 +78,8 @@ def merge(
         # where some have an entry, torch.distributed.checkpoint wants one of every parameter
         state[key] = {**state.get(key, {}), **ours}
     saved_groups = [{**group, _STEPS: steps} for group in base["param_groups"]]
+    for saved in saved_groups if refused is not None else ():
+        saved[_REFUSED] = refused
     if outside:
         saved_groups[0][_OUTSIDE] = outside
     if found is not None:
@@ -129,6 +134,7 @@ def split(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Saved:
         steps=max((group.get(_STEPS, 0) for group in saved_groups), default=0),
         rhos=[None] * len(groups),
         found=found,
+        refused=next((group[_REFUSED] for group in saved_groups if group.get(_REFUSED)), ""),
     )
 
 

@@ -48,7 +48,6 @@ class OnePass:
         self._modules: list[nn.Module] | None = None  # whose calls are joined
         self._structure: Structure | None = None  # of the model when they were found
         self._copies: Copies | None = None  # of small matrices
-        self._refused = False
         self._looked_at: set[Hashable] = set()  # modes of the modules in which samples have been seen to stay apart
         self._told: set[str] = set()
         self._aside: Aside = nullcontext
@@ -95,6 +94,8 @@ class OnePass:
         if not opt.active:
             with opt.descent(accumulate):
                 return _run(batch, loss, backward)
+        if self._refused:  # perhaps by the run that this one goes on from
+            self._refuse(opt._refused)
         is_first = waiting is None and opt._progress.ascents == 0
         if not (is_first or self._refused or self._knows_modules()):  # after a resume, or a change
             self._learn(self._looks.modules(batch, loss))
@@ -254,6 +255,11 @@ class OnePass:
 
     # ------------------------------------------------------------ where it can't be had
 
+    @property
+    def _refused(self) -> bool:
+        """Whether every step takes two passes."""
+        return bool(self._opt._refused)
+
     def _knows_modules(self) -> bool:
         return self._modules is not None and self._structure is self._opt._structure_now()
 
@@ -264,7 +270,8 @@ class OnePass:
         return tree.walks, tuple(module.training for module in tree.modules)
 
     def _refuse(self, reason: str, why: str = "", for_good: bool = True) -> None:
-        self._refused |= for_good
+        if for_good:
+            self._opt._refused = reason
         if reason not in self._told:
             self._told.add(reason)
             how = "from now on every step takes" if for_good else "such a step is followed by one of"
