@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nusam
+from tests.conftest import assert_unperturbed, weights
 from tests.test_one_pass import B, assert_same, by_hand, run, two_passes, wrapped
 
 
@@ -180,3 +181,76 @@ def test_a_new_target_has_its_epsilon_after_one_step(how):
                 if how == "a new group":
                     opt.add_param_group({"params": list(model["late"].parameters())})
     assert without in ([10], [10, 11])
+
+
+# ---------------------------------------------------------------- losses that raise
+
+
+def failing_at(model, call, error, where):
+    """A loss and a backward of which one call raises, and none after it; how often they were called."""
+    calls = []
+
+    def counted(value, place):
+        if place == where:
+            calls.append(value)
+            if len(calls) == call:
+                raise error
+        return value
+
+    return (
+        calls,
+        lambda x: counted(plainly(model, x), "loss"),
+        lambda loss: counted(loss, "backward").backward(),
+    )
+
+
+@pytest.mark.parametrize("where", ["loss", "backward"])
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+def test_an_error_rises_from_whichever_call_it_comes_and_changes_nothing(where, first):
+    kinds = [AssertionError, IndexError, KeyError, RuntimeError, ValueError, torch.OutOfMemoryError]
+    calls, loss, backward = failing_at(model := mlp(), 0, None, where)
+    list(wrapped(model).one_pass(samples(3, 6), loss, backward=backward))
+    assert len(calls) > 5
+    for call in range(first, len(calls) + 1, 4):
+        model = mlp()
+        opt, before, kind = wrapped(model), weights(model), kinds[call % len(kinds)]
+        _, loss, backward = failing_at(model, call, kind("once"), where)
+        with pytest.raises(kind, match="once"):
+            list(opt.one_pass(samples(3, 6), loss, backward=backward))
+        assert_unperturbed(model, before)
+        assert not opt._refused
+
+
+@pytest.mark.parametrize("kind", [StopIteration, AssertionError, ZeroDivisionError, ValueError])
+@pytest.mark.parametrize("number", range(4))
+def test_an_error_of_one_batch_rises(number, kind):
+    model, batches = mlp(), samples(4, 6)
+
+    def loss(x):
+        if x[0, 0] == batches[number][0, 0]:
+            raise kind("no label")
+        return plainly(model, x)
+
+    before, opt = weights(model), wrapped(model)
+    with pytest.raises(RuntimeError if kind is StopIteration else kind) as raised:  # as any generator says it
+        for _ in opt.one_pass(batches, loss):
+            pass
+    assert "no label" in str(raised.value.__cause__ if kind is StopIteration else raised.value)
+    assert_unperturbed(model, before)
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, NotImplementedError, ValueError, ZeroDivisionError])
+def test_an_error_that_comes_of_travelling_together_is_told_and_takes_two_passes(error):
+    class Strict(nn.Sequential):
+        def forward(self, x):
+            if len(x) > B:
+                raise error("at most\n8 samples")
+            return super().forward(x)
+
+    model, batches = Strict(*mlp()), samples(6, 6)
+    twin = copy.deepcopy(model)
+    opt, plain = wrapped(model), wrapped(twin)
+    with pytest.warns(UserWarning, match=f"{error.__name__}: .*at most.*8 samples.*; from now on every step takes two"):
+        run(opt, model, batches, plainly)
+    two_passes(plain, twin, batches, plainly)
+    assert_same(model, twin)

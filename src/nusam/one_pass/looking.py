@@ -79,6 +79,9 @@ class Looks:
         """What keeps the samples from travelling together, in this process or in another; nothing if they can.
 
         ``is_whole``: whether to look for what no gradient shows, too.
+
+        Raises:
+            Exception: of the loss, unless it comes of the travelling.
         """
         found = None
         try:
@@ -87,8 +90,12 @@ class Looks:
             found = reason
         except (torch.OutOfMemoryError, Written):
             raise
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:  # that the loss of one batch has not raised
-            found = CannotJoin(f"raises {type(error).__name__} where samples of two batches travel together")
+        except Exception as error:
+            # among processes the others would wait for one that looks again
+            if not (self.are_many() or self._comes_of_joining(error, riders, both, loss, backward, is_whole)):
+                raise
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            found = CannotJoin(f"raises an error where samples of two batches travel together, {said:.300}")
         if self.are_many():
             parameter = self._opt._parameters()[0]
             # batches of which some can't travel together will come again, when nobody can ask the others
@@ -99,6 +106,28 @@ class Looks:
                 why = "does not in another process" if found is None else str(found)
                 found = CannotJoin(why, for_good=bool(refused == 2))
         return found
+
+    def _comes_of_joining(
+        self, error: Exception, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool
+    ) -> bool:
+        """Whether an error rises again where samples travel together, and not where either side is by itself."""
+        riders.forget()
+        try:
+            self._check(riders, both, loss, backward, is_whole)
+        except CannotJoin:
+            return False
+        except Exception as again:
+            if type(again) is not type(error):
+                return False
+        else:
+            return False
+        riders.forget()
+        with self._without_a_trace(), self.for_nothing():
+            try:
+                Meeting(riders.joint, loss, self._opt._guard.random_state).alone(both.batch, both.ahead)
+            except Exception:
+                return False
+        return True
 
     def _check(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool) -> None:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen.

@@ -140,6 +140,11 @@ class Meeting:
         with self._outputs("both") if notes else nowhere as outputs:
             return Found(outputs, tuple(self._joint.run(self._loss, first, second)))
 
+    def alone(self, batch: Any, ahead: Any) -> None:
+        """Run either side by itself."""
+        self._alone(batch, "first")
+        self._alone(ahead, "second")
+
     def _alone(self, part: Any, side: str) -> Found:
         self._before.replay()
         with self._outputs(side) as outputs:
