@@ -5,6 +5,7 @@ import inspect
 import pickle
 
 import pytest
+import schedulefree
 import torch
 from torch import nn
 
@@ -69,6 +70,65 @@ def test_parameters_and_no_optimizer_at_all(kind):
 def test_anything_else_in_its_place(kind, given):
     with pytest.raises(TypeError, match=r"base_optimizer must be .* construct it first, .*\.parameters\(\), \.\.\.\)"):
         getattr(nusam, kind)(given)
+
+
+class Scales:
+    """Around an optimizer without being one, as apex's LARC; here it halves the gradients."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.grad.mul_(0.5)
+        self.optimizer.step()
+
+
+def schedule_free(optimizer):
+    wrapper = schedulefree.ScheduleFreeWrapper(optimizer, momentum=0.9)
+    wrapper.train()
+    return wrapper
+
+
+@pytest.mark.parametrize("wrap", [Scales, schedule_free])
+def test_what_steps_and_is_no_optimizer_is_told_so_and_goes_around_ours(wrap):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    batches = torch.randn(6, 5, 3, dtype=torch.float64)
+    by_hand, trained = net(), net()
+    alone = wrap(SGD(by_hand.parameters(), lr=0.1))
+    for kind in KINDS:
+        with pytest.raises(TypeError) as error:
+            getattr(nusam, kind)(alone, rho=0.1)
+        name = type(alone).__name__
+        assert str(error.value) == (
+            f"base_optimizer must be a torch.optim.Optimizer, got a {name}, which has a step() and is none; take one "
+            f"that is, or put the {name} around nusam's optimizer instead, and loop over the passes of that one."
+        )
+    opt = nusam.NuSAM(SGD(trained.parameters(), lr=0.1), rho=0.1, power_iterations=500)
+    around = wrap(opt)
+    for x in batches:
+        for _ in opt.passes():
+            trained(x).square().mean().backward()
+        around.step()
+        parameters = list(by_hand.parameters())
+        before = [p.detach().clone() for p in parameters]
+        gradients = torch.autograd.grad(by_hand(x).square().mean(), parameters)
+        with torch.no_grad():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                if p.ndim == 2:
+                    U, _, Vh = torch.linalg.svd(gradient)
+                    p.add_(0.1 * torch.outer(U[:, 0], Vh[0]))
+        gradients = torch.autograd.grad(by_hand(x).square().mean(), parameters)
+        with torch.no_grad():
+            for p, old, gradient in zip(parameters, before, gradients, strict=True):
+                p.copy_(old)
+                p.grad = gradient
+        alone.step()
+    for p, q in zip(trained.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

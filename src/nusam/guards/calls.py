@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["check_call", "check_loop", "check_micro_batches"]
+__all__ = ["check_call", "check_kind", "check_loop", "check_micro_batches"]
 
 
 def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -60,10 +60,24 @@ def check_call(kind: type, args: tuple[Any, ...], options: Mapping[str, Any]) ->
             f"{kind.__name__} takes the base optimizer alone, got {type(first).__name__} before it; "
             f"write {_call('nusam.' + kind.__name__, '<the optimizer>', ours)}."
         )
+    check_kind(first)
     what = f"an optimizer, got the class {classes[0].__name__}" if classes else None
     raise TypeError(
         f"base_optimizer must be {what or f'a torch.optim.Optimizer, got {type(first).__name__}'}; construct it first, "
         f"{base}, as in {_call('nusam.' + kind.__name__, base, ours)}."
+    )
+
+
+def check_kind(base: Any) -> None:
+    """Whether what was constructed is a torch optimizer, if it steps as one."""
+    if isinstance(base, type | Optimizer) or not (
+        callable(getattr(base, "step", None)) and hasattr(base, "param_groups")
+    ):
+        return
+    name = type(base).__name__
+    raise TypeError(
+        f"base_optimizer must be a torch.optim.Optimizer, got a {name}, which has a step() and is none; take one that "
+        f"is, or put the {name} around nusam's optimizer instead, and loop over the passes of that one."
     )
 
 

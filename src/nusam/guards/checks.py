@@ -17,6 +17,7 @@ from nusam.combinations import Combination
 from nusam.directions import Direction
 from nusam.distributed.data_parallel import DataParallel, is_running, is_stateless
 from nusam.distributed.surroundings import Holders
+from nusam.guards.calls import check_kind
 from nusam.guards.weights import check_frozen
 from nusam.lmo import LMO, Nuclear
 
@@ -158,6 +159,7 @@ def check_base_optimizer(base: Any) -> None:
             f"base_optimizer must be an optimizer, got the class {base.__name__}; construct it first, "
             f"{base.__name__}(model.parameters(), ...)."
         )
+    check_kind(base)
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}.")
     inside = list(chain(base))
