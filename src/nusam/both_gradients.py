@@ -1,13 +1,13 @@
 """The gradient at the weights, kept until the descent has the one at the perturbed weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from nusam.combinations import Combination
-from nusam.distributed.blocks import local, local_state, route
+from nusam.distributed.blocks import complete, is_sharded, local, local_state, route
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
 from nusam.lmo import State
@@ -36,7 +36,8 @@ class BothGradients:
     def keep(self, parameters: Sequence[Tensor]) -> None:
         """The ascent is over: what is in ``grad`` is g."""
         if self.combination is not None:
-            self._clean = {p: _numbers(local(p.grad).detach()).clone() for p in parameters if p.grad is not None}
+            reached = _completed(parameters)
+            self._clean = {p: _numbers(local(gradient).detach()).clone() for p, gradient in reached.items()}
 
     def forget(self) -> None:
         """The next descent follows no ascent, whatever an earlier one has left."""
@@ -71,13 +72,13 @@ class BothGradients:
     def _combine(self, parameters: Sequence[Tensor], state_of: Callable[[Tensor], State]) -> None:
         combination, is_perturbed = self.combination, bool(self._clean)
         assert combination is not None
-        reached = [p for p in parameters if p.grad is not None and (p in self._clean or not is_perturbed)]
+        reached = _completed(p for p in parameters if p in self._clean or not is_perturbed)
         if not reached:
             return
-        written = [local(p.grad).detach() for p in reached if p.grad is not None]
+        written = [local(gradient).detach() for gradient in reached.values()]
         gradients = list(map(_numbers, written))
         states = [{name: _numbers(x) for name, x in local_state(state_of(p)).items()} for p in reached]
-        together = Ranks([route(p) for p in reached])
+        together = Ranks(list(map(route, reached.values())))
         if is_perturbed:
             found = combination.of([self._clean[p] for p in reached], gradients, states, together)
         else:
@@ -88,6 +89,14 @@ class BothGradients:
                 parameter.grad = _as_complex(new, old).to_sparse(old.sparse_dim())
             elif old.is_conj():  # whose numbers are another tensor
                 parameter.grad = _as_complex(new, old)
+
+
+def _completed(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """The gradients that are there, which tensor parallelism may have left in summands, and leaves complete then."""
+    reached = [p for p in parameters if p.grad is not None]
+    for parameter in filter(is_sharded, reached):
+        parameter.grad = complete(parameter.grad, parameter)
+    return {p: p.grad for p in reached if p.grad is not None}
 
 
 def _numbers(x: Tensor) -> Tensor:

@@ -179,13 +179,13 @@ def route(tensor: Any) -> Route:
 
 
 def complete(gradient: Any, parameter: Any) -> Tensor:
-    """The gradient, laid out as its parameter: tensor parallelism may leave summands of replicated ones.
+    """The gradient, laid out as its parameter: tensor parallelism may leave summands, or all of it to every process.
 
     Zeros if there is none.
     """
     if gradient is None:
         return torch.zeros_like(parameter, requires_grad=False)
-    if is_sharded(gradient) and any(placement.is_partial() for placement in gradient.placements):
+    if is_sharded(gradient) and gradient.placements != parameter.placements:
         gradient = gradient.redistribute(placements=parameter.placements)
     return cast(Tensor, gradient)
 
