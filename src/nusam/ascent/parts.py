@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nusam.ascent.products import Sum
 from nusam.ascent.record import Record
-from nusam.distributed.blocks import BlockOf, averaged, block, is_sharded, local, whole
+from nusam.distributed.blocks import BlockOf, block, is_sharded, local, whole
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Route
 from nusam.lmo import matrix_shape
@@ -54,13 +54,13 @@ def shared_part(
     if layers is not None or gradient is not None:
         return layers or gradient  # type: ignore[return-value]
     here = workers.block(parameter, in_layer=in_summands)
-    here = averaged(here, workers.summands(parameter) if in_summands else ())
+    here = workers.averaged(here, parameter) if in_summands else here
     return BlockOf(Nothing(here.rows, here.columns, here.shape), here), here.route
 
 
 def by_layers(parameter: Tensor, record: Record, workers: DataParallel, in_summands: bool) -> tuple[Matrix, Route]:
     """The part that the layers have kept."""
-    here = averaged(record.block, workers.summands(parameter) if in_summands else ())
+    here = workers.averaged(record.block, parameter) if in_summands else record.block
     return BlockOf(Sum(record.kept), here), here.route
 
 
@@ -74,7 +74,8 @@ def by_gradient(
     if is_sharded(gradient):  # averaged already
         here = block(gradient)
     else:
-        here = averaged(whole(matrix_shape(parameter)), workers.summands(parameter) if in_summands else ())
+        here = whole(matrix_shape(parameter))
+        here = workers.averaged(here, parameter) if in_summands else here
     return BlockOf(matrix, here), here.route
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nusam.ascent.parts import by_gradient, by_layers
 from nusam.ascent.record import Record
-from nusam.distributed.blocks import averaged, is_sharded
+from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.sums import Ranks
 from nusam.norms import norm_of
@@ -206,13 +206,13 @@ def _joint(records: Sequence[Record], everyone: DataParallel) -> tuple[list[Tens
             matrix, route = by_layers(record.parameter, record, everyone, in_summands=True)
             products.append(matrix.rmatvec(_r(record)))
         else:
-            here = averaged(everyone.block(record.parameter, in_layer=True), everyone.summands(record.parameter))
+            here = everyone.averaged(everyone.block(record.parameter, in_layer=True), record.parameter)
             products.append(_or_zeros(record.products_of_uses(), record) * here.share)
             route = here.route
         routes.append(route)
     for record in records:
         found = by_gradient(record.parameter, record.gradient, everyone, in_summands=True)
-        here = averaged(everyone.block(record.parameter, in_layer=True), everyone.summands(record.parameter))
+        here = everyone.averaged(everyone.block(record.parameter, in_layer=True), record.parameter)
         products.append(_or_zeros(found and found[0].rmatvec(_r(record)), record))
         routes.append(found[1] if found else here.route)
     Ranks(routes).sum_(products)

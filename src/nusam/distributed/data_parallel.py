@@ -1,8 +1,8 @@
 """Who shares the batch: under DDP and FSDP2 a gradient is the sum of what the processes computed."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nusam.distributed.blocks import Block, averaged, block, complete, groups_of, is_sharded, whole
 from nusam.distributed.engines import Engine, is_engine
+from nusam.distributed.holding import Holding
 from nusam.distributed.sums import Group, Ranks, Route
 from nusam.interrupts import always
 from nusam.lmo import matrix_shape
@@ -53,12 +54,14 @@ class DataParallel:
         self._m_sam = m_sam
         self._ddps: list[Any] = []
         self._fsdp: list[Any] = []
+        self._composed: list[Any] = []  # what replicate() knows of the modules it was applied to
         self.engine: Engine | None = None
         self.is_in_a_stage = False  # whether a pipeline runs the backwards of what DDP wraps
         if model is not None and is_engine(model):
             self.engine = Engine(model)
         elif model is not None and is_running():
-            self._ddps, self._fsdp = _wrappers(model)
+            self._ddps, self._fsdp, self._composed = _wrappers(model)
+        self._holding = Holding(self._ddps, self._fsdp)
 
     @property
     def splits_the_batch(self) -> bool:
@@ -73,7 +76,7 @@ class DataParallel:
     @property
     def replicates(self) -> bool:
         """Whether DistributedDataParallel is at work, or an engine that does the same."""
-        return bool(self._ddps) or self.engine is not None
+        return bool(self._ddps or self._composed) or self.engine is not None
 
     @property
     def must_reduce(self) -> bool:
@@ -88,6 +91,8 @@ class DataParallel:
     @property
     def forced(self) -> Forced | None:
         """What makes :attr:`must_reduce` true, if anything does."""
+        if self._composed:
+            return Forced("replicate() makes DDP reduce every gradient", "DistributedDataParallel")
         if any(ddp.static_graph for ddp in self._ddps):
             return Forced("DDP with static_graph=True reduces every gradient", "static_graph=False")
         if any(ddp.mixed_precision is not None for ddp in self._ddps):
@@ -100,7 +105,7 @@ class DataParallel:
             return Forced(
                 "in DDP.join() the processes that are through answer DDP's own communication alone", "even inputs"
             )
-        if any(getattr(group, "reduce_scatter_unused_params", False) for group in self._fsdp_groups()):
+        if any(getattr(group, "reduce_scatter_unused_params", False) for group in self._holding.fsdp_groups()):
             return Forced(
                 "fully_shard with set_reduce_scatter_unused_params(True) reduces every gradient", "its default, False"
             )
@@ -129,15 +134,22 @@ class DataParallel:
         """Whether the parameter's layer computes with a block of it."""
         if not is_sharded(parameter):
             return False
-        managed = self._managed.get(parameter)
-        return managed is None or managed[1].is_dtensor
+        managed = self._holding.managed.get(parameter)
+        return managed is None or managed.parameter.is_dtensor
+
+    def is_own(self, parameter: Tensor) -> bool:
+        """Whether the parameter is this process's own, though others share the batch: no wrapper holds it."""
+        if len(self._ddps) < len(self._composed):  # replicate() takes its parameters in the first forward
+            return False
+        shares = any(group.size() > 1 for group in self._holding.groups)
+        return shares and not self._holding.holds(parameter)
 
     def block(self, parameter: Any, in_layer: bool) -> Block:
         """Which block of a matrix is here: of what its layer computes with, or as the optimizer holds it."""
         if not is_sharded(parameter) or (in_layer and not self.is_tensor_parallel(parameter)):
             return whole(matrix_shape(parameter))
-        if in_layer and parameter in self._managed:
-            managed = self._managed[parameter][1]
+        if in_layer and parameter in self._holding.managed:
+            managed = self._holding.managed[parameter].parameter
             spec = getattr(managed, "_unsharded_dtensor_spec", None) or managed._tp_spec  # the latter before torch 2.10
             return block(SimpleNamespace(device_mesh=spec.mesh, placements=spec.placements, shape=spec.shape))
         return block(parameter)
@@ -146,15 +158,21 @@ class DataParallel:
         """The groups whose processes each hold a summand of the parameter's gradient if nobody reduces it."""
         if self._m_sam is True:
             return ()
-        if self._m_sam is not False:
-            return (self._m_sam,)
-        if self.engine is not None:
-            return self.engine.groups
-        if parameter in self._managed:
-            return groups_of(self._managed[parameter][0])
-        if len(self._ddps) > 1:
-            return tuple(ddp.process_group for ddp in self._ddps if parameter in self._owned[ddp])
-        return tuple(ddp.process_group for ddp in self._ddps)
+        groups = self._holding.groups_of(parameter) if self.engine is None else self.engine.groups
+        return groups if self._m_sam is False or not groups else (self._m_sam,)
+
+    def averaged(self, part: Block, parameter: Tensor) -> Block:
+        """A block of which every process that shares the batch has a summand, for the sum as its wrapper scales it."""
+        groups, divisor = self.summands(parameter), self._holding.divisor_of(parameter)
+        if not groups or divisor is None:
+            return averaged(part, groups)
+        return averaged(part, groups)._replace(share=part.share / divisor)
+
+    def everyone(self, parameters: Iterable[Any]) -> Route:
+        """All that run the same passes: who shares the batch, and who holds other parts of the parameters."""
+        groups = self._holding.groups if self.engine is None else self.engine.groups
+        meshes = dict.fromkeys(parameter.device_mesh for parameter in parameters if is_sharded(parameter))
+        return Route(tuple(dict.fromkeys([*groups, *(group for mesh in meshes for group in groups_of(mesh))])))
 
     def reduces_gradients(self, matrix_free: bool) -> bool:
         """Whether the ascent's gradients come averaged over the processes that split the batch.
@@ -173,7 +191,7 @@ class DataParallel:
         """
         unused = [self._unused(p) for p in parameters] if any(d.find_unused_parameters for d in self._ddps) else []
         gradients = [complete(parameter.grad, parameter) for parameter in parameters]
-        parts = [averaged(Block(p.shape, slice(0), slice(0), Route()), self.summands(p)) for p in parameters]
+        parts = [self.averaged(Block(p.shape, slice(0), slice(0), Route()), p) for p in parameters]
         ranks = Ranks([part.route for part in parts])
         ranks.sum_(gradients)
         if unused:
@@ -223,7 +241,7 @@ class DataParallel:
 
     def stored(self, parameter: Tensor) -> Tensor:
         """The parameter as the optimizer holds it, of what stands in its module."""
-        return self._stored.get(parameter, parameter)
+        return self._holding.stored.get(parameter, parameter)
 
     def kept(self, gradient: Tensor | None) -> Tensor | None:
         """A gradient to be set aside: DDP's may be views of buckets that the ascent overwrites."""
@@ -241,9 +259,10 @@ class DataParallel:
     def refuse_unreduced(self) -> None:
         """Refuse what the passes can't be run under.
 
-        FSDP2's way to accumulate without communication leaves gradients that the passes can't separate.
+        The way of FSDP2 and replicate() to accumulate without communication leaves gradients that the passes can't separate.
         """
-        if not all(group.reduce_grads and group.all_reduce_grads for group in self._fsdp_groups()):
+        reduced = all(group.reduce_grads and group.all_reduce_grads for group in self._holding.fsdp_groups())
+        if not reduced or any(state._no_sync for state in self._composed):
             raise RuntimeError(
                 "set_requires_gradient_sync(False), like set_requires_all_reduce(False), keeps gradients where the "
                 "ascent can't be told from the descent; leave it True, and accumulate with "
@@ -262,36 +281,18 @@ class DataParallel:
                     f"but {self.forced.why}; use {self.forced.instead}, or leave the hook out."
                 )
 
-    @cached_property
-    def _managed(self) -> dict[Tensor, tuple[Any, Any]]:
-        """Of the parameters that FSDP2 shards: over which mesh it splits the batch, and what it knows of them."""
-        return {p.sharded_param: (group.mesh_info.mesh, p) for group in self._fsdp_groups() for p in group.fsdp_params}
 
-    @cached_property
-    def _stored(self) -> dict[Tensor, Tensor]:
-        """What is sharded, of what FSDP2 gathered."""
-        gathered = {getattr(p, "_unsharded_param", None): sharded for sharded, (_, p) in self._managed.items()}
-        return {parameter: sharded for parameter, sharded in gathered.items() if parameter is not None}
+def _wrappers(model: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
+    """The DDPs and the modules of FSDP2 in the model, and what replicate() knows of those it was applied to.
 
-    @cached_property
-    def _owned(self) -> dict[Any, set[Tensor]]:
-        """The parameters of each DistributedDataParallel."""
-        return {ddp: set(ddp.parameters()) for ddp in self._ddps}
-
-    def _fsdp_groups(self) -> Iterator[Any]:
-        for module in self._fsdp:
-            state = module._get_fsdp_state()
-            several = getattr(state, "_fsdp_param_groups", None)
-            groups = [state._fsdp_param_group] if several is None else several
-            yield from (group for group in groups if group is not None)
-
-
-def _wrappers(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The modules of DDP and of FSDP2 in the model: a walk of its own, several times faster than ``modules()``."""
+    A walk of its own, several times faster than ``modules()``.
+    """
     if isinstance(model, DistributedDataParallel):
-        return [model], []
-    lists: tuple[list[Any], list[Any]] = [], []
+        return [model], [], []
+    lists: tuple[list[Any], list[Any], list[Any]] = [], [], []
     list_of: dict[type, list[Any] | None] = {}
+    composing: Any = sys.modules.get("torch.distributed._composable.replicate")
+    composed = getattr(composing, "DDP", ())
     found = {model}
     left = [model]
     while left:
@@ -299,7 +300,10 @@ def _wrappers(model: nn.Module) -> tuple[list[Any], list[Any]]:
         kind = type(module)
         if kind not in list_of:
             sharded = hasattr(kind, "_get_fsdp_state") and hasattr(kind, "reshard")
-            list_of[kind] = lists[0] if issubclass(kind, DistributedDataParallel) else lists[1] if sharded else None
+            is_ddp = issubclass(kind, DistributedDataParallel)
+            list_of[kind] = (
+                lists[0] if is_ddp else lists[1] if sharded else lists[2] if issubclass(kind, composed) else None
+            )
         wrappers = list_of[kind]
         if wrappers is not None:
             wrappers.append(module)
@@ -307,7 +311,8 @@ def _wrappers(model: nn.Module) -> tuple[list[Any], list[Any]]:
             if child is not None and child not in found:
                 found.add(child)
                 left.append(child)
-    return lists
+    states = [composing.replicate.state(module) for module in lists[2]]
+    return [*lists[0], *(state._ddp for state in states if state.has_initialized)], lists[1], states
 
 
 def is_stateless(hook: Any, state: Any) -> bool:
@@ -323,6 +328,7 @@ def is_running() -> bool:
 
 def _refuse_unknown_ddp(*_: Any) -> None:
     if DistributedDataParallel._active_ddp_module is not None:
+        DistributedDataParallel._active_ddp_module = None  # which replicate() leaves set where a forward raises
         raise RuntimeError(
             "The model given as model= runs inside DistributedDataParallel, which a matrix-free ascent must know of; "
             "pass the wrapped module as model=."
