@@ -5,14 +5,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nusam.ascent.verification import BESIDE, OTHERWISE
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
+from nusam.distributed.holding import Holding
 from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_both, check_join, check_surroundings, check_tracking
 from nusam.guards.engine_checks import check_no_engine
-from nusam.guards.weights import check_parameter, check_sharded
+from nusam.guards.weights import check_own, check_parameter, check_sharded
 from nusam.interrupts import always
 from nusam.layers.kinds import held
 from nusam.layers.structure import Structure
@@ -89,6 +91,7 @@ class Checked(Resumable):
         workers = self._workers()
         self._holders.forget()
         check_surroundings(self._parameters(), self.model, self.lmo, workers, self._holders)
+        self._check_own(targets)
         self._holders.forget()  # wrappers may come later
         structure = self._structure_now()
         uses = {workers.stored(use.parameter) for use in structure.uses} if structure else set()
@@ -105,8 +108,21 @@ class Checked(Resumable):
         known = self._target_list
         if known is not None and not known.is_checked:
             self._check_precision(targets)
+            self._check_own(targets)
             known.is_checked = True
         return targets
+
+    def _check_own(self, targets: list[Target]) -> None:
+        """Refuse parameters of this process alone where the processes must agree on more: wrappers may have come."""
+        if self.m_sam is True or not is_running():
+            return
+        workers, joint, everything = self._workers(), self.lmo.joint, self._parameters()
+        is_own = workers.is_own
+        if joint and not (workers.replicates or workers.shards):
+            around = self._holders.of(everything, stages=True, replicas=True)
+            is_own = Holding([x for x in around if isinstance(x, DistributedDataParallel)], []).is_own
+        mixed = everything if joint and self.combination is not None else []  # by one factor
+        check_own([*(target.parameter for target in targets), *mixed], self.lmo, is_own)
 
     def _check_precision(self, targets: list[Target]) -> None:
         """Refuse, or tell of once, an ε that would be rounded away: the weights may have been cast at any time."""

@@ -6,10 +6,19 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import nusam
-from tests.distributed.engines import ENGINES, Net, base_optimizer, full, micro_batches, shares, train
+from tests.distributed.engines import DEVICE, ENGINES, Net, base_optimizer, full, micro_batches, shares, train
 from tests.distributed.running import Checks
 
 STEPS = 5
@@ -25,6 +34,12 @@ METHODS: dict[str, Callable[..., nusam.SharpnessAware]] = {
     "WSAM": nusam.WSAM,
     "LookSAM": partial(nusam.LookSAM, every=3),
 }
+BALLS: dict[str, Callable[..., nusam.SharpnessAware]] = {
+    "NuSAM": partial(nusam.NuSAM, power_iterations=20),
+    "NuSAMNorm": partial(nusam.NuSAMNorm, power_iterations=20),
+    "SAM": nusam.SAM,
+    "SAMON": nusam.SAMON,
+}
 BLIND = {"SSAM", "RWP", "m-RWP"}  # need a parameter as a whole
 CHECKS: Checks = {2: {}}
 
@@ -37,6 +52,62 @@ def equals_one_process(engine: str, method: str, accumulate: bool) -> None:
     train(alone, opt, torch.float64, accumulate, steps=STEPS)
     for p, q in zip(together.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-10)
+
+
+class Words(nn.Module):
+    """A block between an embedding and a head, with norms that tensor parallelism may give a part of the words each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.before, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.last = nn.LayerNorm(8)
+        self.to(DEVICE, torch.float64)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words)
+        return self.head(self.last(x + self.down(torch.tanh(self.up(self.before(x))))))
+
+
+def in_sequence(embedding: Callable[..., ParallelStyle]) -> dict[str, ParallelStyle]:
+    """The usual plan of a language model, which leaves gradients of norms in summands, and the embedding's whole."""
+    return {
+        "words": embedding(output_layouts=Shard(1)),
+        "before": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "last": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+
+
+by_rows = partial(RowwiseParallel, input_layouts=Replicate())
+PLANS: dict[str, dict[str, ParallelStyle]] = {
+    "in sequence": in_sequence(by_rows),
+    "in sequence, embedding by columns": in_sequence(ColwiseParallel),
+    "embedding by rows": {"words": by_rows(), "up": ColwiseParallel(), "down": RowwiseParallel()},
+}
+
+
+def equals_one_process_in_blocks(plan: str, method: str, accumulate: bool) -> None:
+    """Whatever layout tensor parallelism leaves gradients in."""
+    mesh = init_device_mesh(DEVICE, (2,))
+    models = parallelize_module(Words(), mesh, PLANS[plan]), Words()
+    for model in models:
+        opt = (METHODS | BALLS)[method](base_optimizer("SGD", model), 0.1, model=model)
+        for step in range(STEPS):
+            opt.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            words = torch.randint(0, 10, (4, 6), generator=generator).to(DEVICE)
+            for part in words.chunk(2 if accumulate else 1):
+                for _ in opt.passes(accumulate=accumulate):
+                    nn.functional.cross_entropy(model(part).flatten(0, 1), part.roll(1, 1).flatten()).backward()
+            opt.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-10)
+        if hasattr(p, "placements") and p.placements == (Replicate(),):
+            torch.testing.assert_close(p.to_local().detach(), q.detach(), rtol=0, atol=1e-10)
 
 
 def under_no_sync(method: str, where: str) -> None:
@@ -118,6 +189,10 @@ for engine in ("DDP", "FSDP2"):
         accumulate = method != "SSAM" and (number % 2 == 0) == (engine == "DDP")
         CHECKS[2][f"{method} {engine} {accumulate=}"] = partial(equals_one_process, engine, method, accumulate)
         CHECKS[2][f"{method} {engine} resumed"] = partial(resumes_to_the_bit, engine, method)
+for number, method in enumerate(name for name in (*METHODS, *BALLS) if name not in BLIND):
+    plans = [*PLANS] if method in ("GSAM", "LookSAM") else [*PLANS][:1]
+    for plan, accumulate in zip(plans, (number % 2 == 0, number % 2 == 1, False), strict=False):
+        CHECKS[2][f"{method} TP {plan} {accumulate=}"] = partial(equals_one_process_in_blocks, plan, method, accumulate)
 for method in ("GSAM", "WSAM", "LookSAM", "m-RWP"):
     CHECKS[2][f"{method} and m-SAM"] = partial(takes_no_m_sam, method)
     CHECKS[2][f"{method} under an unknown no_sync"] = partial(refuses_an_unknown_no_sync, method)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.running import answers_of, checks_of
 
-KINDS = ("loops", "unreached", "uneven", "hooks", "wrapped", "state", "shares", "riding", "family", "convolving")
+KINDS = ("loops", "unreached", "uneven", "hooks", "wrapped", "state", "shares", "riding", "family", "convolving", "own")
 NAMES = [(size, module, name) for size in (2, 4) for module, name, _ in checks_of(KINDS, size)]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

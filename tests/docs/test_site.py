@@ -124,7 +124,7 @@ def test_the_reference_has_every_public_name(site):
     entries = set()
     for page in ("api.html", "api-lmo.html"):
         entries |= {name.rpartition(".")[2] for name in _Loads((site / page).read_text("utf-8")).identifiers}
-    public = {*nusam.__all__, *nusam.lmo.__all__} - {"__version__", "lmo", "memory", "matrix_shape", "Perturbation"}
+    public = {*nusam.__all__, *nusam.lmo.__all__} - {"__version__", "lmo", "memory", "matrix_shape", "Epsilon"}
     assert public <= entries, public - entries
 
 

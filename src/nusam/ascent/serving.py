@@ -160,8 +160,9 @@ class Serving:
                 job = self._job(target, target.parameter in serves, is_in_forward, keeps, frees)
                 if job is not None:
                     jobs[target.parameter] = job
-        # What a process learned by itself must not decide whether it takes part in what all do together.
-        if not (jobs or (serves and workers.splits_the_batch)):
+        # What a process learned by itself, or of its own, must not decide whether it joins in what all do together.
+        deciding = [*jobs, *(serves if workers.splits_the_batch else ())]
+        if all(map(workers.is_own, deciding)):
             return None
         due = self.verification.is_due()
         checks = any(job.checks for job in jobs.values())

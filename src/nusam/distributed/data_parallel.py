@@ -141,8 +141,7 @@ class DataParallel:
         """Whether the parameter is this process's own, though others share the batch: no wrapper holds it."""
         if len(self._ddps) < len(self._composed):  # replicate() takes its parameters in the first forward
             return False
-        shares = any(group.size() > 1 for group in self._holding.groups)
-        return shares and not self._holding.holds(parameter)
+        return self._holding.is_own(parameter)
 
     def block(self, parameter: Any, in_layer: bool) -> Block:
         """Which block of a matrix is here: of what its layer computes with, or as the optimizer holds it."""
@@ -259,7 +258,8 @@ class DataParallel:
     def refuse_unreduced(self) -> None:
         """Refuse what the passes can't be run under.
 
-        The way of FSDP2 and replicate() to accumulate without communication leaves gradients that the passes can't separate.
+        The ways of FSDP2 and replicate() to accumulate without communication leave gradients that the passes can't tell
+        apart.
         """
         reduced = all(group.reduce_grads and group.all_reduce_grads for group in self._holding.fsdp_groups())
         if not reduced or any(state._no_sync for state in self._composed):

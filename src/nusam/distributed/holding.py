@@ -37,6 +37,10 @@ class Holding:
         """Whether any wrapper does."""
         return parameter in self.managed or any(id(parameter) in _reduced_by(ddp) for ddp in self._ddps)
 
+    def is_own(self, parameter: Tensor) -> bool:
+        """Whether none does, though they hold others over several processes."""
+        return not self.holds(parameter) and any(group.size() > 1 for group in self.groups)
+
     def groups_of(self, parameter: Tensor) -> tuple[Group, ...]:
         """Whose processes each compute a summand of the parameter's gradient; none if nobody adds them up."""
         if parameter in self.managed:
@@ -50,9 +54,8 @@ class Holding:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Over which anything is shared, each once."""
-        found = [ddp.process_group for ddp in self._ddps]
-        for group in self.fsdp_groups():
-            found += groups_of(group.mesh_info.mesh)
+        meshes = dict.fromkeys(group.mesh_info.mesh for group in self.fsdp_groups())
+        found = [*(ddp.process_group for ddp in self._ddps), *(group for mesh in meshes for group in groups_of(mesh))]
         return tuple(dict.fromkeys(found))
 
     @cached_property

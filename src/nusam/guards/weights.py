@@ -1,5 +1,6 @@
 """Which weights can't be perturbed as asked."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from nusam.distributed.data_parallel import DataParallel
 from nusam.layers.kinds import held, is_quantized
 from nusam.lmo import LMO, Nuclear
 
-__all__ = ["check_frozen", "check_parameter", "check_sharded"]
+__all__ = ["check_frozen", "check_own", "check_parameter", "check_sharded"]
 
 
 def check_parameter(
@@ -25,6 +26,11 @@ def check_parameter(
     quantized = not parameter.requires_grad and reachable and isinstance(lmo, Nuclear)
     if not (parameter.is_floating_point() or quantized):
         raise TypeError(f"{what} is {parameter.dtype}, only real floating point can be perturbed; set its rho to 0.")
+    if hasattr(parameter, "_st_info"):
+        raise NotImplementedError(
+            f"{what} is a tensor-parallel one that DistributedDataParallel with device_mesh= has taken apart, so that "
+            "this process knows a block of it alone; use fully_shard around tensor parallelism, or that alone."
+        )
     blind = next((x for x in (lmo, direction) if x is not None and not x.sees_shards), None)
     if is_sharded(parameter) and blind is not None:
         raise NotImplementedError(
@@ -64,6 +70,23 @@ def check_frozen(ascent: str, workers: DataParallel) -> None:
         raise ValueError(
             f"targets='frozen' needs a matrix-free ascent, but {workers.forced.why}; use {workers.forced.instead}."
         )
+
+
+def check_own(parameters: Iterable[Tensor], lmo: LMO, is_own: Callable[[Tensor], bool]) -> None:
+    """Whether parameters of this process alone leave the processes one ε of those that they share."""
+    for parameter in filter(is_own, parameters):
+        what = f"A parameter of shape {tuple(parameter.shape)}"
+        if lmo.joint:
+            raise NotImplementedError(
+                f"{what} is outside of what DistributedDataParallel or fully_shard holds, so that processes would "
+                f"disagree on the one radius that {type(lmo).__name__} has for all parameters; let the wrapper hold "
+                "it, or use NuSAM, whose matrices have a radius each."
+            )
+        if not parameter.requires_grad:
+            raise NotImplementedError(
+                f"{what} is frozen and outside of what DistributedDataParallel or fully_shard holds, so that nothing "
+                "tells whether processes share it; let the wrapper hold it, or exclude it with targets=."
+            )
 
 
 def check_sharded(parameter: Tensor, lmo: LMO, model: Any, m_sam: Any, workers: DataParallel, own: bool) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nusam.batch import first_samples, samples_in
 from nusam.distributed.blocks import compute_device, is_sharded
+from nusam.distributed.sums import Ranks
 from nusam.guards.batch_copies import Written
 from nusam.guards.buffers import SMALL
 from nusam.interrupts import always
@@ -97,14 +98,12 @@ class Looks:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             found = CannotJoin(f"raises an error where samples of two batches travel together, {said:.300}")
         if self.are_many():
-            parameter = self._opt._parameters()[0]
             # batches of which some can't travel together will come again, when nobody can ask the others
             level = 0.0 if found is None else 1.0 + (found.for_good or str(found) != NOT_FINITE)
-            refused = torch.tensor(level, device=compute_device(parameter))
-            torch.distributed.all_reduce(refused, torch.distributed.ReduceOp.MAX)
+            refused = self.largest(level)
             if refused:
                 why = "does not in another process" if found is None else str(found)
-                found = CannotJoin(why, for_good=bool(refused == 2))
+                found = CannotJoin(why, for_good=refused == 2)
         return found
 
     def _comes_of_joining(
@@ -128,6 +127,13 @@ class Looks:
             except Exception:
                 return False
         return True
+
+    def largest(self, level: float) -> float:
+        """Of what the processes give that do the same."""
+        parameters = self._opt._parameters()
+        levels = [torch.tensor(level, device=compute_device(parameters[0]))]
+        Ranks([self._opt._workers().everyone(parameters)]).max_(levels)
+        return float(levels[0])
 
     def _check(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool) -> None:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen.

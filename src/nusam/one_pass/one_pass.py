@@ -171,8 +171,13 @@ class OnePass:
             self._refuse("has no module whose output has the samples' dimension")
         if any(is_compiled(module) for module in model.modules()):
             self._opt._ascent.compiles = True
-        if self._opt._ascent.compiles and self._looks.are_many():
-            self._refuse("is compiled", why="processes add up what a graph does not hand out")
+        if self._looks.are_many():
+            if self._opt._ascent.compiles:
+                self._refuse("is compiled", why="processes add up what a graph does not hand out")
+            is_own = self._opt._workers().is_own
+            own = any(is_own(target.parameter) for target in self._opt._targets(factor=1.0))
+            if self._looks.largest(float(own)):
+                self._refuse("has matrices of one process alone", why="others see nothing of what it learns of them")
 
     def _joined(
         self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, accumulate: bool, due: bool
