@@ -6,8 +6,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -41,7 +43,7 @@ BALLS: dict[str, Callable[..., nusam.SharpnessAware]] = {
     "SAMON": nusam.SAMON,
 }
 BLIND = {"SSAM", "RWP", "m-RWP"}  # need a parameter as a whole
-CHECKS: Checks = {2: {}}
+CHECKS: Checks = {2: {}, 4: {}}
 
 
 def equals_one_process(engine: str, method: str, accumulate: bool) -> None:
@@ -92,21 +94,24 @@ PLANS: dict[str, dict[str, ParallelStyle]] = {
 
 def equals_one_process_in_blocks(plan: str, method: str, accumulate: bool) -> None:
     """Whatever layout tensor parallelism leaves gradients in."""
-    mesh = init_device_mesh(DEVICE, (2,))
-    models = parallelize_module(Words(), mesh, PLANS[plan]), Words()
-    for model in models:
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    models = parallelize_module(Words(), mesh["tp"], PLANS[plan]), Words()
+    if mesh["dp"].size() > 1:
+        fully_shard(models[0], mesh=mesh["dp"])
+    for model, parts in zip(models, (mesh["dp"].size(), 1), strict=True):
         opt = (METHODS | BALLS)[method](base_optimizer("SGD", model), 0.1, model=model)
         for step in range(STEPS):
             opt.zero_grad()
             generator = torch.Generator().manual_seed(step)
             words = torch.randint(0, 10, (4, 6), generator=generator).to(DEVICE)
-            for part in words.chunk(2 if accumulate else 1):
+            for whole in words.chunk(2 if accumulate else 1):
+                part = whole.chunk(parts)[mesh.get_local_rank("dp") % parts]
                 for _ in opt.passes(accumulate=accumulate):
                     nn.functional.cross_entropy(model(part).flatten(0, 1), part.roll(1, 1).flatten()).backward()
             opt.step()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(full(p).detach(), q.detach(), rtol=0, atol=1e-10)
-        if hasattr(p, "placements") and p.placements == (Replicate(),):
+        if hasattr(p, "placements") and all(placement.is_replicate() for placement in p.placements):
             torch.testing.assert_close(p.to_local().detach(), q.detach(), rtol=0, atol=1e-10)
 
 
@@ -192,7 +197,10 @@ for engine in ("DDP", "FSDP2"):
 for number, method in enumerate(name for name in (*METHODS, *BALLS) if name not in BLIND):
     plans = [*PLANS] if method in ("GSAM", "LookSAM") else [*PLANS][:1]
     for plan, accumulate in zip(plans, (number % 2 == 0, number % 2 == 1, False), strict=False):
-        CHECKS[2][f"{method} TP {plan} {accumulate=}"] = partial(equals_one_process_in_blocks, plan, method, accumulate)
+        for processes in (2, 4) if method in ("GSAM", "SAM") else (2,):
+            CHECKS[processes][f"{method} TP {plan} {accumulate=}"] = partial(
+                equals_one_process_in_blocks, plan, method, accumulate
+            )
 for method in ("GSAM", "WSAM", "LookSAM", "m-RWP"):
     CHECKS[2][f"{method} and m-SAM"] = partial(takes_no_m_sam, method)
     CHECKS[2][f"{method} under an unknown no_sync"] = partial(refuses_an_unknown_no_sync, method)

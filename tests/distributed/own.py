@@ -19,7 +19,7 @@ from tests.distributed.engines import DEVICE, full
 from tests.distributed.problem import BALLS, ITERATIONS, RATE, RHO, STEPS, Net, built, sample
 from tests.distributed.running import Checks, check
 
-CHECKS: Checks = {2: {}}
+CHECKS: Checks = {2: {}, 4: {}}
 WAYS = (("gradient", "weights"), ("matrix-free", "weights"), ("matrix-free", "forward"), ("gradient", "forward"))
 METHODS = (nusam.NuSAMNorm, nusam.SAM, nusam.GaussSAM, nusam.GSAM)
 
@@ -122,6 +122,34 @@ for wrap in WRAPS:
     CHECKS[2][f"a large head in one process {wrap}"] = partial(served_in_one_process, wrap)
 
 
+def own_radii(wrap, ball):
+    """With a perturbation of its own, a process has a radius for all that it sees."""
+    method, epsilons = BALLS[ball]
+    expected = built(partial(Headed, (4, 7)))
+    for step in range(STEPS):
+        backwards = [partial(lambda model, _, k, step: headed_backward(model, step, k), k=k, step=step) for k in (0, 1)]
+        found = [oracle.at_epsilon(expected, backward, epsilons, RHO, 1) for backward in backwards]
+        with torch.no_grad():
+            for name, parameter in expected.named_parameters():
+                summed = sum(gradients.get(name, 0) for gradients in found)
+                parameter -= RATE * summed / (1 if name.startswith("heads") else 2)
+    me = dist.get_rank()
+    model = WRAPS[wrap](built(partial(Headed, (4, 7), heads=(me,))))
+    opt = method(sgd(model.parameters()), RHO, model=model, m_sam=True)
+    for step in range(STEPS):
+        for _ in opt.passes():
+            headed_backward(model, step, me)
+        opt.step()
+    theirs = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(full(parameter), theirs[name.replace("module.", "")], rtol=0, atol=1e-6)
+
+
+for wrap in ("around_the_body", "told_to_ignore"):
+    for ball in ("NuSAMNorm", "SAM"):
+        CHECKS[2][f"own heads with radii of their own {wrap} {ball}"] = partial(own_radii, wrap, ball)
+
+
 def share_no_radius(wrap):
     """Whose processes would know different parts of its norm."""
     me = dist.get_rank()
@@ -176,25 +204,26 @@ def one_pass_leaves_own_heads_to_two_passes():
 
 def trained_alone(wrap, mine):
     """Processes that share nothing may take different numbers of steps, and talk among themselves."""
-    me = dist.get_rank()
-    groups = [dist.new_group([0]), dist.new_group([1])]
+    mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("member", "batch"))
+    me = mesh.get_local_rank("member")
     model = built(Net)
     if wrap == "DDP":
-        model = DistributedDataParallel(model, process_group=groups[me])
+        model = DistributedDataParallel(model, process_group=mesh["batch"].get_group())
     else:
-        fully_shard(model, mesh=init_device_mesh(DEVICE, (2, 1), mesh_dim_names=("member", "batch"))["batch"])
+        fully_shard(model, mesh=mesh["batch"])
     opt = nusam.NuSAM(sgd(model.parameters()), RHO, model=model)
     batches = [sample(step, me) for step in range(mine[me])]
     for _ in opt.one_pass(batches, lambda batch: F.cross_entropy(model(batch[0]), batch[1])):
         opt.step()
-    told = torch.tensor(float(me + 1), device=DEVICE)
+    told = torch.tensor(2.0**me, device=DEVICE)
     dist.all_reduce(told)
-    assert told == 3  # and meets nothing of ours
+    assert told == 3 * (dist.get_world_size() // 2)  # and meets nothing of ours
 
 
 for wrap in ("DDP", "FSDP2"):
     for mine in ((4, 4), (4, 2), (4, 0)):
-        CHECKS[2][f"one_pass in a group of its own {wrap} {mine}"] = partial(trained_alone, wrap, mine)
+        for processes in CHECKS:
+            CHECKS[processes][f"one_pass in a group of its own {wrap} {mine}"] = partial(trained_alone, wrap, mine)
 
 
 # ------------------------------------------------------------------------------- sums that are scaled otherwise
