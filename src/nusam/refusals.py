@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -114,7 +115,7 @@ class Checked(Resumable):
 
     def _check_own(self, targets: list[Target]) -> None:
         """Refuse parameters of this process alone where the processes must agree on more: wrappers may have come."""
-        if self.m_sam is True or not is_running():
+        if self.m_sam is True or not is_running() or dist.get_world_size() == 1:
             return
         workers, joint, everything = self._workers(), self.lmo.joint, self._parameters()
         is_own = workers.is_own

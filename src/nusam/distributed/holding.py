@@ -35,7 +35,7 @@ class Holding:
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether any wrapper does."""
-        return parameter in self.managed or any(id(parameter) in _reduced_by(ddp) for ddp in self._ddps)
+        return parameter in self.managed or any(id(parameter) in reduced for _, reduced in self._reduced)
 
     def is_own(self, parameter: Tensor) -> bool:
         """Whether none does, though they hold others over several processes."""
@@ -45,7 +45,7 @@ class Holding:
         """Whose processes each compute a summand of the parameter's gradient; none if nobody adds them up."""
         if parameter in self.managed:
             return groups_of(self.managed[parameter].mesh)
-        return tuple(ddp.process_group for ddp in self._ddps if id(parameter) in _reduced_by(ddp))
+        return tuple(group for group, reduced in self._reduced if id(parameter) in reduced)
 
     def divisor_of(self, parameter: Tensor) -> float | None:
         """What the sum of the summands is divided by, if not by their number."""
@@ -57,6 +57,11 @@ class Holding:
         meshes = dict.fromkeys(group.mesh_info.mesh for group in self.fsdp_groups())
         found = [*(ddp.process_group for ddp in self._ddps), *(group for mesh in meshes for group in groups_of(mesh))]
         return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def _reduced(self) -> list[tuple[Group, set[int]]]:
+        """Of each DistributedDataParallel its group, and the ids of what it reduces."""
+        return [(ddp.process_group, _reduced_by(ddp)) for ddp in self._ddps]
 
     @cached_property
     def managed(self) -> dict[Tensor, Managed]:
@@ -82,12 +87,12 @@ class Holding:
             yield from (group for group in groups if group is not None)
 
 
-_reduced: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+_ids: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 
 
 def _reduced_by(ddp: Any) -> set[int]:
     """The ids of what a DistributedDataParallel reduces, which it keeps; others in its module it was told to ignore."""
-    known = _reduced.get(ddp)
+    known = _ids.get(ddp)
     if known is None:
-        known = _reduced[ddp] = set(map(id, [*ddp._module_parameters, *ddp._delay_all_reduce_params]))
+        known = _ids[ddp] = set(map(id, [*ddp._module_parameters, *ddp._delay_all_reduce_params]))
     return known
