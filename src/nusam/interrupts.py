@@ -53,7 +53,16 @@ def around_backwards(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -
 
 
 def remove_hook(tensor: Tensor, hook: Callable[..., None]) -> None:
-    """Take a hook from a tensor, by itself: an interrupt may come before the handle to it is kept."""
-    for hooks in (tensor._backward_hooks or {}, getattr(tensor, "_post_accumulate_grad_hooks", None) or {}):
+    """Take a hook from a tensor, by itself: an interrupt may come before the handle to it is kept.
+
+    If it was the last one the tensor is left without a dict of hooks: where torch swaps tensors (``load_state_dict`` if
+    told so, ``Module.to``) it leaves the dict in its place, and what is put into it then is never called.
+    """
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(tensor, name, None)
+        if hooks is None:
+            continue
         for key in [key for key, known in hooks.items() if known == hook]:
             hooks.pop(key, None)
+        if not hooks:
+            setattr(tensor, name, None)
