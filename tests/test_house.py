@@ -25,6 +25,7 @@ STOREYS = [
     {"targets", "saving"},
     {"ascent"},
     {"resuming"},
+    {"overlaps"},
     {"refusals"},
     {"two_passes"},
     {"stepping"},

@@ -29,6 +29,7 @@ class BothGradients:
     def __init__(self, combination: Combination | None) -> None:
         self.combination = combination
         self._clean: dict[Tensor, Tensor] = {}
+        self.are_apart = False  # whether the last descent was left with its own gradient alone
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_clean": {}}
@@ -53,14 +54,21 @@ class BothGradients:
     ) -> Iterator[None]:
         """A descent; then ``grad`` is what the combination makes of it, added to earlier micro-batches' if told.
 
-        Processes reduce its gradients, as they do those of the ascent: both must be of the same samples.
+        Processes reduce its gradients, as they do those of the ascent: both must be of the same samples. A loop that is
+        left has its gradients mixed too, but where processes do that together: an exception may have left one alone.
         """
         kept = [workers.kept(p.grad) if accumulate else None for p in parameters]
         if accumulate:
             clear_gradients(parameters)
+        self.are_apart = True
         try:
-            with workers.reducing():
-                yield
+            try:
+                with workers.reducing():
+                    yield
+            except GeneratorExit:
+                if not (workers.replicates or workers.shards):
+                    self._combine(parameters, state_of)
+                raise
             self._combine(parameters, state_of)
         finally:
             self.forget()
@@ -70,6 +78,7 @@ class BothGradients:
 
     @torch.no_grad()
     def _combine(self, parameters: Sequence[Tensor], state_of: Callable[[Tensor], State]) -> None:
+        self.are_apart = False
         combination, is_perturbed = self.combination, bool(self._clean)
         assert combination is not None
         reached = _completed(p for p in parameters if p in self._clean or not is_perturbed)

@@ -1,14 +1,16 @@
 """What is refused before a pass, and what is held against what after it."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nusam.ascent.verification import BESIDE, OTHERWISE
+from nusam.both_gradients import BothGradients
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.holding import Holding
@@ -20,6 +22,7 @@ from nusam.interrupts import always
 from nusam.layers.kinds import held
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear
+from nusam.overlaps import running
 from nusam.placement.ledger import Counted, Ledger, not_added
 from nusam.placement.written_weights import WrittenWeights
 from nusam.resuming import Resumable
@@ -61,11 +64,14 @@ class Checked(Resumable):
     _ledger: Ledger
     _written: WrittenWeights
     _holders: Holders
+    _both: BothGradients
     _structure: Structure | None
     _instead = "placement='weights'"  # of an ε in the forward
     _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
     _told_rounding = False  # whether a dense ε in weights below float32 was told of
     _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
+    _overlaps = False  # whether another optimizer was inside a pass in those since the last step
+    _left: Callable[[], None] | None = None  # what is due of a descent whose loop was left before its end
     _without_epsilon = 0  # looks one after the other at which every ε was 0
 
     def _is_looked_at(self) -> bool:
@@ -216,6 +222,48 @@ class Checked(Resumable):
                 reason = WRITTEN
             if reason:
                 raise self._unreachable(parameter, reason)
+
+    def _refuse_written(self, forward: Mapping[Tensor, Any]) -> None:
+        """Refuse a descent whose loop wrote weights with an ε in the forward."""
+        for parameter, handler in forward.items():
+            if handler.is_written():
+                raise self._unreachable(parameter, WRITTEN)
+
+    def _begin_among_others(self, accumulate: bool) -> list[Any]:
+        """A pass begins; the optimizers that are inside one themselves."""
+        others = running(self)
+        for opt in (self, *others) if others else ():
+            opt._overlaps = True
+        if not (accumulate and any(parameter.grad is not None for parameter in self._parameters())):
+            self._left, self._both.are_apart = None, False
+        return others
+
+    @contextmanager
+    def _closed_by_the_step(self, close: Callable[[], None]) -> Iterator[None]:
+        """Inside is the descent's loop; one that is left before its end may step all the same."""
+        try:
+            yield
+        except BaseException:
+            self._left = close
+            raise
+
+    def _close_left(self) -> None:
+        """End the descent that a loop has left before its end, if the step takes its gradients all the same."""
+        left, self._left = self._left, None
+        overlaps, self._overlaps = self._overlaps, False
+        spent = self._in_backward is not None
+        if left is not None and (spent or any(parameter.grad is not None for parameter in self._parameters())):
+            if self._both.are_apart:
+                raise RuntimeError(
+                    f"The loop left the descent of {type(self).__name__} before its end, where both gradients are "
+                    "mixed; let the passes run to their end before step(), or clear the gradients."
+                )
+            left()
+        elif overlaps and (left is not None or self._pending is not None):
+            raise RuntimeError(
+                f"{type(self).__name__} has had no backward in its descent, since optimizers that run together had "
+                "unequal numbers of passes; give all of them the same delay and radii above 0, and zip() strict=True."
+            )
 
     def _unreachable(self, parameter: Tensor, reason: str) -> Unreachable:
         if reason == BESIDE and self._holders.of(self._parameters(), stages=True, replicas=False):

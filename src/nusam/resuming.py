@@ -84,7 +84,8 @@ class Resumable(Targeted):
         left_out = ("step", "_hook_for_profile")
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
         kept = {name: value for name, value in state.items() if name not in left_out}
-        return {**kept, "_pending": None, "_structure": None, "_ascended": [], "_target_list": None, "_one_pass": None}
+        of_a_step: dict[str, Any] = {"_pending": None, "_ascended": [], "_layer_pass": None, "_left": None}
+        return {**kept, **of_a_step, "_structure": None, "_target_list": None, "_one_pass": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

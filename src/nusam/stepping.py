@@ -36,10 +36,12 @@ class Stepping(TwoPasses):
         The loop body computes the loss and calls ``backward``. Each pass starts with cleared gradients; with
         ``accumulate=True`` the descent gradient adds to what is there, and the ascent leaves no trace in it:
         every micro-batch gets its own perturbation. However the loop is left, the weights are the unperturbed
-        ones afterwards; a loop left in the ascent leaves no gradient of it behind. If you keep what is returned in a
-        variable, close it where its loop may be left midway, ``with contextlib.closing(opt.passes()) as passes:``;
-        otherwise the pass lasts until you let go of it, and an exception's traceback keeps variables,
-        such as the hidden one of a comprehension.
+        ones afterwards; a loop left in the ascent leaves no gradient of it behind, and one left in the descent the
+        gradient that it has by then. If you keep what is returned in a variable, close it where its loop may be left
+        midway, ``with contextlib.closing(opt.passes()) as passes:``; otherwise the pass lasts until you let go of it,
+        and an exception's traceback keeps variables, such as the hidden one of a comprehension. Optimizers over parts
+        of one model may run together, ``for _ in zip(a.passes(), b.passes(), strict=True)``, if they have as many
+        passes each.
 
         The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
         layer was compared with its gradient: the second time its gradient is formed. Both passes come twice in a step
@@ -111,6 +113,13 @@ class Stepping(TwoPasses):
         finally:
             self._may_repeat = self._repeats = self._may_start_over = self._starts_over = False
 
+    def _start_over(self) -> None:
+        """Go back to before the step's ascent, of which nothing but its verdicts remains."""
+        self._guard.start_over()
+        if self._states_before is not None:
+            self._ascent.states = self._states_before
+            self._progress.ascents -= 1
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base optimizer step with the gradients that are there.
 
@@ -136,6 +145,7 @@ class Stepping(TwoPasses):
         check_closure(self.base_optimizer, not has_loss and needs_closure(self.base_optimizer))
         if closure is not None:
             losses = self._losses_of(closure)
+        self._close_left()
         self._pending = None
         self._warn_of_plain_steps()
         self._warn_of_cleared_gradients()

@@ -19,9 +19,10 @@ from nusam.layers.outside_graphs import watched_outside_graphs
 from nusam.layers.reads import Backwards, watched
 from nusam.layers.uses import rerouted
 from nusam.lmo import Epsilon, Nuclear, RankOne, State
+from nusam.overlaps import one_inside_the_other, share_needs
 from nusam.placement.in_forward import InForward
 from nusam.placement.ledger import clear_gradients
-from nusam.refusals import CHANGED, OTHERWISE_USED, WRITTEN, Checked
+from nusam.refusals import CHANGED, OTHERWISE_USED, Checked
 from nusam.targets import Target, mixed
 from nusam.uncompiled import uncompiled
 from nusam.wrapper import itself
@@ -46,6 +47,7 @@ class TwoPasses(Checked):
     _states_before: dict[Tensor, State] | None = None  # of before that ascent
     _may_start_over = False  # whether a step's loop would come back for both passes
     _starts_over = False  # and whether it must
+    _layer_pass: LayerPass | None = None  # of the ascent that runs
     _in_scaler = False  # whether a GradScaler has asked, as it does before it calls step()
 
     @property
@@ -53,7 +55,7 @@ class TwoPasses(Checked):
         """Whether a perturbed step has two passes."""
         return self.direction.needs_gradient or self.combination is not None
 
-    @uncompiled
+    @one_inside_the_other
     def ascent(self, accumulate: bool = False) -> Iterator[None]:
         """The first half of :meth:`passes`, for loops whose passes live in different functions.
 
@@ -62,6 +64,7 @@ class TwoPasses(Checked):
         """
         self = itself(self)
         self._refuse_inside_pass("ascent()")
+        others = self._begin_among_others(accumulate)
         targets = self._targets_of_pass() if self.active else []
         workers = self._workers()
         self._check_processes(workers)
@@ -73,6 +76,7 @@ class TwoPasses(Checked):
         frees = self._in_backward is not None
         self._ledger.tell(self._ascent.learn_late(), self._names, OTHERWISE_USED)
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees, everything)
+        share_needs(self, pass_, others)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
         check = self._is_looked_at()
@@ -83,19 +87,19 @@ class TwoPasses(Checked):
             if pass_:
                 self._ascent.see_looks(pass_)
                 pass_.release()
-            self._pass = None
+            self._pass = self._layer_pass = None
 
         self._pending = self._waiting = None
         self._repeats = False
         self._looked_for, self._states_before = (), None
         with ExitStack() as apart, always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
-            self._pass = "ascent"
+            self._pass, self._layer_pass = "ascent", pass_
             self._in_scaler = False  # a step that the scaler skipped is over
             clear_gradients(parameters)
             self._ledger.begin_pass()
             self._guard.before_ascent(check)
             if not self._apart:
-                apart.enter_context(self._guard.others.put_away(self, workers, check))
+                apart.enter_context(self._guard.others.put_away(everything, workers, check, others))
             reached = everything if self.targets == "trainable" else {*everything, *(t.parameter for t in targets)}
             self._written.before_ascent(reached, check, self._guard.tree)
             in_the_loop = pass_.in_the_loop() if pass_ else nullcontext()
@@ -119,10 +123,11 @@ class TwoPasses(Checked):
         with itself(self)._descent(accumulate):
             yield
 
-    @uncompiled
+    @one_inside_the_other
     def _descent(self, accumulate: bool = False, handlers: Handlers | None = None) -> Iterator[None]:
         """With ε in the forward by what ``handlers`` makes of it, if that is given."""
         self._refuse_inside_pass("descent()")
+        self._begin_among_others(accumulate)
         if self._in_backward and accumulate:
             raise RuntimeError("accumulate=True needs gradients that step_in_backward() frees; use one or the other.")
         if self._pending is None and self.active and self._needs_ascent:
@@ -189,21 +194,21 @@ class TwoPasses(Checked):
             watch = watched if self._ascent.sees_calls else watched_outside_graphs
             changes = Changes(self._looked_for)
             watch_changes = changes.watched() if self._looked_for and not self._in_backward else nullcontext()
-            with self._backwards.of_descent() if forward else nullcontext(), watch(forward), watch_changes:
-                yield
-            if changes.found:
-                self._keep_gradients(list(changes.found), workers)
-            self._check_descent(forward, not (accumulate or self._in_backward))
-            self._close_ledger({parameter: forward[parameter] for parameter in pairs})
 
-    def _check_descent(self, forward: dict[Tensor, Any], needs_gradients: bool) -> None:
-        """Refuse a descent whose loop wrote weights with an ε in the forward, or left no gradient."""
-        for parameter, handler in forward.items():
-            if handler.is_written():
-                raise self._unreachable(parameter, WRITTEN)
-        self._written.after_descent(self._names)
-        if needs_gradients:
-            self._ledger.end_pass("descent", any(p.grad is not None for p in self._parameters()), self._has_closure)
+            def close() -> None:
+                if changes.found:
+                    self._keep_gradients(list(changes.found), workers)
+                self._refuse_written(forward)
+                self._close_ledger({parameter: forward[parameter] for parameter in pairs})
+
+            backwards = self._backwards.of_descent() if forward else nullcontext()
+            with backwards, watch(forward), watch_changes, self._closed_by_the_step(close):
+                yield
+            close()
+            self._written.after_descent(self._names)
+            if not (accumulate or self._in_backward):
+                found = any(parameter.grad is not None for parameter in parameters)
+                self._ledger.end_pass("descent", found, self._has_closure, bool(forward) and self._backwards.ran)
 
     def _keep_gradients(self, changed: list[Tensor], workers: DataParallel) -> None:
         """The loop changes gradients, which this step's ascent did not have: begin anew with them, or say so."""
@@ -211,17 +216,10 @@ class TwoPasses(Checked):
             self._ledger.tell(changed, self._names, CHANGED)
             return
         self._ascent.verification.leave_gradients(changed)
-        if self._may_start_over:
+        if self._may_start_over and not self._overlaps:
             self._starts_over = True
         else:
             self._ledger.tell(changed, self._names, f"{CHANGED}, as from now on")
-
-    def _start_over(self) -> None:
-        """Go back to before the step's ascent, of which nothing but its verdicts remains."""
-        self._guard.start_over()
-        if self._states_before is not None:
-            self._ascent.states = self._states_before
-            self._progress.ascents -= 1
 
     def _combined(self, workers: DataParallel, accumulate: bool) -> AbstractContextManager[None]:
         self._targets()  # so that what is remembered follows the parameters in a step without an ascent too
@@ -258,7 +256,7 @@ class TwoPasses(Checked):
             self._ascent.compare(pass_, workers, self._everyone(workers))
             surprises = self._ascent.surprises(pass_)
             self._ascent.mistrust(pass_, surprises)
-            if surprises and self._may_repeat and not (workers.replicates or workers.shards):
+            if surprises and self._may_repeat and not (self._overlaps or workers.replicates or workers.shards):
                 self._repeats, self._may_repeat = True, False
                 return {}
             targets = [target for target in targets if target.parameter not in surprises]

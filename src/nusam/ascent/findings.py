@@ -85,6 +85,7 @@ class Findings:
         self.is_altered = False  # whether a layer's function was another than torch's
         self.is_rounded = False  # or computed with far fewer digits than the matrix has
         self._bias: Tensor | None = None
+        self.others_need_bias = False  # whether its gradient is formed, for another optimizer whose pass runs too
         self._stand_in: Tensor | None = None
         self._stand_ins = stand_ins  # leaves with the entries of parameters, which served uses compute with
         served = parameter.requires_grad and not job.checks and not job.keeps and not is_sharded(parameter)

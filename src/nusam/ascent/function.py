@@ -96,6 +96,8 @@ class _Reporting(torch.autograd.Function):
             if (needs_weight or needs_bias) and record.forms_now(accumulates):
                 weight_gradient = kind.gradient(X, D, n) if needs_weight else None
                 bias_gradient = kind.bias_gradient(D) if needs_bias else None
+            elif needs_bias and record.others_need_bias:
+                bias_gradient = kind.bias_gradient(D)
             if again and accumulates:
                 with torch.no_grad():
                     record.take(kind, X.detach(), D.detach(), n, rows, accumulates)

@@ -84,6 +84,25 @@ class LayerPass:
         """Whether the running backward accumulates; if not, it returns gradients that the loss itself asks for."""
         return bool(torch._C._will_engine_execute_node(self._tap_node))
 
+    def need(self, parameters: set[Tensor]) -> None:
+        """Form the gradients of these, for another optimizer whose pass runs too.
+
+        Raises:
+            RuntimeError: if one is a matrix of this pass.
+        """
+        both = next((parameter for parameter in parameters if parameter in self.records), None)
+        if both is not None:
+            raise RuntimeError(
+                f"A matrix of shape {tuple(both.shape)} is perturbed by one optimizer and held by another whose passes "
+                "run at once; run them one after the other, or use ascent='gradient'."
+            )
+        self._needed |= parameters
+        self._idle.need(parameters)
+        for use in self._uses:
+            record = self.records.get(use.parameter)
+            if record is not None and not parameters.isdisjoint(use.module._parameters.values()):
+                record.others_need_bias = True
+
     @property
     def is_compiled(self) -> bool:
         """Whether compiled graphs have left anything."""

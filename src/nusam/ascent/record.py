@@ -92,7 +92,8 @@ class Record(Findings):
             return kind.apply(x, W, extra)  # its gradient will be formed
         x = as_multiplied(kind, x)
         if not self.job.checks:
-            W, extra = W.detach(), extra.detach() if isinstance(extra, Tensor) else extra
+            keeps = self.others_need_bias or not isinstance(extra, Tensor)
+            W, extra = W.detach(), extra if keeps else extra.detach()
         return layer_with_products(kind, x, W, extra, probe, self.u, self.r, self.iterations)
 
     def _stand_in_for(self, W: Tensor) -> Tensor:
@@ -101,6 +102,8 @@ class Record(Findings):
         return W.detach() if own is None else own
 
     def _stand_in_for_bias(self, bias: Any) -> Any:
+        if self.others_need_bias:
+            return bias
         if not isinstance(bias, Tensor) or self._stand_in is None or not bias.requires_grad:
             return bias.detach() if isinstance(bias, Tensor) else bias
         stand_in = self._stand_ins.get(bias)

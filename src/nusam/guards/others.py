@@ -1,6 +1,5 @@
 """Gradients of the model's parameters that another optimizer takes: only a step's descent is to add to them."""
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -17,12 +16,7 @@ __all__ = ["Others"]
 class Holder(Protocol):
     """An optimizer of ours."""
 
-    _pass: str | None
-
     def _parameters(self) -> list[Tensor]: ...
-
-
-HOLDERS: "weakref.WeakSet[Holder]" = weakref.WeakSet()  # those that have had an ascent
 
 
 class Others:
@@ -56,21 +50,22 @@ class Others:
         return [parameter for parameter in self._found if parameter.requires_grad]
 
     @contextmanager
-    def put_away(self, owner: Holder, workers: DataParallel, anew: bool) -> Iterator[None]:
+    def put_away(
+        self, held: Sequence[Tensor], workers: DataParallel, anew: bool, running: Sequence[Holder]
+    ) -> Iterator[None]:
         """Inside they begin without gradients; afterwards they have those that they had.
 
-        Those of another optimizer of ours that is inside a pass itself are left to it.
+        Those of another optimizer of ours that is inside a pass itself, ``running``, are left to it.
         """
-        HOLDERS.add(owner)
-        parameters = self.trained(owner._parameters(), workers, anew)
+        parameters = self.trained(held, workers, anew)
+        if running:
+            theirs = {parameter for other in running for parameter in other._parameters()}
+            parameters = [parameter for parameter in parameters if parameter not in theirs]
         before = [workers.kept(parameter.grad) for parameter in parameters]
 
         def undo() -> None:
-            running = [other for other in HOLDERS if other is not owner and other._pass] if parameters else []
-            theirs = {parameter for other in running for parameter in other._parameters()}
             for parameter, gradient in zip(parameters, before, strict=True):
-                if parameter not in theirs:
-                    parameter.grad = gradient
+                parameter.grad = gradient
 
         with always(undo):
             for parameter in parameters:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nusam.interrupts import always, remove_hook
+from nusam.layers.forwards import has_foreign_forward, ours
 from nusam.layers.kinds import is_transformed, tapped
 
 __all__ = ["IdleLayers"]
@@ -27,7 +28,7 @@ class IdleLayers:
             if type(module).__module__.startswith("torch.nn.modules.")
             and module._parameters
             and not module._modules
-            and "forward" not in vars(module)
+            and not has_foreign_forward(module)
         ]
         self._wanted: set[Tensor] = set()  # by the loss itself, as by autograd.grad(loss, norm.weight)
         self._hidden: set[Tensor] = set()  # in the running pass
@@ -73,8 +74,16 @@ class IdleLayers:
         with always(undo):
             self._hidden = {parameter for layer in layers for parameter in _own(layer)}
             for layer in layers:
-                vars(layer)["forward"] = self._with_detached_parameters(layer)
+                vars(layer)["forward"] = ours(self._with_detached_parameters(layer))
             yield
+
+    def need(self, parameters: set[Tensor]) -> None:
+        """Form these in the running pass after all."""
+        for layer in self._layers:
+            own = set(_own(layer))
+            if not own.isdisjoint(parameters) and own <= self._hidden:
+                vars(layer).pop("forward", None)
+                self._hidden -= own
 
     def show(self) -> None:
         """From now on all are formed: the loop looks at them."""

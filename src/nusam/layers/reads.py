@@ -195,6 +195,11 @@ class Backwards:
         with around_backwards(counted):
             yield
 
+    @property
+    def ran(self) -> bool:
+        """Whether the descent has had any."""
+        return self._count > 0
+
     def is_over(self) -> bool:
         """Whether the descent has had as many as the ascent."""
         return self._count >= self._in_ascent

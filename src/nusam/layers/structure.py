@@ -65,6 +65,7 @@ class Structure:
 
 def has_hooks(parameter: Tensor) -> bool:
     """Whether somebody's hook changes or reads the parameter's gradient, which then is not that of its layer."""
-    hooks: dict[int, Any] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    foreign = [hook for hook in hooks.values() if not getattr(hook, "__module__", "").startswith("nusam.")]
-    return bool(parameter._backward_hooks or foreign)
+    own: dict[int, Any] = parameter._backward_hooks or {}
+    late: dict[int, Any] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    hooks = (*own.values(), *late.values())
+    return not all((getattr(hook, "__module__", None) or "").startswith("nusam.") for hook in hooks)

@@ -12,6 +12,7 @@ from nusam.distributed.blocks import is_sharded
 from nusam.interrupts import always
 from nusam.layers.attention import HANDLER, attend, places_of, sharded_attention
 from nusam.layers.convolutions import convolution_of, given
+from nusam.layers.forwards import has_foreign_forward, has_our_forward, ours
 from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own, as_published
 from nusam.layers.reads import Watched, untold
 from nusam.lmo import matrix_shape
@@ -35,7 +36,7 @@ class Use(NamedTuple):
         return (
             module._parameters.get(self.name) is self.parameter
             and type(module).forward is self.forward
-            and "forward" not in vars(module)
+            and ("forward" not in vars(module) or not has_foreign_forward(module))
             and (self.given is None or self.given == given(module))
         )
 
@@ -45,8 +46,8 @@ def find_uses(model: nn.Module) -> Iterator[Use]:
     linear, embedding, attention = map(as_published, (nn.Linear, nn.Embedding, nn.MultiheadAttention))
     for module in model.modules():
         forward = getattr(type(module), "forward", None)
-        if "forward" in vars(module):
-            continue  # somebody replaced it already
+        if has_foreign_forward(module):
+            continue
         if forward is linear:
             yield from _uses(module, ("weight",), Linear)
         elif forward is embedding and not module.sparse and not module.scale_grad_by_freq:
@@ -75,8 +76,16 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
 
     The forward is replaced on the instance: a thread-local mode would be missed by activation checkpointing,
     a class swap would fight those of other libraries, and torch.compile guards on the replacement.
+
+    Raises:
+        RuntimeError: if another pass that runs has replaced one of these forwards.
     """
-    forwards = {use.module: _forward(use, handlers) for use in uses if _is_handled(use, handlers)}
+    forwards = {use.module: ours(_forward(use, handlers)) for use in uses if _is_handled(use, handlers)}
+    if any(map(has_our_forward, forwards)) or any(HANDLER in vars(parameter) for parameter in handlers):
+        raise RuntimeError(
+            "Two optimizers whose passes run at once reach into the same layer's forward; let one of them hold all "
+            "weights of a layer, or run their passes one after the other."
+        )
 
     def undo() -> None:
         for module, forward in forwards.items():

@@ -1,15 +1,18 @@
 """What a step's passes owe each other: gradients in both, and an ε for whatever got a gradient in the descent."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nusam.interrupts import entered
 
-__all__ = ["Ledger", "clear_gradients", "not_added"]
+_RUN_TO_COUNT = itertools.count(1)
+
+__all__ = ["Ledger", "clear_gradients", "count_backwards", "not_added"]
 
 
 class Ledger:
@@ -30,17 +33,23 @@ class Ledger:
     def begin_pass(self) -> None:
         """A pass begins."""
         if not self._had_gradients:
-            self._backwards = _count_backwards()
+            self._backwards = count_backwards()
 
-    def end_pass(self, name: str, found: bool, must: bool) -> None:
-        """A pass is over, in which some parameter got a gradient or none did; ``must``: whether one has to, always.
+    def end_pass(self, name: str, found: bool, must: bool, ran: bool = False) -> None:
+        """A pass is over, in which some parameter got a gradient or none did.
+
+        Args:
+            name: of the pass.
+            found: whether some parameter of the optimizer got one.
+            must: whether one has to, always.
+            ran: whether a backward is known to have run.
 
         Raises:
             RuntimeError: if ``backward`` was never called. A sample that does not reach these parameters, which may be
                 those of one optimizer among several, is none of our business.
         """
-        forgotten = not self._had_gradients and _count_backwards() == self._backwards + 1
-        if not found and (must or forgotten or (name == "descent" and self._in_ascent)):
+        forgotten = not self._had_gradients and count_backwards() == self._backwards
+        if not (found or ran) and (must or forgotten or (name == "descent" and self._in_ascent)):
             raise RuntimeError(
                 f"The {name} pass ended without any gradient; compute the loss and call loss.backward() in every pass."
             )
@@ -99,11 +108,12 @@ def not_added(forward: Mapping[Tensor, Counted]) -> list[Tensor]:
     return [p for p, handler in forward.items() if not handler.calls]
 
 
-def _count_backwards() -> int:
-    """How many backwards this process has begun, this one included."""
+def count_backwards() -> int:
+    """How many backwards this process has begun, but for those that are run here to count them."""
     seen: list[int] = []
     with entered(torch.enable_grad(), torch.autocast("cpu", enabled=False)):
         root = torch.zeros((), requires_grad=True, device="cpu")
         root.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))  # type: ignore[no-untyped-call]
-        root.backward()  # type: ignore[no-untyped-call]
-    return seen[0]
+        engine: Any = torch.autograd.Variable._execution_engine  # past whoever counts what loops hand to it
+        engine.run_backward((root,), (torch.ones_like(root),), False, False, (), accumulate_grad=True)
+    return seen[0] - next(_RUN_TO_COUNT)
