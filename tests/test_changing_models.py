@@ -166,3 +166,92 @@ def test_a_rank_one_perturbation_of_weights_that_were_cast_is_refused_without_a_
         assert_unperturbed(model, before, rho=0)
     model.float()
     train_step(model, opt)
+
+
+class Switched(nn.Module):
+    """Frozen weights with two adapters, of which one runs at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.adapters = nn.ModuleList([nn.Linear(6, 6, bias=False) for _ in range(2)])
+        self.now = 0
+
+    def forward(self, x):
+        return torch.tanh(self.frozen(x) + self.adapters[self.now](x)).square().mean()
+
+
+@pytest.mark.parametrize("targets", ["frozen", lambda name, p: name == "frozen.weight"])
+@pytest.mark.parametrize("ascent", ["auto", "matrix-free"])
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_through_an_adapter_that_another_holds(targets, ascent, closure):
+    model = Switched().double()
+    expected = copy.deepcopy(model)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    options = {"targets": targets, "ascent": ascent, "power_iterations": 500}
+    bases = [torch.optim.SGD(m.adapters[0].parameters(), lr=0.1, momentum=0.9) for m in (model, expected)]
+    opt = nusam.NuSAM(bases[0], 0.1, model=model, **options)
+
+    def run():
+        loss = model(x)
+        loss.backward()
+        return loss
+
+    for now in (0, 0, 1, 0, 1, 1, 0):
+        model.now = expected.now = now
+        if closure:
+            opt.step(run)
+        else:
+            for _ in opt.passes():
+                run()
+            opt.step()
+        W = expected.frozen.weight.requires_grad_()
+        (gradient,) = torch.autograd.grad(expected(x), W)
+        U, _, Vh = torch.linalg.svd(gradient)
+        expected.frozen.requires_grad_(False)
+        before = W.detach().clone()
+        W.data.add_(0.1 * torch.outer(U[:, 0], Vh[0]))
+        expected.zero_grad()
+        expected(x).backward()
+        W.data.copy_(before)
+        bases[1].step()
+        torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), rtol=1e-7, atol=1e-10)
+    model.now = 0
+    names = opt.passes()
+    with pytest.raises(RuntimeError, match="descent pass ended without any gradient"):
+        for name in names:
+            if name == "ascent":
+                run()
+
+
+@pytest.mark.parametrize("options", [{"ascent": "matrix-free"}, {"placement": "forward"}, {"ascent": "gradient"}])
+@pytest.mark.parametrize("how", ["load_state_dict", "to", "swap_tensors"])
+@pytest.mark.parametrize("at", [1, 2, 4, 5])
+def test_a_model_whose_tensors_are_swapped(how, at, options):
+    model = mlp().double()
+    expected = copy.deepcopy(model)
+    pair = [model, expected]
+    opts = [nusam.NuSAM(torch.optim.SGD(m.parameters(), lr=0.1), 0.05, model=m, **options) for m in pair]
+    saved = copy.deepcopy(model.state_dict())
+    for step in range(7):
+        if step == at:
+            opts[0].zero_grad()
+            opts[1].zero_grad()
+            torch.__future__.set_swap_module_params_on_conversion(True)
+            try:
+                if how == "load_state_dict":
+                    model.load_state_dict(saved)
+                elif how == "to":
+                    model.float().double()
+                else:
+                    for p in model.parameters():
+                        torch.utils.swap_tensors(p, nn.Parameter(p.detach().clone()))
+            finally:
+                torch.__future__.set_swap_module_params_on_conversion(False)
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+                    q.copy_(p)
+        for opt, m in zip(opts, pair, strict=True):
+            train_step(m, opt, step)
+        torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), rtol=1e-7, atol=1e-9)
+    assert not [name for name in opts[0].metrics() if "fallback" in name]

@@ -216,6 +216,72 @@ def test_break(kind, where):
     train_step(model, opt)
 
 
+@pytest.mark.parametrize("kind", [nusam.GSAM, nusam.WSAM, nusam.LookSAM])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_break_at_the_end_of_the_descent_is_the_end(kind, accumulate):
+    models, opts = [mlp()], []
+    models.append(copy.deepcopy(models[0]))
+    for model in models:
+        opts.append(optimizer(kind, model))
+        for step in range(3):
+            for name in opts[-1].passes(accumulate=accumulate):
+                loss_of(model, step).backward()
+                if name == "descent" and model is models[0]:
+                    break
+            if not accumulate or step != 1:
+                opts[-1].step()
+                opts[-1].zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_step_with_one_of_two_gradients_is_refused(cleared, accumulate):
+    model = mlp()
+    opt = optimizer(nusam.GSAM, model)
+
+    def fails():
+        with opt.ascent(accumulate):
+            loss_of(model).backward()
+        with opt.descent(accumulate):
+            loss_of(model).backward()
+            raise ValueError("after the backward")
+
+    with pytest.raises(ValueError, match="after the backward"):
+        fails()
+    if cleared:
+        opt.zero_grad()
+        for _ in opt.passes(accumulate=accumulate):
+            loss_of(model).backward()
+        opt.step()
+        return
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="before its end, where both gradients are mixed"):
+        opt.step()
+    assert_unperturbed(model, before, rho=0)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_weight_written_in_a_descent_that_is_left_is_refused(leaves):
+    model = mlp()
+    opt = optimizer(nusam.NuSAM, model, placement="forward")
+    train_step(model, opt)
+
+    def run():
+        for name in opt.passes():
+            if name == "descent":
+                model[0].weight.data = model[0].weight.data * 2
+            loss_of(model).backward()
+            if name == "descent" and leaves:
+                break
+        opt.step()
+
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="written in the passes themselves"):
+        run()
+    assert_unperturbed(model, before, rho=0)
+
+
 def test_a_break_in_an_accumulating_ascent_keeps_what_was_accumulated():
     model = mlp()
     opt = optimizer(nusam.NuSAM, model)
