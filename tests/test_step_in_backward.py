@@ -136,3 +136,66 @@ def test_a_parameter_that_came_later_is_not_forgotten():
     with pytest.raises(RuntimeError, match="after step_in_backward\\(\\), and would never be stepped"):
         for _ in opt.passes():
             loss_of(whole).backward()
+
+
+def two_losses(model, x):
+    loss_of(model).backward()
+    model(x).sin().mean().backward()
+
+
+def twice_through_one_graph(model, x):
+    loss = model(x).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def chunks(model, x):
+    for part in x.chunk(3):
+        model(part).square().mean().backward()
+
+
+@pytest.mark.parametrize("several", [two_losses, twice_through_one_graph, chunks])
+@pytest.mark.parametrize("begins", [0, 3, 4])
+@pytest.mark.parametrize("ascent", ["auto", "matrix-free", "gradient"])
+def test_a_second_backward_in_a_pass_is_refused_before_any_step(several, begins, ascent):
+    model = mlp()
+    opt = nusam.NuSAM(torch.optim.Adam(model.parameters(), lr=0.1), model=model, ascent=ascent)
+    nusam.step_in_backward(opt)
+    for step in range(begins):
+        train_step(model, opt, step)
+    before = copy.deepcopy(model.state_dict())
+    width = next(model.parameters()).shape[1]
+    with pytest.raises(RuntimeError, match=r"in several backwards of a pass, .* call backward\(\) once a pass, or"):
+        for _ in opt.passes():
+            several(model, torch.ones(6, width))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_what_only_the_descent_shows_is_refused_before_its_second_step():
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)).double()
+    base = torch.optim.Adam(model.parameters(), lr=0.1)
+    opt = nusam.NuSAM(base, model=model, delay=1)
+    nusam.step_in_backward(opt)
+    with pytest.raises(RuntimeError, match=r"A parameter of shape \(\d+.*\) gets its gradient in several backwards"):
+        for _ in opt.passes():
+            two_losses(model, torch.ones(4, 6, dtype=torch.float64))
+    assert all(state["step"] == 1 for state in base.state.values())
+
+
+def test_backwards_that_share_no_parameter_are_steps_of_their_own():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    plain = copy.deepcopy(model)
+    opt, reference = (
+        nusam.NuSAM(torch.optim.Adam(m.parameters(), lr=0.1), model=m, placement="forward") for m in (model, plain)
+    )
+    nusam.step_in_backward(opt)
+    for step in range(5):
+        x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        for m, o in ((model, opt), (plain, reference)):
+            for _ in o.passes():
+                hidden = m[0](x)
+                hidden.square().mean().backward()
+                (m[2](m[1](hidden.detach())) - 1).square().mean().backward()
+            o.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)

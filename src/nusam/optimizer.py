@@ -322,8 +322,8 @@ def step_in_backward(opt: SharpnessAware) -> None:
     for schedules and the count. ε then lives in the forward (``placement="forward"``), since weights change
     while it is in use; stacks of experts, which have none there, are left out.
 
-    What needs all gradients at once can't be had with it: clipping by a global norm finds no gradient and does
-    nothing, accumulation is refused, and so is a GradScaler, at its ``step``. Undone by :meth:`SharpnessAware.detach`.
+    What needs whole gradients at once can't be had with it: clipping by a global norm finds none and does nothing;
+    accumulation, several backwards to a parameter in a pass, and a GradScaler are refused. ``opt.detach()`` undoes it.
 
     Raises:
         ValueError: if some perturbed matrix has no layer in whose forward ε could live, or under DDP.

@@ -253,6 +253,9 @@ class TwoPasses(Checked):
                 if gradient.requires_grad:
                     target.parameter.grad = gradient.detach()  # create_graph=True leaves a graph on it
         if pass_ is not None:
+            if self._in_backward:
+                names, several = self._names(), self._ascent.in_several_backwards(pass_)
+                self._in_backward.refuse_several([names[parameter] for parameter in several])
             self._ascent.compare(pass_, workers, self._everyone(workers))
             surprises = self._ascent.surprises(pass_)
             self._ascent.mistrust(pass_, surprises)

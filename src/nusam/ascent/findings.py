@@ -42,6 +42,16 @@ class Watching:
         self.seen |= of == "grad" and torch._C._current_graph_task_id() == -1  # in no backward, whose hooks do too
 
 
+class Sums:
+    """How often autograd has put a gradient into a leaf; knows nothing of it, so that both can go."""
+
+    count = 0
+
+    def add(self, _: Tensor) -> None:
+        """Once more."""
+        self.count += 1
+
+
 class Findings:
     """What a pass knows about one matrix once its uses have reported."""
 
@@ -93,6 +103,9 @@ class Findings:
         self.leaves: list[Tensor] = []  # of such uses
         if plain and not self.elsewhere if job.apart else served:
             self._stand_in = stand_ins[parameter] = parameter.detach().requires_grad_()
+        self.sums = Sums()  # in the stand-in, where each may be a step of the base optimizer's
+        if self._stand_in is not None and job.forms and job.frees:
+            self._stand_in.register_post_accumulate_grad_hook(self.sums.add)  # type: ignore[no-untyped-call]
         self.has_more = False  # whether uses were seen that are not the layers'
         self._tap, self._tap_node = tap, tap_node
         self._probe: Tensor | None = None

@@ -223,6 +223,10 @@ class Serving:
             served = [r.parameter for r in pass_.records.values() if self._is_worth(r.parameter)]
             self._fell_back |= {p: r for p in served if (r := reasons.get(p))}
 
+    def in_several_backwards(self, pass_: LayerPass) -> list[Tensor]:
+        """Matrices that were seen to get parts of their gradient one after the other."""
+        return [p for p, record in pass_.records.items() if max(record.completed, record.sums.count) > 1]
+
     def surprises(self, pass_: LayerPass) -> dict[Tensor, str]:
         """Matrices that were served though this step used them otherwise than the steps that were compared."""
         reasons = {}

@@ -1,6 +1,6 @@
 """The base optimizer's update of each parameter as soon as its gradient is complete, which is freed at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,11 @@ from nusam.interrupts import always
 from nusam.layers.reads import untold
 
 __all__ = ["StepInBackward"]
+
+_SEVERAL = (
+    "{} gets its gradient in several backwards of a pass, where step_in_backward() would step it in each; add the "
+    "losses up and call backward() once a pass, or leave step_in_backward() out."
+)
 
 
 class StepInBackward:
@@ -50,6 +55,11 @@ class StepInBackward:
                     "in every pass."
                 )
 
+    def refuse_several(self, several: Iterable[str]) -> None:
+        """Refuse a step whose ascent gave parameters of these names a gradient in several backwards."""
+        for name in several:
+            raise RuntimeError(_SEVERAL.format(name))
+
     def remove(self) -> None:
         """Take the hooks off the parameters."""
         for handle in self._handles:
@@ -59,6 +69,8 @@ class StepInBackward:
         group = self._groups.get(parameter)
         if group is None:
             return
+        if parameter in self.stepped:
+            raise RuntimeError(_SEVERAL.format(f"A parameter of shape {tuple(parameter.shape)}"))
         alone = {**group, "params": [parameter]}
         groups = self._base_optimizer.param_groups
         self._base_optimizer.param_groups = [alone]
