@@ -286,6 +286,109 @@ def test_a_matrix_without_a_known_layer_is_refused_at_once():
     assert opt.metrics()["fallback/weight: no known layer holds it"] == 1.0
 
 
+def given_data(a, b):
+    b.weight.data = a.weight.data
+
+
+def given_a_transposed_view(a, b):
+    b.weight.data = a.weight.data.T
+
+
+def of_one_detached_tensor(a, b):
+    b.weight = nn.Parameter(a.weight.detach())
+
+
+def frozen_twin(a, b):
+    b.weight = nn.Parameter(a.weight.detach(), requires_grad=False)
+
+
+def given_rows(a, b):
+    b.weight = nn.Parameter(a.weight.data[2:])
+
+
+SHARING = [given_data, given_a_transposed_view, of_one_detached_tensor, frozen_twin, given_rows]
+
+
+def three_layers(dtype=torch.float64):
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+@pytest.mark.parametrize("share", SHARING)
+@pytest.mark.parametrize("when", ["before", "after", "later"])
+@pytest.mark.parametrize("options", [{"placement": "forward"}, {"dtype": torch.bfloat16}])
+def test_two_parameters_with_one_memory_have_no_epsilon_in_the_forward(share, when, options):
+    dtype = options.get("dtype", torch.float64)
+    model = three_layers(dtype)
+    if share is given_rows:
+        model[2] = nn.Linear(6, 4, dtype=dtype)
+        model[4] = nn.Linear(4, 3, dtype=dtype)
+    x = torch.ones(4, 6, dtype=dtype)
+    options = {name: value for name, value in options.items() if name != "dtype"}
+    if when == "before":
+        share(model[0], model[2])
+    elif share in (of_one_detached_tensor, frozen_twin, given_rows):
+        pytest.skip("the optimizer does not hold a parameter that comes later")
+    with pytest.raises(ValueError, match=r"are two parameters with the same memory, .* make them one"):
+        opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, **options)
+        if when == "after":
+            share(model[0], model[2])
+        for step in range(3):
+            if when == "later" and step == 2:
+                share(model[0], model[2])
+            before = weights(model)
+            for _ in opt.passes():
+                model(x).square().mean().backward()
+            opt.step()
+    assert all(map(torch.equal, weights(model), before)) if when != "before" else True
+
+
+@pytest.mark.parametrize("share", [given_data, given_a_transposed_view])
+def test_two_parameters_with_one_memory_have_both_epsilons_in_the_weights(share):
+    model = three_layers()
+    share(model[0], model[2])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    (model(x) - 1).square().mean().backward()
+    pairs = {}
+    for parameter in (p for p in model.parameters() if p.ndim == 2):
+        U, _, Vh = torch.linalg.svd(parameter.grad)
+        pairs[parameter] = 0.3 * torch.outer(U[:, 0], Vh[0])
+    before = weights(model)
+    with torch.no_grad():
+        for parameter, epsilon in pairs.items():
+            parameter += epsilon
+    model.zero_grad()
+    (model(x) - 1).square().mean().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter, old in zip(model.parameters(), before, strict=True):
+            parameter.copy_(old)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.3, model=model, power_iterations=300)
+    for _ in opt.passes():
+        (model(x) - 1).square().mean().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_parts_of_one_memory_that_have_no_entry_in_common_are_two_parameters():
+    flat = torch.randn(200, dtype=torch.float64)
+    both = torch.randn(6, 12, dtype=torch.float64)
+    for rows in (False, True):
+        model, plain = three_layers(), three_layers()
+        plain.load_state_dict(model.state_dict())
+        parts = (flat[:36].view(6, 6), flat[36:72].view(6, 6)) if rows else (both[:, :6], both[:, 6:])
+        for layer, part in zip((model[0], model[2]), parts, strict=True):
+            layer.weight.data = part.copy_(layer.weight.data)
+        x = torch.ones(4, 6, dtype=torch.float64)
+        for m in (model, plain):
+            opt = nusam.NuSAM(torch.optim.SGD(m.parameters(), lr=0.1), model=m, placement="forward")
+            for _ in range(3):
+                for _ in opt.passes():
+                    m(x).square().mean().backward()
+                opt.step()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
 # ------------------------------------------------------------------ targets
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import BESIDE, OTHERWISE
 from nusam.both_gradients import BothGradients
 from nusam.distributed.blocks import is_sharded
@@ -107,6 +108,21 @@ class Checked(Resumable):
             if is_sharded(parameter):
                 own = self._in_forward(parameter) and self._ascent.serve_from is not None
                 check_sharded(parameter, self.lmo, self.model, self.m_sam, workers, own)
+        self._check_memory(targets)
+
+    def _check_memory(self, targets: list[Target], anew: bool = False) -> None:
+        """Refuse an ε in the forward of one parameter whose entries are those of another one too; looked for anew?"""
+        if anew and self._structure is not None:
+            self._structure.look_for_shared_memory()
+        sharing = self._structure.sharing if self._structure else {}
+        for parameter in (target.parameter for target in targets if target.parameter in sharing):
+            if self._in_forward(parameter):
+                names = self._names()
+                raise ValueError(
+                    f"{names[parameter]} and {names[sharing[parameter]]} are two parameters with the same memory, of "
+                    "which an ε in the forward reaches one alone; make them one, as decoder.weight = encoder.weight "
+                    f"does, exclude them with targets= or use {self._instead}."
+                )
 
     def _targets_of_pass(self) -> list[Target]:
         """What the pass that begins perturbs, or is found to perturb; refused if that can't be had as things are."""
@@ -117,6 +133,8 @@ class Checked(Resumable):
             self._check_precision(targets)
             self._check_own(targets)
             known.is_checked = True
+        if self._is_looked_at():
+            self._check_memory(targets, anew=True)
         return targets
 
     def _check_own(self, targets: list[Target]) -> None:
@@ -130,6 +148,13 @@ class Checked(Resumable):
             is_own = Holding([x for x in around if isinstance(x, DistributedDataParallel)], []).is_own
         mixed = everything if joint and self.combination is not None else []  # by one factor
         check_own([*(target.parameter for target in targets), *mixed], self.lmo, is_own)
+
+    def _check_backwards(self, pass_: LayerPass) -> None:
+        """Refuse an ascent without a backward, where it takes one, or after which a descent would step twice."""
+        pass_.check_backwards()
+        if self._in_backward is not None:
+            names, several = self._names(), self._ascent.in_several_backwards(pass_)
+            self._in_backward.refuse_several([names[parameter] for parameter in several])
 
     def _check_precision(self, targets: list[Target]) -> None:
         """Refuse, or tell of once, an ε that would be rounded away: the weights may have been cast at any time."""

@@ -108,7 +108,7 @@ class TwoPasses(Checked):
             self._guard.after_ascent()
             self._written.after_ascent()
             if pass_:
-                pass_.check_backwards()
+                self._check_backwards(pass_)
                 pass_.settle()
             found = bool(pass_ and pass_.saw_gradients()) or any(p.grad is not None for p in parameters)
             self._ledger.end_pass("ascent", found, self._has_closure)
@@ -253,9 +253,6 @@ class TwoPasses(Checked):
                 if gradient.requires_grad:
                     target.parameter.grad = gradient.detach()  # create_graph=True leaves a graph on it
         if pass_ is not None:
-            if self._in_backward:
-                names, several = self._names(), self._ascent.in_several_backwards(pass_)
-                self._in_backward.refuse_several([names[parameter] for parameter in several])
             self._ascent.compare(pass_, workers, self._everyone(workers))
             surprises = self._ascent.surprises(pass_)
             self._ascent.mistrust(pass_, surprises)

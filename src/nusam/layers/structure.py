@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nusam.distributed.surroundings import has_replicas
 from nusam.layers.idle import IdleLayers
+from nusam.layers.memory import with_shared_memory
 from nusam.layers.module_tree import is_compiled, outside_of_graphs
 from nusam.layers.uses import Use, find_uses
 
@@ -31,6 +32,11 @@ class Structure:
             self._by_parameter[use.parameter].append(use)
         self.groups: dict[Tensor, int] = {use.parameter: use.kind.groups for use in self.uses}
         self.idle = IdleLayers(model)
+        self.look_for_shared_memory()
+
+    def look_for_shared_memory(self) -> None:
+        """Which parameters hold entries of others, whose memory they may be given at any time."""
+        self.sharing = with_shared_memory(self.model.parameters())
 
     def is_current(self) -> bool:
         """Whether the modules still use what they used; cheap enough for every step."""

@@ -28,6 +28,8 @@ def unfit(
     """Why the layers of a target can't serve it, with {} for its name; nothing if they can."""
     if structure is None or not structure.uses_of(parameter):
         return "has no layer that is known to hold {}", ""
+    if parameter in structure.sharing:
+        return "holds entries of {} in another parameter too", ""
     if compiles and not _is_served_in_a_graph(structure, parameter, verdict):
         return "is compiled", "a graph does not hand out what {} leaves"
     if verdict and verdict.found == OTHERWISE:
