@@ -144,21 +144,26 @@ class Router(nn.Module):
 class Momentum(nn.Module):
     """A frozen copy of a layer that follows it in every forward, as contrastive methods have it."""
 
-    def __init__(self, width, replaces):
+    def __init__(self, width, how, rows=None):
         super().__init__()
-        self.fast = nn.Linear(width, width)
+        self.width = width
+        self.fast = nn.Linear(width, rows or width)
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
-        self.replaces = replaces
+        self.how = how
 
     def forward(self, x):
         with torch.no_grad():
             for slow, fast in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
-                if self.replaces:
+                if self.how == "replaced":
                     slow.data = slow.data * 0.8 + fast.data * 0.2
-                else:
+                elif self.how == "in place":
                     slow.mul_(0.8).add_(fast, alpha=0.2)
+                elif self.how == "through .data":
+                    slow.data.mul_(0.8).add_(fast.data, alpha=0.2)
+                else:
+                    slow.data.copy_(fast.data)
             target = self.slow(x)
-        return self.fast(x) * target
+        return (self.fast(x) * target)[:, : self.width]
 
 
 KINDS = {
@@ -181,8 +186,11 @@ KINDS = {
     "spectral norm, old": lambda n: nn.utils.spectral_norm(nn.Linear(n, n)),
     "observer": lambda n: FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255),
     "router": Router,
-    "momentum copy, in place": lambda n: Momentum(n, False),
-    "momentum copy, replaced": lambda n: Momentum(n, True),
+    "momentum copy, in place": lambda n: Momentum(n, "in place"),
+    "momentum copy, replaced": lambda n: Momentum(n, "replaced"),
+    "momentum copy, through .data": lambda n: Momentum(n, "through .data"),
+    "large momentum copy, through .data": lambda n: Momentum(n, "through .data", LARGE // n + 1),
+    "momentum copy, equal in every forward": lambda n: Momentum(n, "copied"),
 }
 
 

@@ -16,7 +16,9 @@ from tests.interrupting import bytecodes, interrupted, moments
 def model():
     torch.manual_seed(3)
     kinds = (AssignedStatistics(8), AbsentAtFirst(8), GrowingMemory(8, "data"), Fading(8, LARGE + 1), Queue(8))
-    return nn.Sequential(nn.Linear(6, 8), *kinds, Momentum(8, replaces=False), nn.Linear(8, 4)).double()
+    return nn.Sequential(
+        nn.Linear(6, 8), *kinds, Momentum(8, "in place"), Momentum(8, "through .data"), nn.Linear(8, 4)
+    ).double()
 
 
 def equal(a, b):

@@ -5,6 +5,7 @@ next one. Both passes start from the same buffers, as they draw the same random 
 ascent's: the buffers of one forward at the unperturbed weights.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,8 +26,9 @@ class Buffers:
     """What a model remembers from one forward to the next, replayed in the second of two passes.
 
     Large buffers that never move (masks, tables of angles) are not copied in every step, but those that were seen to
-    move: by the host in any step, by their values where everything is looked at. Frozen parameters are held to the
-    same, since a forward may write a slowly moving copy of a network; of large ones, norms are compared, not values.
+    move: by the host in any step, by their values where everything is looked at, after both passes: a copy of a network
+    that follows it moves in the descent alone as long as it is equal. Frozen parameters are held to the same, since a
+    forward may write such a copy; of large ones that are none, norms are compared, not values.
 
     Numbers that are attributes of a module with buffers (a position in a queue, whether a codebook was begun) follow
     its buffers.
@@ -39,6 +41,7 @@ class Buffers:
         self._step: _Step | None = None
         self._last: _Step | None = None  # of the descent that runs or has just run
         self._plan: _Plan | None = None
+        self._told: set[str] = set()  # names of what moved unseen
         self._find()
 
     def _find(self) -> None:
@@ -59,12 +62,16 @@ class Buffers:
             self._moving.intersection_update([*_entries(self._owners), *self._parameters])
             self._plan = _Plan(self._owners, moving, self._moving)
         still = [parameter for parameter in frozen if parameter not in self._moving] if moving else frozen
-        twins = []  # what may be a network's moving copy
-        if everything and still:
-            shapes = {parameter.shape for parameter in self._parameters if parameter.requires_grad}
-            twins = [parameter for parameter in still if parameter.shape in shapes]
         self._last = None
-        self._step = _Step(self._plan, still, twins, everything)
+        self._step = _Step(self._plan, still, self._twins(still) if everything else {}, everything)
+
+    def _twins(self, still: Sequence[Tensor]) -> dict[Tensor, bool]:
+        """What may be a network's moving copy, and whether it is equal so far; large ones only where they are."""
+        shapes = {parameter.shape for parameter in still}
+        trained = {_beginning(p) for p in self._parameters if p.requires_grad and p.shape in shapes}
+        shapes = {shape for shape, *_ in trained}
+        twins = {parameter: _beginning(parameter) in trained for parameter in still if parameter.shape in shapes}
+        return {parameter: equal for parameter, equal in twins.items() if equal or parameter.numel() <= SMALL}
 
     @contextmanager
     def second_pass(self) -> Iterator[None]:
@@ -73,9 +80,17 @@ class Buffers:
         if step is None:
             yield
             return
-        with always(step.finish):
+
+        def finish() -> None:
+            step.finish()
+            if step.moved_late:
+                self._moving |= step.moved_late
+                self._plan = None
+
+        with always(finish):
             step.rewind()
             yield
+        self._tell(step.lost)
 
     def rewind(self) -> None:
         """Go back to where the ascent started, which is to be run again."""
@@ -88,6 +103,19 @@ class Buffers:
         if self._last is not None:
             self._last.rewind()
         self._last = None
+
+    def _tell(self, lost: set[Tensor]) -> None:
+        """Warn once of what the descent could not start from where the ascent did."""
+        model = self._tree.model
+        named = [*model.named_parameters(), *model.named_buffers()] if lost else []
+        names = [name for name, tensor in named if tensor in lost and name not in self._told]
+        self._told.update(names)
+        if names:
+            warnings.warn(
+                f"The model writes {', '.join(names)} in its own forward, which was not seen at first, so that this "
+                "step's two passes wrote it one after the other; from now on a copy keeps it.",
+                stacklevel=2,
+            )
 
     def _completed(self) -> "_Step | None":
         """The step whose ascent is over, with what that left."""
@@ -160,15 +188,17 @@ class _Step:
     """The buffers of one step: before the ascent, and after it."""
 
     @torch.no_grad()
-    def __init__(self, plan: _Plan, still: Sequence[Tensor], twins: Sequence[Tensor], everything: bool) -> None:
+    def __init__(self, plan: _Plan, still: Sequence[Tensor], twins: dict[Tensor, bool], everything: bool) -> None:
         self._plan = plan
         self._everything = everything
         self._finished = False
         self._numbers_before = [_numbers(owner) for owner in plan.with_numbers]
         self._large = Watch(plan.large)
         self._still = Watch(still, norms=everything)
-        looked_at = [*plan.large, *(p for p in twins if p.numel() <= SMALL)] if everything else []
-        self._copies = {t: here(t).clone() for t in looked_at}
+        self._copies = {t: here(t).clone() for t in (*plan.large, *twins)} if everything else {}
+        self._equal = {twin for twin, equal in twins.items() if equal}
+        self.moved_late: set[Tensor] = set()  # in the descent alone, or soon with what did
+        self.lost: set[Tensor] = set()  # what moved without a copy of what it was
         plan.copy(plan.before, plan.tensors, {})
 
     @torch.no_grad()
@@ -176,9 +206,11 @@ class _Step:
         """Large tensors that the ascent moved. ``deaf``: those whose version says nothing; brought up to date."""
         stirred = {*self._large.stirred(), *self._still.stirred()}
         if not self._everything:
+            self.lost = stirred - deaf
             return stirred - deaf
         unequal = {t for t, copy in self._copies.items() if not _equal(here(t), copy)}
         moved = unequal.union(self._still.changed())
+        self.lost = moved - self._copies.keys()
         written = set(self._still.stirred())  # a copy may move by less than its precision, this time
         deaf |= stirred - moved - written
         return moved | written
@@ -197,7 +229,8 @@ class _Step:
         new = [t for _, after in self._after for t in after.values() if t is not None and t not in before]
         self._late = [_Late(here(t), self._copies.get(t), here(t).clone()) for t in moved]
         self._late += [_Late(here(t), None, here(t).clone()) for t in new if is_here(t)]
-        self._copies = {}
+        self._copies = {t: copy for t, copy in self._copies.items() if t not in moved}
+        self._moved = moved
         self._resized = {i: t.data for i, t in plan.resized()}
         plan.copy(plan.after, plan.tensors, self._resized)
         self._numbers_after = [_numbers(owner) for owner in plan.with_numbers]
@@ -234,7 +267,24 @@ class _Step:
         plan.copy(plan.tensors, plan.after, self._resized)
         for late in self._late:
             _put(late.tensor, late.after)
+        if self._everything:
+            self._look_again()
         self._finished = True
+
+    @torch.no_grad()
+    def _look_again(self) -> None:
+        """Put back what the ascent left alone and the descent moved: at x + ε it found something to follow."""
+        for tensor, copy in self._copies.items():
+            if not _equal(here(tensor), copy):
+                self.moved_late.add(tensor)
+                _put(here(tensor), copy)
+        # an ε that was there has left a version
+        seen = {*self._moved, *self._copies, *self._still.stirred()}
+        self.lost |= set(self._still.changed()) - seen
+        self.moved_late |= self.lost
+        if not self._equal.isdisjoint(self._moved | self.moved_late):
+            self.moved_late |= self._equal  # a network's copy moves as one, where its weights do
+        self._copies = {}
 
 
 def _entries(owners: Sequence[nn.Module]) -> list[Tensor | None]:
@@ -263,6 +313,11 @@ def _put(tensor: Tensor, value: Tensor) -> None:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
+
+
+def _beginning(parameter: Tensor) -> tuple[Any, ...]:
+    """By which parameters that are equal are known to be, most likely."""
+    return parameter.shape, parameter.dtype, *parameter.detach().reshape(-1)[:8].tolist()
 
 
 def _has_own_forward(module: nn.Module) -> bool:
