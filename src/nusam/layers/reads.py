@@ -38,10 +38,11 @@ class Watcher(Protocol):
 
 
 class _InAPass(nn.Parameter):
-    """A parameter in a pass; to everybody else, and in copies, it is what it was."""
+    """A parameter in a pass; to everybody else, and in files, it is what it was."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        memo[id(self)] = copy = untold(lambda: nn.Parameter(self.detach().clone(), self.requires_grad))
+        values = _values(self)
+        memo[id(self)] = copy = untold(lambda: nn.Parameter(values.clone(), self.requires_grad))
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -122,12 +123,18 @@ def watched(watchers: Mapping[Tensor, Any], kind: type[nn.Parameter] = Watched) 
     """Inside, the watchers are told of what is done with their parameters, as far as these are torch's plain ones."""
     parameters = [parameter for parameter in watchers if type(parameter) is nn.Parameter]
 
+    plain: Any = nn.Parameter
+    new = vars(plain)["__new__"]
+
     def undo() -> None:
+        plain.__new__ = new
         for parameter in parameters:
             parameter.__class__ = nn.Parameter
             vars(parameter).pop(_WATCHER, None)
 
     with always(undo) if parameters else nullcontext():
+        if parameters:
+            plain.__new__ = _of_values(plain.__new__)
         for parameter in parameters:
             vars(parameter)[_WATCHER] = watchers[parameter]
             parameter.__class__ = kind
@@ -160,6 +167,23 @@ def _keep(parameter: Tensor) -> None:
     keep = getattr(vars(parameter)[_WATCHER], "keep", None)
     if keep and not hasattr(parameter, "ds_id"):  # an engine's own
         keep(untold(_DATA, parameter))
+
+
+def _values(parameter: Tensor) -> Tensor:
+    """What whoever makes another parameter of it finds in it."""
+    if type(parameter) is Watched:
+        parameter = untold(vars(parameter)[_WATCHER].value, parameter, False)
+    values: Tensor = untold(parameter.detach)
+    return values
+
+
+def _of_values(new: Callable[..., Any]) -> Any:
+    """``nn.Parameter(weight)`` in a pass: torch makes one of a plain parameter only."""
+
+    def made(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return new(cls, _values(data) if isinstance(data, _InAPass) else data, *args, **kwargs)
+
+    return staticmethod(made)
 
 
 def _value(x: Any) -> Any:
