@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,6 +44,7 @@ def covered(
     perturbs: Callable[[Tensor], bool],
     method: str,
     targets: object,
+    unreached: AbstractSet[Tensor] = frozenset(),
 ) -> Coverage:
     """Count what ``perturbs`` selects among the candidates, and name the others.
 
@@ -52,6 +54,7 @@ def covered(
         perturbs: whether the method perturbs a parameter at all.
         method: its name and what it perturbs, as in "NuSAM perturbs a 2-D parameter".
         targets: the option of that name.
+        unreached: those of which no gradient was found where they were meant to be perturbed.
     """
     found = {candidate.parameter: candidate for candidate in candidates}
     perturbed = total = 0
@@ -66,6 +69,8 @@ def covered(
             reason = "rho is 0"
         if reason is None and not perturbs(parameter):
             reason = f"{method} only"
+        if reason is None and parameter in unreached:
+            reason = "got no gradient in the ascents"
         if reason is None:
             perturbed += shape.numel()
         else:

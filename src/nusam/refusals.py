@@ -40,6 +40,10 @@ CHANGED = (
     "has its gradient changed by the loop inside the passes, and had none in this step's ascent to be changed; use "
     "ascent='gradient'"
 )
+UNREACHED = (
+    "is frozen, got no gradient in the ascent and has no ε as long as that is so; exclude it with targets= where its "
+    "layer is never called, or the model reads it as weight.data"
+)
 WRITTEN = "written in the passes themselves"
 
 
@@ -149,9 +153,17 @@ class Checked(Resumable):
         mixed = everything if joint and self.combination is not None else []  # by one factor
         check_own([*(target.parameter for target in targets), *mixed], self.lmo, is_own)
 
-    def _check_backwards(self, pass_: LayerPass) -> None:
-        """Refuse an ascent without a backward, where it takes one, or after which a descent would step twice."""
+    def _check_ascent(self, pass_: LayerPass) -> None:
+        """Refuse an ascent without a backward, where it takes one, or after which a descent would step twice.
+
+        And tell of frozen targets that it did not reach: nothing else does.
+        """
         pass_.check_backwards()
+        unreached = set(pass_.unreached()) if self._unreached or self._is_looked_at() else set()
+        if self._is_looked_at():
+            self._ledger.tell([p for p in pass_.records if p in unreached], self._names, UNREACHED)
+            self._unreached |= unreached
+        self._unreached &= unreached
         if self._in_backward is not None:
             names, several = self._names(), self._ascent.in_several_backwards(pass_)
             self._in_backward.refuse_several([names[parameter] for parameter in several])

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from functools import partial
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class Targeted(Wrapper):
     _progress: "Progress"
     _target_list: "_TargetList | None"
     _stacks: set[Tensor]  # parameters that are a matrix for each expert
+    _unreached: AbstractSet[Tensor] = frozenset()  # frozen targets that no ascent has found a gradient of so far
     _kernels: set[Tensor] | None = None  # of the model's convolutions, where these count as matrices
 
     direction: Direction
@@ -84,7 +86,8 @@ class Targeted(Wrapper):
         Counts the entries of the model, or without ``model=`` of the optimizer, that are trainable; with
         ``targets="frozen"`` those that are frozen. Names are those of :meth:`metrics`.
         """
-        return covered(self._candidates(), self._names(), self._perturbs, self._what_it_perturbs, self.targets)
+        names, unreached = self._names(), self._unreached
+        return covered(self._candidates(), names, self._perturbs, self._what_it_perturbs, self.targets, unreached)
 
     @property
     def _target(self) -> str:

@@ -108,7 +108,7 @@ class TwoPasses(Checked):
             self._guard.after_ascent()
             self._written.after_ascent()
             if pass_:
-                self._check_backwards(pass_)
+                self._check_ascent(pass_)
                 pass_.settle()
             found = bool(pass_ and pass_.saw_gradients()) or any(p.grad is not None for p in parameters)
             self._ledger.end_pass("ascent", found, self._has_closure)

@@ -32,6 +32,53 @@ def sgd(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
+class Adapted(nn.Module):
+    """Frozen layers under what is trained, of which one is used otherwise than by a call, or now and then."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.steps = use, 0
+        self.first, self.second = nn.Linear(6, 5).requires_grad_(False), nn.Linear(5, 4).requires_grad_(False)
+        self.adapter, self.head = nn.Linear(6, 6), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(self.adapter(x)))
+        return self.head(self.use(self, x))
+
+
+USES = {
+    "never": lambda model, x: x[:, :4],
+    "by .data": lambda model, x: nn.functional.linear(x, model.second.weight.data),
+    "detached": lambda model, x: x @ model.second.weight.detach().T,
+    "without gradients": lambda model, x: x[:, :4] + model.second(x).detach(),
+    "from the fourth step on": lambda model, x: model.second(x) if model.steps >= 3 else x[:, :4],
+    "but for the first step": lambda model, x: model.second(x) if model.steps else x[:, :4],
+    "always": lambda model, x: model.second(x),
+    "now and then": lambda model, x: model.second(x) if model.steps % 2 == 0 else x[:, :4],
+}
+REACHED = ("always", "now and then")
+LATER = ("from the fourth step on", "but for the first step")
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("targets", ["frozen", lambda name, _: "first" in name or "second" in name])
+def test_a_frozen_target_that_the_ascent_does_not_reach_is_told_once_and_not_counted(use, targets):
+    model = Adapted(USES[use]).double()
+    opt = nusam.NuSAM(sgd(model), rho=0.3, model=model, targets=targets)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model.steps in range(5):
+            step(opt, model, torch.randn(8, 6, dtype=torch.float64))
+    told = [
+        str(w.message) for w in caught if "second.weight is frozen, got no gradient in the ascent" in str(w.message)
+    ]
+    assert len(told) == (use not in REACHED)
+    counts = use in (*REACHED, *LATER)
+    assert opt.coverage().perturbed == 30 + 20 * counts
+    assert ("second.weight" in opt.coverage().left_out) == (not counts)
+    assert ("epsilon/second.weight" in opt.metrics()) == counts
+
+
 def step(opt, model, x):
     for _ in opt.passes():
         model(x).square().mean().backward()

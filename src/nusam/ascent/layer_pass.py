@@ -191,6 +191,13 @@ class LayerPass:
         """Whether any backward has passed through one of the layers."""
         return any(record.reached or record.gradient is not None for record in self.records.values())
 
+    def unreached(self) -> Iterator[Tensor]:
+        """Frozen matrices that no backward of this process has reached, where no other process may have."""
+        for parameter, record in self.records.items():
+            was_frozen = record.thaws or not parameter.requires_grad
+            if was_frozen and not (record.job.shares or record.reached or record.gradient is not None):
+                yield parameter
+
     def check_backwards(self) -> None:
         """Refuse a pass without a backward, where gradients are found by backwards alone."""
         if any(record.job.apart for record in self.records.values()):
