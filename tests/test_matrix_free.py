@@ -750,3 +750,40 @@ def test_frozen_targets_need_a_matrix_free_ascent():
     base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with pytest.raises(ValueError, match="frozen weights have no gradient"):
         nusam.NuSAM(base, model=model, targets="frozen", ascent="gradient")
+
+
+class Still(torch.optim.Optimizer):
+    """Moves nothing, whatever dtype gradients have."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs torch.Tensor.grad_dtype")
+@pytest.mark.parametrize("options", [{}, {"ascent": "matrix-free"}, {"ascent": "gradient"}])
+@pytest.mark.parametrize("changes", [0, 2])
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradients_may_have_another_dtype_than_their_weights(options, changes, twice):
+    """From the first step on or later, in matrices that are served and in those that are not."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 3)).to(torch.bfloat16)
+        opt = nusam.NuSAM(Still(model.parameters()), rho=0.3, model=model, **options)
+        x = torch.randn(8, 6).to(torch.bfloat16)
+        for step in range(5):
+            if step == changes:
+                for parameter in model.parameters():
+                    parameter.grad = None
+                    parameter.grad_dtype = dtype
+            for _ in opt.passes():
+                y = model(x) + model(2 * x) if twice else model(x)
+                (y.float() - 1).square().mean().backward()
+            opt.step()
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {dtype}
+        found.append([parameter.grad.float() for parameter in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)

@@ -11,7 +11,7 @@ from nusam.distributed.blocks import compute_device, is_sharded, whole
 from nusam.lmo import State, matrix_shape, unpacked_shape
 from nusam.power_iteration import Matrix, TopPair, irregular
 
-__all__ = ["Findings", "Job"]
+__all__ = ["Findings", "Job", "leaf_of"]
 
 
 class Job(NamedTuple):
@@ -26,6 +26,15 @@ class Job(NamedTuple):
     frees: bool  # compare and free the gradient as soon as it is complete
     in_forward: bool  # ε is to live in the layers' forward
     apart: bool = False  # its gradient, where it must be formed, is a stand-in's: no hook of the parameter's sees it
+
+
+def leaf_of(parameter: Tensor) -> Tensor:
+    """A leaf with the parameter's entries, whose gradient may have the dtypes that the parameter's may have."""
+    leaf = parameter.detach().requires_grad_()
+    allowed = getattr(parameter, "grad_dtype", parameter.dtype)  # of PyTorch 2.10 and newer
+    if allowed != parameter.dtype:
+        leaf.grad_dtype = allowed
+    return leaf
 
 
 class Watching:
@@ -102,7 +111,7 @@ class Findings:
         self.elsewhere = hasattr(parameter, "ds_id")  # but for the time of each use, as DeepSpeed's ZeRO 3 has it
         self.leaves: list[Tensor] = []  # of such uses
         if plain and not self.elsewhere if job.apart else served:
-            self._stand_in = stand_ins[parameter] = parameter.detach().requires_grad_()
+            self._stand_in = stand_ins[parameter] = leaf_of(parameter)
         self.sums = Sums()  # in the stand-in, where each may be a step of the base optimizer's
         if self._stand_in is not None and job.forms and job.frees:
             self._stand_in.register_post_accumulate_grad_hook(self.sums.add)  # type: ignore[no-untyped-call]

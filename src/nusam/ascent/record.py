@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nusam.ascent.findings import Findings, Job
+from nusam.ascent.findings import Findings, Job, leaf_of
 from nusam.ascent.function import as_multiplied, layer_with_products, reporting_layer
 from nusam.ascent.products import LayerGradient, Rows
 from nusam.distributed.blocks import block, is_sharded, layout, local
@@ -109,7 +109,7 @@ class Record(Findings):
         stand_in = self._stand_ins.get(bias)
         if stand_in is None:
             self._bias = bias
-            stand_in = self._stand_ins[bias] = bias.detach().requires_grad_()
+            stand_in = self._stand_ins[bias] = leaf_of(bias)
         return stand_in
 
     def again(self) -> Tensor:
