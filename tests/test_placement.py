@@ -460,6 +460,55 @@ def test_the_perturbation_of_frozen_weights_is_the_one_their_gradient_gives():
         assert torch.linalg.vector_norm(opt._states[parameter]["u"] - u) <= 1e-12
 
 
+class Residual(nn.Module):
+    """A frozen block that adds to its input: torch keeps no input of a frozen layer, so that it may be overwritten."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(12, 24), nn.Linear(24, 12), how
+        self.in_place = True
+
+    def forward(self, x):
+        y = self.down(torch.relu(self.up(x)))
+        if self.how == "added":
+            return x.add_(y) if self.in_place else x + y
+        if self.how == "scaled":
+            return x.mul_(0.5) + y if self.in_place else x * 0.5 + y
+        if self.how == "row by row":
+            x = x if self.in_place else x.clone()
+            x[:2] = y[:2]
+            return x
+        x = x if self.in_place else x.clone()
+        return y + nn.functional.relu(x, inplace=True)
+
+
+@pytest.mark.parametrize("how", ["added", "scaled", "row by row", "activated"])
+@pytest.mark.parametrize("begins", [0, 3, 4])
+@pytest.mark.parametrize("ascent", ["auto", "matrix-free"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_an_input_of_a_frozen_layer_may_be_overwritten(how, begins, ascent, calls):
+    """The same as with a copy of it, from the step on in which that begins."""
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        block = Residual(how).requires_grad_(False)
+        model = nn.Sequential(nn.Linear(6, 12), *[block] * calls, nn.Linear(12, 3)).double()
+        options = {"rho": 0.3, "targets": "frozen", "ascent": ascent, "power_iterations": 30}
+        opt = nusam.NuSAM(torch.optim.SGD(trainable(model), lr=0.01), model=model, **options)
+        gradients = []
+        for step in range(6):
+            block.in_place = in_place and step >= begins
+            x = torch.randn(8, 6, dtype=torch.float64)
+            for _ in opt.passes():
+                (model(x) - 1).square().mean().backward()
+            gradients += [p.grad.clone() for p in trainable(model)]
+            opt.step()
+        assert {name for name in opt.metrics() if "epsilon" in name} == {"epsilon/1.up.weight", "epsilon/1.down.weight"}
+        found.append(gradients)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
 def test_frozen_perturbations_resume():
     runs = []
     for resumed in (False, True):

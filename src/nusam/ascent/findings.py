@@ -25,6 +25,7 @@ class Job(NamedTuple):
     shares: bool  # with other processes
     frees: bool  # compare and free the gradient as soon as it is complete
     in_forward: bool  # ε is to live in the layers' forward
+    copies: bool = False  # its inputs, which the model overwrites
     apart: bool = False  # its gradient, where it must be formed, is a stand-in's: no hook of the parameter's sees it
 
 
@@ -79,6 +80,7 @@ class Findings:
         self.parameter = parameter
         self.frozen = job.apart or not parameter.requires_grad  # outside of the pass
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+        self.was_frozen = not parameter.requires_grad  # by the loop itself
         self.thaws = self.frozen and plain and not job.apart
         self.job = job
         self.looks = Watching()
@@ -101,6 +103,7 @@ class Findings:
         self.dtypes: set[torch.dtype] = set()
         self.in_pieces = False
         self.is_aside = False  # whether the loop has switched its gradient off
+        self.is_overwritten = False  # whether an input of its layer was, before its backward
         self.is_altered = False  # whether a layer's function was another than torch's
         self.is_rounded = False  # or computed with far fewer digits than the matrix has
         self._bias: Tensor | None = None

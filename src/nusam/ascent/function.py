@@ -66,15 +66,21 @@ class _Reporting(torch.autograd.Function):
         if y._is_view():
             y = y.detach()  # an activation could not overwrite a view
         late = reports[2] is None  # an engine could not free what is kept here
-        ctx.save_for_backward(x, None if late else W)
+        ctx.save_for_backward(x.clone() if reports[0].job.copies else x, None if late else W)
         ctx.kind, ctx.extra, ctx.reports = kind, extra, reports
+        ctx.input = x.shape, x.dtype, x.device
         return y
 
     @staticmethod
     def backward(ctx: Any, D: Tensor) -> Any:
-        x, W = ctx.saved_tensors
         kind: type[Kind] = ctx.kind
         record, rows, own = ctx.reports
+        try:
+            x, W = ctx.saved_tensors
+        except RuntimeError as error:
+            if not (record.was_frozen and own is not None and "modified by an inplace operation" in str(error)):
+                raise
+            return _backward_without_input(ctx, D)
         if W is None:
             W = record.again()
         n = W.shape[0]
@@ -104,6 +110,19 @@ class _Reporting(torch.autograd.Function):
             else:
                 record.take(kind, X, D, n, rows, accumulates)
         return input_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+def _backward_without_input(ctx: Any, D: Tensor) -> Any:
+    """Of a frozen layer whose input was overwritten, which torch allows: without the products, until it is copied."""
+    record, _, own = ctx.reports
+    record.is_overwritten = True
+    input_gradient = None
+    if ctx.needs_input_grad[0]:
+        shape, dtype, device = ctx.input
+        x = torch.empty(shape, dtype=dtype, device=device)  # of which a linear layer's gradient knows the shape alone
+        with without_autocast(D.device):
+            input_gradient = ctx.kind.input_gradient(ctx.kind.rows(x, D, ctx.extra)[1], own, x)
+    return input_gradient, *[None] * 6
 
 
 class _Products(torch.autograd.Function):

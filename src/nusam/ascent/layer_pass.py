@@ -194,8 +194,8 @@ class LayerPass:
     def unreached(self) -> Iterator[Tensor]:
         """Frozen matrices that no backward of this process has reached, where no other process may have."""
         for parameter, record in self.records.items():
-            was_frozen = record.thaws or not parameter.requires_grad
-            if was_frozen and not (record.job.shares or record.reached or record.gradient is not None):
+            reached = record.reached or record.gradient is not None or record.is_overwritten
+            if record.was_frozen and not (record.job.shares or reached):
                 yield parameter
 
     def check_backwards(self) -> None:

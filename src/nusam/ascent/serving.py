@@ -19,6 +19,7 @@ from nusam.targets import Target
 
 __all__ = ["Serving", "full_precision"]
 
+OVERWRITTEN = "the input of its layer is overwritten"
 KERNEL_ROWS = 64  # of a kernel in a group, from which one filter's products are cheaper than the gradient of all
 LARGE = 2**26  # entries of all matrices from which a gradient that was formed to be compared does not stay
 
@@ -62,6 +63,7 @@ class Serving:
         self._fell_back: dict[Tensor, str] = {}  # in the last pass
         self.unreachable: dict[Tensor, str] = {}  # by an ε in the forward in this step, and why
         self._whole: set[Tensor] = set()  # whose gradient comes in several backwards, and is not freed between them
+        self._overwritten: set[Tensor] = set()  # whose layers' inputs are, before their backward
         self._counts: list[_Count] = []
         self._groups: dict[Tensor, int] = {}  # of each matrix, as its layer uses it
         self.compiles = False  # whether compiled graphs were seen
@@ -205,7 +207,8 @@ class Serving:
         forms = not served and not checks
         frees = (frees or frozen) and not keeps and not several and parameter not in self._whole
         kept = keeps or several
-        return Job(self.state_of(target), known, checks, forms, kept, keeps, frees, in_forward, self.apart)
+        copies = parameter in self._overwritten
+        return Job(self.state_of(target), known, checks, forms, kept, keeps, frees, in_forward, copies, self.apart)
 
     # ------------------------------------------------------------ after the pass
 
@@ -232,7 +235,9 @@ class Serving:
         reasons = {}
         for parameter, record in pass_.records.items():
             in_a_graph = record.job.forms and self.compiles  # where its own uses form it in the parameter too
-            if record.count_differs():
+            if record.is_overwritten:
+                reasons[parameter] = OVERWRITTEN
+            elif record.count_differs():
                 reasons[parameter] = IN_A_GRAPH
             elif record.is_lost():
                 reasons[parameter] = f"used {max(record.takes, record.calls, record.completed)} times"
@@ -276,6 +281,8 @@ class Serving:
         """Compare these anew before they are served again; those that have no gradient by the sum over their uses."""
         for parameter, reason in reasons.items():
             self._whole.add(parameter)
+            if reason == OVERWRITTEN:
+                self._overwritten.add(parameter)
             if pass_.records[parameter].frozen:
                 self.verification.serve_by_sum(parameter, reason)
             else:
