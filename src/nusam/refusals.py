@@ -156,14 +156,14 @@ class Checked(Resumable):
     def _check_ascent(self, pass_: LayerPass) -> None:
         """Refuse an ascent without a backward, where it takes one, or after which a descent would step twice.
 
-        And tell of frozen targets that it did not reach: nothing else does.
+        And tell of frozen targets that the first one did not reach: nothing else does.
         """
         pass_.check_backwards()
-        unreached = set(pass_.unreached()) if self._unreached or self._is_looked_at() else set()
-        if self._is_looked_at():
-            self._ledger.tell([p for p in pass_.records if p in unreached], self._names, UNREACHED)
-            self._unreached |= unreached
-        self._unreached &= unreached
+        if self._unreached is None:
+            self._unreached = set(pass_.unreached())
+            self._ledger.tell([p for p in pass_.records if p in self._unreached], self._names, UNREACHED)
+        elif self._unreached:
+            self._unreached &= set(pass_.unreached())
         if self._in_backward is not None:
             names, several = self._names(), self._ascent.in_several_backwards(pass_)
             self._in_backward.refuse_several([names[parameter] for parameter in several])

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 from functools import partial
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ class Targeted(Wrapper):
     _progress: "Progress"
     _target_list: "_TargetList | None"
     _stacks: set[Tensor]  # parameters that are a matrix for each expert
-    _unreached: AbstractSet[Tensor] = frozenset()  # frozen targets that no ascent has found a gradient of so far
+    _unreached: set[Tensor] | None = None  # frozen targets of which no ascent has found a gradient so far, if one ran
     _kernels: set[Tensor] | None = None  # of the model's convolutions, where these count as matrices
 
     direction: Direction
@@ -86,7 +85,7 @@ class Targeted(Wrapper):
         Counts the entries of the model, or without ``model=`` of the optimizer, that are trainable; with
         ``targets="frozen"`` those that are frozen. Names are those of :meth:`metrics`.
         """
-        names, unreached = self._names(), self._unreached
+        names, unreached = self._names(), self._unreached or set()
         return covered(self._candidates(), names, self._perturbs, self._what_it_perturbs, self.targets, unreached)
 
     @property
