@@ -32,7 +32,8 @@ class Job(NamedTuple):
 def leaf_of(parameter: Tensor) -> Tensor:
     """A leaf with the parameter's entries, whose gradient may have the dtypes that the parameter's may have."""
     leaf = parameter.detach().requires_grad_()
-    allowed = getattr(parameter, "grad_dtype", parameter.dtype)  # of PyTorch 2.10 and newer
+    # of PyTorch 2.10 and newer; what is made of a parameter, as a part of a bias is, has none
+    allowed = getattr(parameter, "grad_dtype", parameter.dtype) if parameter.is_leaf else parameter.dtype
     if allowed != parameter.dtype:
         leaf.grad_dtype = allowed
     return leaf

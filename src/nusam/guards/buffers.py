@@ -41,6 +41,7 @@ class Buffers:
         self._step: _Step | None = None
         self._last: _Step | None = None  # of the descent that runs or has just run
         self._plan: _Plan | None = None
+        self._frozen: set[Tensor] = set()  # parameters that have been looked at as such
         self._told: set[str] = set()  # names of what moved unseen
         self._find()
 
@@ -57,6 +58,9 @@ class Buffers:
         if everything or self._walk != self._tree.walks or self._sizes != list(map(len, self._tree.buffers)):
             self._find()
         frozen = [parameter for parameter in self._parameters if not parameter.requires_grad]
+        if not self._frozen.issuperset(frozen):
+            self._frozen.update(frozen)
+            everything = True
         moving = [parameter for parameter in frozen if parameter in self._moving] if self._moving else []
         if self._plan is None or not self._plan.fits(self._owners, moving):
             self._moving.intersection_update([*_entries(self._owners), *self._parameters])
@@ -66,11 +70,11 @@ class Buffers:
         self._step = _Step(self._plan, still, self._twins(still) if everything else {}, everything)
 
     def _twins(self, still: Sequence[Tensor]) -> dict[Tensor, bool]:
-        """What may be a network's moving copy, and whether it is equal so far; large ones only where they are."""
+        """What is copied: small ones, and those that are equal to what is trained so far, which is told of each."""
         shapes = {parameter.shape for parameter in still}
         trained = {_beginning(p) for p in self._parameters if p.requires_grad and p.shape in shapes}
         shapes = {shape for shape, *_ in trained}
-        twins = {parameter: _beginning(parameter) in trained for parameter in still if parameter.shape in shapes}
+        twins = {p: p.shape in shapes and _beginning(p) in trained for p in still}
         return {parameter: equal for parameter, equal in twins.items() if equal or parameter.numel() <= SMALL}
 
     @contextmanager
