@@ -161,7 +161,11 @@ class Checked(Resumable):
         pass_.check_backwards()
         if self._unreached is None:
             self._unreached = set(pass_.unreached())
-            self._ledger.tell([p for p in pass_.records if p in self._unreached], self._names, UNREACHED)
+            names = self._names() if self._unreached else {}
+            thawed = {p for p, record in pass_.records.items() if record.thaws}
+            trained = {p: name for p, name in names.items() if p.requires_grad and p not in thawed}
+            told = [p for p in pass_.records if p in self._unreached and not _is_replaced(p, names[p], trained)]
+            self._ledger.tell(told, self._names, UNREACHED)
         elif self._unreached:
             self._unreached &= set(pass_.unreached())
         if self._in_backward is not None:
@@ -325,3 +329,10 @@ class Checked(Resumable):
         self._ascent.verification.refuse(dict.fromkeys(used, "not reached by its ε in the forward"))
         self._ledger.tell(used, self._names, "got a gradient in the descent, where no layer added its perturbation; "
                           f"exclude it with targets= or use {self._instead}")  # fmt: skip
+
+
+def _is_replaced(frozen: Tensor, name: str, trained: Mapping[Tensor, str]) -> bool:
+    """Whether a trained copy stands beside it, as beside what adapters keep of a layer that they train instead."""
+    parent, *layer = name.rsplit(".", 2)
+    beside = [p for p, other in trained.items() if other.startswith(f"{parent}.")] if len(layer) == 2 else []
+    return any(p.shape == frozen.shape for p in beside)

@@ -79,6 +79,24 @@ def test_a_frozen_target_that_the_ascent_does_not_reach_is_told_once_and_not_cou
     assert ("epsilon/second.weight" in opt.metrics()) == counts
 
 
+def test_what_a_trained_copy_stands_in_for_is_not_counted_and_not_told():
+    """As PEFT's modules_to_save keeps a layer that it trains a copy of."""
+
+    class Replaced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.original, self.trained = nn.Linear(5, 4).requires_grad_(False), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.trained(x)
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5).requires_grad_(False), Replaced()).double()
+    opt = nusam.NuSAM(sgd(model), rho=0.3, model=model, targets="frozen")
+    step(opt, model, torch.randn(8, 6, dtype=torch.float64))  # a warning would be an error
+    assert opt.coverage().perturbed == 30
+    assert opt.coverage().left_out["2.original.weight"].endswith("got no gradient in the ascents")
+
+
 def step(opt, model, x):
     for _ in opt.passes():
         model(x).square().mean().backward()
