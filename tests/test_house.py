@@ -25,7 +25,7 @@ STOREYS = [
     {"targets", "saving"},
     {"ascent"},
     {"resuming"},
-    {"overlaps"},
+    {"overlaps", "placing"},
     {"refusals"},
     {"two_passes"},
     {"stepping"},

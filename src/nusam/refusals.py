@@ -19,14 +19,12 @@ from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_both, check_join, check_surroundings, check_tracking
 from nusam.guards.engine_checks import check_no_engine
 from nusam.guards.weights import check_own, check_parameter, check_sharded
-from nusam.interrupts import always
 from nusam.layers.kinds import held
-from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear
 from nusam.overlaps import running
 from nusam.placement.ledger import Counted, Ledger, not_added
 from nusam.placement.written_weights import WrittenWeights
-from nusam.resuming import Resumable
+from nusam.placing import Placing
 from nusam.targets import Target
 
 __all__ = ["CHANGED", "OTHERWISE_USED", "WRITTEN", "Checked", "Unreachable"]
@@ -62,7 +60,7 @@ class Unreachable(RuntimeError):
         )
 
 
-class Checked(Resumable):
+class Checked(Placing):
     """An optimizer that refuses what it can't serve, and holds what had a gradient against what had an ε."""
 
     ascent_share: float
@@ -70,7 +68,6 @@ class Checked(Resumable):
     _written: WrittenWeights
     _holders: Holders
     _both: BothGradients
-    _structure: Structure | None
     _instead = "placement='weights'"  # of an ε in the forward
     _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
     _told_rounding = False  # whether a dense ε in weights below float32 was told of
@@ -219,38 +216,6 @@ class Checked(Resumable):
         """Refuse an optimizer that an engine has taken, and steps."""
         if not self._apart:
             check_no_engine(self._parameters(), self._workers(), self._holders, self)
-
-    def _structure_now(self) -> Structure | None:
-        """Where the model uses its matrices, found anew if it has changed."""
-        if self.model is None:
-            return None
-        known = self._structure
-        if known is None or known.model is not self.model or not known.is_current():
-            self._structure = known = Structure(self.model)
-            self._ascent.verification.ask()
-            self._check_targets()
-        return known
-
-    def _in_forward(self, parameter: Tensor) -> bool:
-        if self.placement == "auto":
-            own_of_a_shard = self.m_sam is not False and is_sharded(parameter)
-            needed = held(parameter).dtype.itemsize < 4 or not parameter.requires_grad or own_of_a_shard
-            return needed and self.model is not None and isinstance(self.lmo, Nuclear)
-        return self.placement == "forward"
-
-    @contextmanager
-    def _all_in_forward(self) -> Iterator[None]:
-        """Inside, every ε lives in the forward."""
-        before, self.placement = self.placement, "forward"
-
-        def undo() -> None:
-            self.placement = before
-
-        with always(undo):
-            yield
-
-    def _everyone(self, workers: DataParallel) -> DataParallel:
-        return workers if self.m_sam is False else DataParallel(self.model)
 
     def _refuse_unreachable(self, parameters: list[Tensor], reasons: dict[Tensor, str]) -> None:
         """Refuse an ε in the forward where it would not be all of ε."""

@@ -1,0 +1,58 @@
+"""Where each ε lives, which the model and the weights decide anew whenever they change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from nusam.distributed.blocks import is_sharded
+from nusam.distributed.data_parallel import DataParallel
+from nusam.interrupts import always
+from nusam.layers.kinds import held
+from nusam.layers.structure import Structure
+from nusam.lmo import Nuclear
+from nusam.resuming import Resumable
+
+__all__ = ["Placing"]
+
+
+class Placing(Resumable):
+    """An optimizer that knows which of its ε live in the forward of which layers."""
+
+    _structure: Structure | None
+
+    def _check_targets(self) -> None:
+        """Refuse what can't be perturbed, before anything is."""
+        raise NotImplementedError
+
+    def _structure_now(self) -> Structure | None:
+        """Where the model uses its matrices, found anew if it has changed."""
+        if self.model is None:
+            return None
+        known = self._structure
+        if known is None or known.model is not self.model or not known.is_current():
+            self._structure = known = Structure(self.model)
+            self._ascent.verification.ask()
+            self._check_targets()
+        return known
+
+    def _in_forward(self, parameter: Tensor) -> bool:
+        if self.placement == "auto":
+            own_of_a_shard = self.m_sam is not False and is_sharded(parameter)
+            needed = held(parameter).dtype.itemsize < 4 or not parameter.requires_grad or own_of_a_shard
+            return needed and self.model is not None and isinstance(self.lmo, Nuclear)
+        return self.placement == "forward"
+
+    @contextmanager
+    def _all_in_forward(self) -> Iterator[None]:
+        """Inside, every ε lives in the forward."""
+        before, self.placement = self.placement, "forward"
+
+        def undo() -> None:
+            self.placement = before
+
+        with always(undo):
+            yield
+
+    def _everyone(self, workers: DataParallel) -> DataParallel:
+        return workers if self.m_sam is False else DataParallel(self.model)
