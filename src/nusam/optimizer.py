@@ -1,7 +1,7 @@
 """Sharpness-aware minimization over any norm ball, around any PyTorch optimizer (Algorithm 1, eq. (6)).
 
-One object in storeys, a file each: ``wrapper`` (the base optimizer's own), ``targets``, ``resuming`` (state), ``placing``
-(where ε lives), ``refusals`` (checks), ``two_passes`` (ascent and descent), ``stepping`` (the loop).
+One object in storeys, a file each: ``wrapper`` (the base optimizer's own), ``targets``, ``resuming`` (state),
+``placing`` (where ε lives), ``refusals`` (checks), ``two_passes`` (ascent and descent), ``stepping`` (the loop).
 """
 
 import weakref
