@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nusam.interrupts import always, remove_hook
-from nusam.layers.forwards import has_foreign_forward, ours
+from nusam.layers.forwards import has_foreign_forward
 from nusam.layers.kinds import is_transformed, tapped
 
 __all__ = ["IdleLayers"]
@@ -74,7 +74,7 @@ class IdleLayers:
         with always(undo):
             self._hidden = {parameter for layer in layers for parameter in _own(layer)}
             for layer in layers:
-                vars(layer)["forward"] = ours(self._with_detached_parameters(layer))
+                vars(layer)["forward"] = self._with_detached_parameters(layer)
             yield
 
     def need(self, parameters: set[Tensor]) -> None:

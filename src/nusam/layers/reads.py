@@ -4,10 +4,11 @@ While a descent runs, a watched parameter is of a class of which torch tells eve
 by activation checkpointing, and without gradients too. It costs nothing where only layers use their weights.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 
+_NEW = nn.Parameter.__new__.__code__
+
+
 class Watcher(Protocol):
     """Who is told of a parameter's uses."""
 
@@ -40,6 +44,19 @@ class Watcher(Protocol):
 class _InAPass(nn.Parameter):
     """A parameter in a pass; to everybody else, and in files, it is what it was."""
 
+    def detach(self) -> Any:
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _NEW:
+            return _Detached(self, sys._getframe(1).f_locals["cls"])
+        return nn.Parameter.detach(self)
+
+    @property
+    def _is_param(self) -> bool:
+        return True
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:
+        self.__class__ = vars(self).pop(_KIND)  # torch has made it of a weight in a pass
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         values = _values(self)
         memo[id(self)] = copy = untold(lambda: nn.Parameter(values.clone(), self.requires_grad))
@@ -48,6 +65,20 @@ class _InAPass(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain: nn.Parameter = untold(lambda: nn.Parameter(self.detach(), self.requires_grad))
         return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class _Detached(NamedTuple):
+    """What ``nn.Parameter(weight)`` gets of a weight in a pass, of which it wants another one of the same class."""
+
+    weight: _InAPass
+    kind: type[nn.Parameter]  # what it is to be
+
+    def requires_grad_(self, requires_grad: bool) -> nn.Parameter:
+        """That one, until torch marks it as a parameter."""
+        made = nn.Parameter(_values(self.weight), requires_grad)
+        vars(made)[_KIND] = self.kind
+        made.__class__ = type(self.weight)
+        return made
 
 
 class Switched(_InAPass):
@@ -123,18 +154,12 @@ def watched(watchers: Mapping[Tensor, Any], kind: type[nn.Parameter] = Watched) 
     """Inside, the watchers are told of what is done with their parameters, as far as these are torch's plain ones."""
     parameters = [parameter for parameter in watchers if type(parameter) is nn.Parameter]
 
-    plain: Any = nn.Parameter
-    new = vars(plain)["__new__"]
-
     def undo() -> None:
-        plain.__new__ = new
         for parameter in parameters:
             parameter.__class__ = nn.Parameter
             vars(parameter).pop(_WATCHER, None)
 
     with always(undo) if parameters else nullcontext():
-        if parameters:
-            plain.__new__ = _of_values(plain.__new__)
         for parameter in parameters:
             vars(parameter)[_WATCHER] = watchers[parameter]
             parameter.__class__ = kind
@@ -175,15 +200,6 @@ def _values(parameter: Tensor) -> Tensor:
         parameter = untold(vars(parameter)[_WATCHER].value, parameter, False)
     values: Tensor = untold(parameter.detach)
     return values
-
-
-def _of_values(new: Callable[..., Any]) -> Any:
-    """``nn.Parameter(weight)`` in a pass: torch makes one of a plain parameter only."""
-
-    def made(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return new(cls, _values(data) if isinstance(data, _InAPass) else data, *args, **kwargs)
-
-    return staticmethod(made)
 
 
 def _value(x: Any) -> Any:
@@ -230,6 +246,7 @@ class Backwards:
 
 
 _WATCHER = "_nusam_watcher"
+_KIND = "_nusam_kind"
 _READING_PROPERTIES = [getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")]
 _DATA = _READING_PROPERTIES[0]
 _FLAG: Any = vars(torch._C.TensorBase)["requires_grad"]

@@ -12,7 +12,7 @@ from nusam.distributed.blocks import is_sharded
 from nusam.interrupts import always
 from nusam.layers.attention import HANDLER, attend, places_of, sharded_attention
 from nusam.layers.convolutions import convolution_of, given
-from nusam.layers.forwards import has_foreign_forward, has_our_forward, ours
+from nusam.layers.forwards import has_foreign_forward, has_our_forward
 from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own, as_published
 from nusam.layers.reads import Watched, untold
 from nusam.lmo import matrix_shape
@@ -80,7 +80,7 @@ def rerouted(uses: list[Use], handlers: dict[Tensor, Handler]) -> Iterator[None]
     Raises:
         RuntimeError: if another pass that runs has replaced one of these forwards.
     """
-    forwards = {use.module: ours(_forward(use, handlers)) for use in uses if _is_handled(use, handlers)}
+    forwards = {use.module: _forward(use, handlers) for use in uses if _is_handled(use, handlers)}
     if any(map(has_our_forward, forwards)) or any(HANDLER in vars(parameter) for parameter in handlers):
         raise RuntimeError(
             "Two optimizers whose passes run at once reach into the same layer's forward; let one of them hold all "
