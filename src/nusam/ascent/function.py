@@ -68,7 +68,8 @@ class _Reporting(torch.autograd.Function):
         late = reports[2] is None  # an engine could not free what is kept here
         ctx.save_for_backward(x.clone() if reports[0].job.copies else x, None if late else W)
         ctx.kind, ctx.extra, ctx.reports = kind, extra, reports
-        ctx.input = x.shape, x.dtype, x.device
+        if reports[0].was_frozen:
+            ctx.input = x.shape, x.dtype, x.device
         return y
 
     @staticmethod
