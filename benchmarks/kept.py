@@ -9,7 +9,7 @@ the best one has worse neighbours.
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +29,7 @@ from recording import RESULTS, record
 SHARES = {"1": 1.0, "1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "one sample": 1 / 32}
 LATE = 0.8  # the share of the steps that AdamW takes alone where the perturbation starts late
 ALL = {"nusam": tuple(SHARES), "sam": tuple(SHARES)}
-ALL_LATE = {"nusam": ("1", "1/8"), "sam": ("1", "1/8")}
+FEW = {"nusam": ("1", "1/8"), "sam": ("1",)}
 TUNING, REPORTED = range(100, 102), range(8)  # seeds
 COMPARED = ("nusam", "sam")
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -39,7 +39,7 @@ BEGIN, END = "<!-- what a share keeps, generated -->", "<!-- end of what a share
 
 @dataclass(frozen=True)
 class Task:
-    """Data, model, recipe; the radii from which the search starts; the shares that are run, from early on and late."""
+    """Data, model and recipe; the radii from which the search starts; whether a run takes so long that few rows do."""
 
     title: str
     data: str
@@ -47,8 +47,7 @@ class Task:
     recipe: Recipe
     train_size: int
     radii: dict[str, float]
-    shares: dict[str, tuple[str, ...]] = field(default_factory=lambda: ALL)
-    late: dict[str, tuple[str, ...]] = field(default_factory=lambda: ALL_LATE)
+    is_long: bool = False
 
 
 TASKS = {
@@ -84,8 +83,7 @@ TASKS = {
         Recipe(3, learning_rate=1e-4, scored_every=3),
         512,
         {"nusam": 0.005, "sam": 0.01},
-        {"nusam": ("1", "1/8"), "sam": ("1",)},  # fewer, since a run takes minutes
-        {"nusam": (), "sam": ()},
+        is_long=True,
     ),
 }
 
@@ -136,17 +134,18 @@ def table(bench: Bench) -> list[dict[str, Any]]:
     recipe = replace(task.recipe, learning_rate=rate.found)
     # passes alone, as counted by floating-point operations (benchmarks/shares.py has measured steps)
     work = {method: METHODS[method].ascent_work for method in COMPARED}
-    prices = (1 + work["nusam"] / 8, 1 + work["nusam"], 1 + work["sam"])
+    prices = (1 + work["nusam"] / 8, 1 + work["nusam"], 1 + work["sam"])[: 1 if task.is_long else None]
+    shares = FEW if task.is_long else ALL
     rows = [Row(f"AdamW, learning rate {rate.found:g}", "–", "–", 1, alone)]
     rows += [Row("AdamW, as many seconds", "–", "–", price, replace(alone, stretch=price)) for price in prices]
     for method, extra in work.items():
-        for name in task.shares[method]:
+        for name in shares[method]:
             run = Run(task.model, method, 0.0, 0, ascent_share=SHARES[name])
             rows.append(Row(METHODS[method].title, name, "10%", 1 + 0.9 * extra * SHARES[name], run))
-        for name in [name for name in ("1/8", "1/16") if method == "nusam" and name in task.shares[method]]:
+        for name in [name for name in ("1/8", "1/16") if method == "nusam" and name in shares[method]]:
             run = Run(task.model, method, 0.0, 0, ascent_share=SHARES[name], one_pass=True)
             rows.append(Row("νSAM, in one pass", name, "10%", 1 + 0.9 * extra * SHARES[name], run))
-        for name in task.late[method]:
+        for name in () if task.is_long else ("1", "1/8"):
             run = Run(task.model, method, 0.0, 0, delay=LATE, ascent_share=SHARES[name])
             rows.append(Row(METHODS[method].title, name, f"{LATE:.0%}", 1 + (1 - LATE) * extra * SHARES[name], run))
     searches = [
