@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import nusam
 from tests.conftest import mlp, train_step, weights
@@ -280,3 +281,47 @@ def test_resuming_is_bit_exact_for_weights_that_no_known_layer_holds(at):
     train(model, opt, 6)
     train(other, resumed, 6)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def frozen_targets(model):
+    model[0].weight.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return nusam.NuSAM(torch.optim.AdamW(trained, 1e-2), model=model, targets="frozen")
+
+
+def two_passes_taken_as_one(model):
+    model.append(nn.BatchNorm1d(3))
+    return nusam.NuSAM(torch.optim.AdamW(model.parameters(), 1e-2), model=model, ascent_share=0.5)
+
+
+@pytest.mark.parametrize("make", [frozen_targets, two_passes_taken_as_one])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.filterwarnings("ignore:.*takes two passes", "ignore:.*samples apart")
+def test_a_new_optimizer_is_loaded_by_distributed_checkpoints_whatever_the_old_one_has_met(make, full):
+    def train(model, opt, batches):
+        if make is frozen_targets:
+            for x, y in batches:
+                for _ in opt.passes():
+                    nn.functional.cross_entropy(model(x), y).backward()
+                opt.step()
+            return
+        for _ in opt.one_pass(batches, lambda batch: nn.functional.cross_entropy(model(batch[0]), batch[1])):
+            opt.step()
+
+    def built():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        return model, make(model)
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 5, generator=generator), torch.arange(8) % 3) for _ in range(8)]
+    options = StateDictOptions(full_state_dict=full)
+    model, opt = built()
+    train(model, opt, batches[:4])
+    parameters, states = copy.deepcopy(get_state_dict(model, opt, options=options))
+    resumed, anew = built()
+    set_state_dict(resumed, anew, model_state_dict=parameters, optim_state_dict=states, options=options)
+    train(model, opt, batches[4:])
+    train(resumed, anew, batches[4:])
+    for mine, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

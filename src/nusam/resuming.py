@@ -41,8 +41,7 @@ class Resumable(Targeted):
         found = {names.get(p, p): code for p, code in self._ascent.verification.codes()}
         served = found if self.model is not None and isinstance(self.lmo, Nuclear) else None
         base = self.base_optimizer.state_dict()
-        refused = self._refused if self._looks_ahead or self._refused else None
-        saved = merge(base, self.param_groups, states, outside, self._progress.steps, served, refused)
+        saved = merge(base, self.param_groups, states, outside, self._progress.steps, served, self._refused)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
         return saved

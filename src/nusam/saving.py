@@ -6,6 +6,7 @@ those that wrap others do, has its state dict whole beside ours.
 """
 
 import copy
+import json
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def merge(
     outside: dict[str, State],
     steps: int,
     found: dict[Any, str] | None = None,
-    refused: str | None = None,
+    refused: str = "",
 ) -> dict[str, Any]:
     """The base optimizer's state dict with ours in it; ``groups`` are the live ones it was made from."""
     if not _is_standard(base):
@@ -78,14 +79,15 @@ def merge(
         # where some have an entry, torch.distributed.checkpoint wants one of every parameter
         state[key] = {**state.get(key, {}), **ours}
     saved_groups = [{**group, _STEPS: steps} for group in base["param_groups"]]
-    for saved in saved_groups if refused is not None else ():
-        saved[_REFUSED] = refused
     if outside:
         saved_groups[0][_OUTSIDE] = outside
     if found is not None:
         for saved, group in zip(saved_groups, groups, strict=True):
+            saved[_REFUSED] = refused
             saved[_FOUND] = [found.get(parameter, "") for parameter in group["params"]]
-        saved_groups[0][_FOUND_OUTSIDE] = {name: code for name, code in found.items() if isinstance(name, str)}
+        # one value, always there: torch.distributed.checkpoint loads no number or string that a new optimizer has not
+        outside_of_it = {name: code for name, code in found.items() if isinstance(name, str)}
+        saved_groups[0][_FOUND_OUTSIDE] = json.dumps(outside_of_it)
     return {**base, "state": state, "param_groups": saved_groups}
 
 
@@ -126,7 +128,9 @@ def split(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Saved:
     bare = [{name: value for name, value in g.items() if name not in _OURS} for g in saved_groups]
     found: dict[Any, str] = {}
     for saved, group in zip(saved_groups, groups, strict=True):
-        found |= dict(zip(group["params"], saved.get(_FOUND, ()), strict=False)) | saved.get(_FOUND_OUTSIDE, {})
+        found |= dict(zip(group["params"], saved.get(_FOUND, ()), strict=False)) | json.loads(
+            saved.get(_FOUND_OUTSIDE, "{}")
+        )
     return Saved(
         base={**state_dict, "state": state, "param_groups": bare},
         states=states,
