@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from nusam.interrupts import always
 from nusam.placement.ledger import count_backwards
 from nusam.uncompiled import uncompiled
 from nusam.wrapper import itself
@@ -61,20 +62,21 @@ def one_inside_the_other(
     @uncompiled
     @wraps(function)
     def made(opt: T, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[None]:
-        with _Pass(itself(opt), make(opt, *args, **kwargs)):
+        pass_ = _Pass(itself(opt), make(opt, *args, **kwargs))
+        with always(pass_.close), pass_:
             yield
 
     return made
 
 
 class _Pass(AbstractContextManager[None]):
-    def __init__(self, owner: Any, context: AbstractContextManager[None]) -> None:
+    def __init__(self, owner: Any, context: Any) -> None:
         self.owner = owner
-        self._context = context
+        self._context = context  # of a generator
+        self._passes = _THREAD.passes
         self._backwards: int | None = None  # of the process, when a pass around this one has ended it
 
     def __enter__(self) -> None:
-        self._passes = _THREAD.passes
         self._context.__enter__()
         self._passes.append(weakref.ref(self))
 
@@ -88,17 +90,25 @@ class _Pass(AbstractContextManager[None]):
             return None
         known = [pass_() for pass_ in self._passes]
         place = known.index(self) if self in known else len(known)
+        inside = [pass_ for pass_ in known[place + 1 :] if pass_ is not None]
+        del self._passes[place:], known
+        if not inside:  # what a stack keeps of an interrupt would keep the pass that it cut short
+            swallowed: bool | None = self._context.__exit__(*raised)
+            return swallowed
         ends = ExitStack()
         ends.push(self._context)
-        for pass_ in known[place + 1 :]:
-            if pass_ is not None:
-                ends.push(pass_._end)
-        del self._passes[place:]
+        for pass_ in inside:
+            ends.push(pass_._end)
         return ends.__exit__(*raised)
+
+    def close(self) -> None:
+        """It is over, though an interrupt may have come before the end of it."""
+        self._passes[:] = [known for known in self._passes if known() is not self]
+        self._context.gen.close()
 
     def _end(self, *raised: Any) -> bool | None:
         """The pass around it ends."""
         self._backwards = 0
-        swallowed = self._context.__exit__(*raised)
+        swallowed: bool | None = self._context.__exit__(*raised)
         self._backwards = count_backwards()
         return swallowed

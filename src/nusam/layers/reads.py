@@ -47,7 +47,7 @@ class _InAPass(nn.Parameter):
     def detach(self) -> Any:
         if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _NEW:
             return _Detached(self, sys._getframe(1).f_locals["cls"])
-        return nn.Parameter.detach(self)
+        return super().detach()
 
     @property
     def _is_param(self) -> bool:
