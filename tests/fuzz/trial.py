@@ -270,7 +270,9 @@ class Trial:
             if said.pattern == sentences.NOT_ADDED:
                 assert self.in_forward, sentence
                 assert names <= self.odd, sentence
-            assert said.pattern != sentences.WRITTEN_LATE, sentence
+            if said.pattern == sentences.WRITTEN_LATE:  # of trained weights a copy is there in any step
+                assert self._writes, sentence
+                assert not any(self.model.get_parameter(name).requires_grad for name in said.names), sentence
             Tally.warned[said.pattern] += 1
             self.told |= names if said.pattern == sentences.OTHERWISE else set()
             heard.append(said)
