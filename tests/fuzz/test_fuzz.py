@@ -227,3 +227,10 @@ def test_a_gradient_that_cancels_says_nothing_of_a_matrix(start, options):
     for _ in range(6):
         run.take()
     assert not run.refused
+
+
+def test_a_frozen_weight_that_the_descent_alone_writes_keeps_that(start):
+    run = start(Spec(2, ("residual", ("clamped",)), ""))
+    run.freeze(0, whole=False, trained=False)
+    run.take(Plan(off=(("ascent", 0),)))
+    run.take()

@@ -277,13 +277,17 @@ class _Step:
 
     @torch.no_grad()
     def _look_again(self) -> None:
-        """Put back what the ascent left alone and the descent moved: at x + ε it found something to follow."""
+        """Put back what the ascent left alone and the descent moved unseen: at x + ε it found something to follow.
+
+        A frozen parameter that the descent writes in sight, by its version, is written there for the first time, as one
+        whose layer the ascent did not call, and keeps that.
+        """
+        stirred = set(self._still.stirred())  # an ε that was there has left a version, too
         for tensor, copy in self._copies.items():
-            if not _equal(here(tensor), copy):
+            if tensor not in stirred and not _equal(here(tensor), copy):
                 self.moved_late.add(tensor)
                 _put(here(tensor), copy)
-        # an ε that was there has left a version
-        seen = {*self._moved, *self._copies, *self._still.stirred()}
+        seen = {*self._moved, *self._copies, *stirred}
         self.lost |= set(self._still.changed()) - seen
         self.moved_late |= self.lost
         if not self._equal.isdisjoint(self._moved | self.moved_late):
