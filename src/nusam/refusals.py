@@ -7,14 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from nusam.ascent.layer_pass import LayerPass
 from nusam.ascent.verification import BESIDE, OTHERWISE
 from nusam.both_gradients import BothGradients
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
-from nusam.distributed.holding import Holding
 from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_both, check_join, check_surroundings, check_tracking
 from nusam.guards.engine_checks import check_no_engine
@@ -145,8 +143,7 @@ class Checked(Placing):
         workers, joint, everything = self._workers(), self.lmo.joint, self._parameters()
         is_own = workers.is_own
         if joint and not (workers.replicates or workers.shards):
-            around = self._holders.of(everything, stages=True, replicas=True)
-            is_own = Holding([x for x in around if isinstance(x, DistributedDataParallel)], []).is_own
+            is_own = self._holders.replicated(everything).is_own
         mixed = everything if joint and self.combination is not None else []  # by one factor
         check_own([*(target.parameter for target in targets), *mixed], self.lmo, is_own)
 

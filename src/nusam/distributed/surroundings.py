@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nusam.distributed.holding import Holding
+
 __all__ = ["Holders", "has_replicas"]
 
 
@@ -62,6 +64,11 @@ class Holders:
             found = [x for x in _objects(kinds) if not wanted.isdisjoint(getattr(x, "submod", x).parameters())]
             self._found, self._asked = [weakref.ref(x) for x in found], kinds
         return [x for x in (ref() for ref in self._found) if x is not None]
+
+    def replicated(self, parameters: Sequence[Tensor]) -> Holding:
+        """What is reduced by DistributedDataParallel, whether or not it was named as the model."""
+        around = self.of(parameters, stages=True, replicas=True)
+        return Holding([x for x in around if isinstance(x, DistributedDataParallel)], [])
 
     def engine(self, parameters: Sequence[Tensor], optimizer: object = None) -> bool:
         """Whether DeepSpeed's engine holds some of the parameters, or steps by this optimizer."""

@@ -36,7 +36,7 @@ class Use(NamedTuple):
         return (
             module._parameters.get(self.name) is self.parameter
             and type(module).forward is self.forward
-            and ("forward" not in vars(module) or not has_foreign_forward(module))
+            and not has_foreign_forward(module)
             and (self.given is None or self.given == given(module))
         )
 
