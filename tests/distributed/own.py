@@ -73,6 +73,17 @@ def sharded_without_heads(model):
 WRAPS = {f.__name__: f for f in (around_the_body, told_to_ignore, sharded_body, sharded_without_heads)}
 
 
+def assert_trains_to(expected, model, opt):
+    """Train, each process by its own head; then every weight is that of the loop by hand."""
+    for step in range(STEPS):
+        for _ in opt.passes():
+            headed_backward(model, step, dist.get_rank())
+        opt.step()
+    theirs = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(full(parameter), theirs[name.replace("module.", "")], rtol=0, atol=1e-6)
+
+
 def own_heads(wrap, sizes, ascent, placement):
     """A head is perturbed, and trained, by the gradient of its process, the body by the mean."""
     expected = built(partial(Headed, sizes))
@@ -87,13 +98,7 @@ def own_heads(wrap, sizes, ascent, placement):
     opt = nusam.NuSAM(
         sgd(model.parameters()), RHO, power_iterations=ITERATIONS, model=model, ascent=ascent, placement=placement
     )
-    for step in range(STEPS):
-        for _ in opt.passes():
-            headed_backward(model, step, me)
-        opt.step()
-    theirs = dict(expected.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(full(parameter), theirs[name.replace("module.", "")], rtol=0, atol=1e-6)
+    assert_trains_to(expected, model, opt)
 
 
 for wrap in WRAPS:
@@ -136,13 +141,7 @@ def own_radii(wrap, ball):
     me = dist.get_rank()
     model = WRAPS[wrap](built(partial(Headed, (4, 7), heads=(me,))))
     opt = method(sgd(model.parameters()), RHO, model=model, m_sam=True)
-    for step in range(STEPS):
-        for _ in opt.passes():
-            headed_backward(model, step, me)
-        opt.step()
-    theirs = dict(expected.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(full(parameter), theirs[name.replace("module.", "")], rtol=0, atol=1e-6)
+    assert_trains_to(expected, model, opt)
 
 
 for wrap in ("around_the_body", "told_to_ignore"):
