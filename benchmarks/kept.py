@@ -212,13 +212,14 @@ def side_by_side() -> str:
 
 def _line(row: dict[str, Any]) -> tuple[str, str, str, str]:
     """What tells a row of a task from its others, whatever AdamW's learning rate."""
-    method = "AdamW" if row["over AdamW"] == "–" else row["method"]
-    return method, row["share"], row["from"], row["price"]
+    return row["method"].split(", learning rate")[0], row["share"], row["from"], row["price"]
 
 
 def _gain(row: dict[str, Any]) -> str:
     """Of AdamW alone its accuracy."""
-    return f"{row['test accuracy']} %" if row["over AdamW"] == "–" else row["over AdamW"].replace("-", "−")
+    if row["over AdamW"] == "–":
+        return f"{row['test accuracy']} %" if row["price"] == "1.000" else "as many epochs"
+    return row["over AdamW"].replace("-", "−")
 
 
 def write_page() -> None:
