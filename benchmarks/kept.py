@@ -243,7 +243,7 @@ def draw(path: Path) -> None:
         columns = min(2, len(tables))
         lines = -(-len(tables) // columns)
         figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained", facecolor="white")
-        panels = figure.subplots(lines, columns, squeeze=False).flat
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes in panels[len(tables) :]:
             axes.set_axis_off()
         for axes, (adamw, *rows) in zip(panels, tables, strict=False):
@@ -251,15 +251,16 @@ def draw(path: Path) -> None:
             axes.axhline(100 - mean, color="black", lw=1, label="AdamW")
             axes.axhspan(100 - mean - error, 100 - mean + error, color="black", alpha=0.1, lw=0)
             for kind, style in KINDS.items():
-                late = [row for row in rows if row["method"] == kind and row["from"] == f"{LATE:.0%}"]
-                early = [row for row in rows if row["method"] == kind and row not in late]
+                drawn = [row for row in rows if row["method"] == kind and row["over AdamW"] != "–"]
+                late = [row for row in drawn if row["from"] == f"{LATE:.0%}"]
+                early = [row for row in drawn if row not in late]
                 for own, size, label in ((early, 6, kind), (late, 3.5, f"{kind}, in the last fifth alone")):
                     points(axes, own, {**style, "markersize": size, "label": label})
             axes.set(title=adamw["task"], xlabel="work beyond AdamW's, %", ylabel="test error, %", xscale="log")
             axes.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
             axes.minorticks_off()
             axes.grid(alpha=0.25)
-        handles, labels = axes.get_legend_handles_labels()
+        handles, labels = panels[0].get_legend_handles_labels()  # of a task with all rows
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
