@@ -174,4 +174,5 @@ def test_a_recipe_says_what_it_needs_and_how_long_it_takes(name):
 def test_the_study_runs_at_the_smallest_scale_and_no_paper_table_at_its_own(tmp_path):
     said = reproduce("study", "--scale", "smoke", "--results", tmp_path).stdout
     assert "H6, νSAM at 1/8 above νSAM − 0.3" in said
+    assert "Mixer, 20%" in said
     assert "got desk" in reproduce("table3", "--scale", "desk", "--results", tmp_path, check=False).stderr

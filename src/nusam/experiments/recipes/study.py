@@ -22,6 +22,7 @@ SETTLED = 0.7  # points by which twice the epochs may move validation accuracy a
 MOST_EPOCHS = 200
 SHARE = 1 / 8
 MARGIN, EQUIVALENT = 0.3, 0.5  # points
+WRONG, WRONG_SEEDS = 0.2, 5  # the share of labels that are drawn anew in the last stage, and its seeds
 STARTS = {  # of the search for ρ
     "mixer": {"SAM": 0.4, "SAM-ON": 1.0, "νSAM": 0.1, "νSAM at 1/8": 0.2},
     "vit": {"SAM": 0.2, "SAM-ON": 1.0, "νSAM": 0.05, "νSAM at 1/8": 0.1},
@@ -147,23 +148,37 @@ class Stage:
             carried_out(list(searches.values()), self.bench.store, self.bench.fill)
         self.radii = {label: search.found for label, search in searches.items()}
 
+    def with_wrong_labels(self) -> "Stage":
+        """Stage 4: the same, with labels that are drawn anew."""
+        recipe = replace(self.recipe, wrong_labels=WRONG)
+        return replace(self, recipe=recipe, seeds=min(WRONG_SEEDS, self.seeds))
+
+    @property
+    def title(self) -> str:
+        """The model, and what is special about its labels."""
+        wrong = self.recipe.wrong_labels
+        return TITLES[self.model] + (f", {wrong:.0%} wrong labels" if wrong else "")
+
     def rows(self) -> dict[str, tuple[Run, float]]:
-        """Stages 2 and 3: every reported run but for its seed, and its work over AdamW's."""
+        """Stages 2 and 3: every reported run but for its seed, and its work over AdamW's. With wrong labels, stage 4."""
         alone = Run(self.model, "adamw", 0.0, 0)
         work = METHODS["nusam"].ascent_work
-        rows = {
-            "AdamW": (alone, 1.0),
-            "AdamW, twice the epochs": (replace(alone, stretch=2.0), 2.0),
-            "AdamW, as much work as νSAM": (replace(alone, stretch=1 + work), 1 + work),
-        }
+        rows = {"AdamW": (alone, 1.0)}
+        if not self.recipe.wrong_labels:
+            rows["AdamW, twice the epochs"] = (replace(alone, stretch=2.0), 2.0)
+            rows["AdamW, as much work as νSAM"] = (replace(alone, stretch=1 + work), 1 + work)
         for label, rho in self.radii.items():
             method, options = CONTENDERS[label]
             run = replace(Run(self.model, method, rho, 0), **options)
             rows[label] = (run, 1 + METHODS[method].ascent_work * run.ascent_share)
-        if self.kind == "mixer":
+        if self.kind == "mixer" and not self.recipe.wrong_labels:
             nusam = rows["νSAM"][0]
             rows |= {label: (replace(nusam, **options), 1 + work) for label, options in VARIANTS.items()}
         return rows
+
+    def fill(self) -> None:
+        """Run what is missing."""
+        self.bench.fill([cell for run, _ in self.rows().values() for cell in self.cells(run, range(self.seeds))])
 
     def accuracies(self, run: Run) -> list[float]:
         """In %, by seed, after the last epoch."""
@@ -176,7 +191,7 @@ class Study(Experiment):
     name = "study"
     title = "νSAM, SAM and AdamW, registered before it was run"
     needs = "CIFAR-10 in --data-root; digits at the smallest scale"
-    takes = {"smoke": "1 min", "desk": "18 h on two cores, in pieces"}  # noqa: RUF012
+    takes = {"smoke": "1 min", "desk": "20 h on two cores, in pieces"}  # noqa: RUF012
     notes = (
         "Registered in docs/study.md before its first run: stages, seeds, margins and analysis. Seeds 100 and 101 "
         "choose epochs, learning rate and ρ, and are not reported.",
@@ -192,8 +207,10 @@ class Study(Experiment):
             stage = stages[kind] = Stage(bench, model, seeds, bench.scale.recipes[bench.data])
             stage.choose_rate_and_epochs()
             stage.choose_radii()
-            bench.fill([cell for run, _ in stage.rows().values() for cell in stage.cells(run, range(seeds))])
-        rows = [row for stage in stages.values() for row in _table(stage)]
+            stage.fill()
+        wrong = stages["mixer"].with_wrong_labels()
+        wrong.fill()
+        rows = [row for stage in (*stages.values(), wrong) for row in _table(stage)]
         setting = bench.settings(self)[0]
         return bench.result(self, self.title, list(rows[0]), rows, findings=_findings(stages), setting=setting)
 
@@ -207,7 +224,7 @@ def _table(stage: Stage) -> list[dict[str, Any]]:
         differences = [a - b for a, b in zip(accuracies, base, strict=True)]
         lines.append(
             {
-                "model": TITLES[stage.model],
+                "model": stage.title,
                 "method": label,
                 "ρ": f"{run.rho:g}" if run.rho else "–",
                 "accuracy": mean_and_error(accuracies),
