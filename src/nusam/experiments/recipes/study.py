@@ -160,7 +160,7 @@ class Stage:
         return TITLES[self.model] + (f", {wrong:.0%} wrong labels" if wrong else "")
 
     def rows(self) -> dict[str, tuple[Run, float]]:
-        """Stages 2 and 3: every reported run but for its seed, and its work over AdamW's. With wrong labels, stage 4."""
+        """Every run of stages 2 and 3 (of stage 4 with wrong labels), but for its seed, and its work over AdamW's."""
         alone = Run(self.model, "adamw", 0.0, 0)
         work = METHODS["nusam"].ascent_work
         rows = {"AdamW": (alone, 1.0)}
