@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import models
 import nusam
 from recording import record
-from speed import RHO, adamw, alone, alternate, in_one_pass, in_two_passes
+from speed import RHO, adamw, alone, alternate, in_one_pass, in_two_passes, keep_freed_memory
 
 SHARES = {"1": 1.0, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16}
 
@@ -47,6 +47,7 @@ def main() -> None:
     arguments.add_argument("--batches", type=int, nargs="*", default=[32, 128])
     arguments.add_argument("--shares", nargs="*", choices=SHARES, default=list(SHARES))
     options = arguments.parse_args()
+    keep_freed_memory()
     shares = {name: SHARES[name] for name in options.shares}
     torch.manual_seed(0)
     networks = {
