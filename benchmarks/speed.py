@@ -29,8 +29,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed, as allocators of devices do.
 
     It returns every block above 32 MB to the system, so that a step pays for its pages anew. Whether that happens hangs
-    on the batch size and on what ran before: AdamW's step of 128 samples on a ViT-S/4 took 4.6 or 6.1 seconds so, and 4.4
-    to 4.7 otherwise.
+    on the batch size and on what ran before: a step of AdamW on a ViT-S/4 with 128 samples took 4.6 or 6.1 seconds so,
+    and 4.4 to 4.7 otherwise.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
