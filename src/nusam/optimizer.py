@@ -235,7 +235,7 @@ class SharpnessAware(Stepping):
         self = itself(self)
         one_pass = self._begin_one_pass()
         check_loop(batches, loss)
-        for batch, following in looked_ahead(batches):
+        for batch, following in looked_ahead(one_pass.loops.ahead_in(batches)):
             yield one_pass.step(batch, following, loss, backward or Tensor.backward, accumulate)
 
     def _begin_one_pass(self) -> OnePass:

@@ -1,7 +1,7 @@
 """A batch that a user's code is given several times in one step, each time as it was before."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from nusam.batch import rebuilt
 from nusam.guards.batch_copies import BatchCopies
 
-__all__ = ["Handing"]
+__all__ = ["Handing", "copied", "in_own_containers"]
 
 
 class Handing:
@@ -43,22 +43,31 @@ class Handing:
         """A step is over."""
         self._copies.step_is_over()
 
-    def _fresh(self, part: Any, given: dict[int, Tensor]) -> Any:
-        if isinstance(part, Tensor):
-            if id(part) not in given:  # one that is there twice stays one
-                given[id(part)] = _copied(part) if self._copies.are_made else part
-            return given[id(part)]
-        if type(part) in (list, tuple) and (not part or isinstance(part[0], int | float | str)):
-            return part[:]  # labels or tokens, perhaps many
-        try:
-            fresh = rebuilt(part, lambda entry: self._fresh(entry, given))
-        except (AttributeError, RuntimeError, TypeError):  # it can't be written
-            return part
-        if fresh is not None:
-            return fresh
-        return copy.copy(part) if hasattr(type(part), "__copy__") else part
+    def _fresh(self, batch: Any, given: dict[int, Tensor]) -> Any:
+        def tensor_of(tensor: Tensor) -> Tensor:
+            if id(tensor) not in given:  # one that is there twice stays one
+                given[id(tensor)] = copied(tensor) if self._copies.are_made else tensor
+            return given[id(tensor)]
+
+        return in_own_containers(batch, tensor_of)
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def in_own_containers(part: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
+    """A batch in containers that are made anew, with what is to be had of each tensor; arrays are copied."""
+    if isinstance(part, Tensor):
+        return tensor_of(part)
+    if type(part) in (list, tuple) and (not part or isinstance(part[0], int | float | str)):
+        return part[:]  # labels or tokens, perhaps many
+    try:
+        fresh = rebuilt(part, lambda entry: in_own_containers(entry, tensor_of))
+    except (AttributeError, RuntimeError, TypeError):  # it can't be written
+        return part
+    if fresh is not None:
+        return fresh
+    return copy.copy(part) if hasattr(type(part), "__copy__") else part
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """The same numbers in memory of their own, for autograd the same tensor."""
     with torch.set_grad_enabled(tensor.requires_grad):
         return tensor.clone()

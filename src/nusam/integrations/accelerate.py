@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 
 from nusam.guards.calls import check_loop
 from nusam.integrations.deepspeed import before_the_step
-from nusam.integrations.looking_ahead import Ahead
+from nusam.one_pass.looking_ahead import Ahead
 from nusam.optimizer import SharpnessAware
 from nusam.perturbation import Perturbation
 

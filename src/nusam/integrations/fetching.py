@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from nusam.integrations.looking_ahead import Ahead
+from nusam.one_pass.looking_ahead import Ahead
 
 __all__ = ["NextBatch"]
 

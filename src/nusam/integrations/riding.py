@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nusam.guards.batch_copies import BatchCopies
 from nusam.integrations.batches import Kept
-from nusam.integrations.looking_ahead import Ahead
 from nusam.integrations.state import State
+from nusam.one_pass.looking_ahead import Ahead
 from nusam.optimizer import SharpnessAware
 
 __all__ = ["Riding", "Skipped"]

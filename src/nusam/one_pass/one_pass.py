@@ -27,7 +27,8 @@ from nusam.one_pass.copies import Copies
 from nusam.one_pass.fitting import unfit
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, joinable, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
-from nusam.one_pass.neighbours import Neighbours
+from nusam.one_pass.looking_ahead import Loops
+from nusam.one_pass.neighbours import Neighbours, are_the_same
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
 from nusam.refusals import Unreachable
@@ -55,6 +56,7 @@ class OnePass:
         self._handing = Handing("The loss that one_pass() is given")
         self._following: Any = None  # the batch behind that of the last step
         self._left: Any = None  # what then waited for it
+        self.loops = Loops()
 
     @property
     def counts(self) -> bool:
@@ -74,7 +76,7 @@ class OnePass:
 
         ``aside``: a context for what the loss of the samples behind does, which then looks after its batch itself.
         """
-        if batch is not self._following and self._opt._waiting is self._left:
+        if not are_the_same(batch, self._following) and self._opt._waiting is self._left:
             self._opt._waiting = None  # it was found on a batch that did not come
         self._aside = aside or nullcontext
         try:
@@ -232,6 +234,7 @@ class OnePass:
             if why_not:
                 reason, why = (words.format(opt._names()[parameter]) for words in why_not)
                 self._refuse(reason, why)
+                break
         return not self._refused
 
     def _riders(self, rows: Rows) -> Riders:
