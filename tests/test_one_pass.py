@@ -428,6 +428,21 @@ def test_a_resumed_run_that_takes_two_passes_goes_on_in_two_and_says_so_again(na
     assert resumed.state_dict()["param_groups"] == opt.state_dict()["param_groups"]
 
 
+def test_weights_that_are_read_in_several_places_are_one_reason_and_one_warning():
+    """As where a loss penalizes them all."""
+    model, expected, batches = built(), built(), token_batches(6)
+
+    def penalized(model, tokens):
+        return mean(model, tokens) + 0.01 * sum(p.square().sum() for p in model.parameters())
+
+    opt = wrapped(model)
+    with pytest.warns(UserWarning, match="every step takes two passes") as told:
+        run(opt, model, batches, penalized)
+    assert len(told) == 1
+    by_hand(expected, bases()["SGD"](expected), batches, penalized, stale=0)
+    assert_same(model, expected)
+
+
 def test_a_state_that_does_not_tell_of_two_passes_is_looked_at_anew():
     (_, model), *_ = mixing()
     batches = torch.randn(6, B, 5).unbind()
