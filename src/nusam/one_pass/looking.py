@@ -155,6 +155,11 @@ class Looks:
             if opt._ascent.compiles:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))  # a graph shows none of its gradients
             meeting = Meeting(riders.joint, computed, opt._guard.random_state)
+            contexts.callback(riders.look_no_more)
+            if is_whole:
+                with riders.noting_lookups():
+                    meeting.by_itself(both.batch, "first")
+                riders.forget()
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
                 together = meeting.together(both.batch, both.ahead, is_whole)

@@ -82,7 +82,7 @@ class Meeting:
     def _meets_alone(self, batch: Any, ahead: Any, together: Found) -> bool:
         """Whether a side by itself comes to something else, but for rounding."""
         for number, (side, part) in enumerate((("first", batch), ("second", ahead))):
-            alone = self._alone(part, side)
+            alone = self.by_itself(part, side)
             mine = part_of(together.outputs, self._joint.rows, side == "second")
             if not _are_alike(mine, alone.outputs, _rounding):
                 return True
@@ -142,10 +142,11 @@ class Meeting:
 
     def alone(self, batch: Any, ahead: Any) -> None:
         """Run either side by itself."""
-        self._alone(batch, "first")
-        self._alone(ahead, "second")
+        self.by_itself(batch, "first")
+        self.by_itself(ahead, "second")
 
-    def _alone(self, part: Any, side: str) -> Found:
+    def by_itself(self, part: Any, side: str) -> Found:
+        """Run one side without the other, from the generators as they were."""
         self._before.replay()
         with self._outputs(side) as outputs:
             return Found(outputs, (self._loss(part),))

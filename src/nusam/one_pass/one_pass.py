@@ -6,6 +6,7 @@ update old when it is used, on samples that it was found on.
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,6 +29,7 @@ from nusam.one_pass.fitting import unfit
 from nusam.one_pass.joint import CannotJoin, Joint, Rows, joinable, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
 from nusam.one_pass.looking_ahead import Loops
+from nusam.one_pass.lookups import Lookup, Unseen
 from nusam.one_pass.neighbours import Neighbours, are_the_same
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
@@ -49,6 +51,7 @@ class OnePass:
         self._modules: list[nn.Module] | None = None  # whose calls are joined
         self._structure: Structure | None = None  # of the model when they were found
         self._copies: Copies | None = None  # of small matrices
+        self._lookups: dict[Tensor, Lookup] = defaultdict(Lookup)
         self._looked_at: set[Hashable] = set()  # modes of the modules in which samples have been seen to stay apart
         self._told: set[str] = set()
         self._aside: Aside = nullcontext
@@ -169,6 +172,7 @@ class OnePass:
         self._structure = self._opt._structure_now()
         self._modules = joinable(model, passes)
         self._looked_at.clear()
+        self._lookups.clear()
         if not self._modules:
             self._refuse("has no module whose output has the samples' dimension")
         if any(is_compiled(module) for module in model.modules()):
@@ -216,6 +220,8 @@ class OnePass:
                         "loop over opt.passes(*batch) instead."
                     ) from reason
                 refusal = reason
+                if isinstance(reason, Unseen):
+                    self._looked_at.discard(modes)
         self._refuse(str(refusal), for_good=refusal.for_good)
         buffers.restore()
         riders.go_alone()
@@ -259,7 +265,7 @@ class OnePass:
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
         pass_ = LayerPass(structure.uses, {}, iterations(opt.lmo), opt._ascent.compiles, structure.idle, set(), False)
-        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside))
+        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside), self._lookups)
 
     # ------------------------------------------------------------ where it can't be had
 

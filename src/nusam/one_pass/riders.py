@@ -1,6 +1,7 @@
 """Samples of the next step's ascent behind those of a batch, and what they leave."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from nusam.lmo import RankOne, State
 from nusam.one_pass.apart import Apart, Mixed
 from nusam.one_pass.copies import Copies, Family
 from nusam.one_pass.joint import Joint
+from nusam.one_pass.lookups import Lookup
 from nusam.targets import Target
 
 __all__ = ["Riders"]
@@ -28,6 +30,7 @@ class Riders:
         job: what a pass is to do for one of them.
         pass_: takes the products; has none to take yet.
         joint: runs both losses.
+        lookups: what is remembered of tables.
     """
 
     def __init__(
@@ -37,16 +40,17 @@ class Riders:
         job: Callable[[Tensor], Job],
         pass_: LayerPass,
         joint: Joint,
+        lookups: Mapping[Tensor, Lookup],
     ) -> None:
         self.targets, self.pass_, self.joint = targets, pass_, joint
-        self._states, self._job = states, job
+        self._states, self._job, self._lookups = states, job, lookups
         self._families: list[Family] = []
         self.handlers: dict[Tensor, Apart] = {}
 
     def of(self, forward: dict[Tensor, RankOne]) -> dict[Tensor, Apart]:
         """A handler for every matrix that has an ε in this step, or will have one in the next."""
         for parameter in {**forward, **self._states}:
-            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), None)
+            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), None, self._lookups[parameter])
         return self.handlers
 
     def get_ready(self, copies: Copies | None = None) -> None:
@@ -114,8 +118,19 @@ class Riders:
         self.joint.looks = mixed.look
         return mixed
 
+    @contextmanager
+    def noting_lookups(self) -> Iterator[None]:
+        """Inside, a batch is by itself; what its vectors look up is remembered until :meth:`look_no_more`."""
+        lookups = [handler.lookup for handler in self.handlers.values()]
+        for lookup in lookups:
+            lookup.is_noted = True
+        yield
+        for lookup in lookups:
+            lookup.is_noted = False
+
     def look_no_more(self) -> None:
         """The step itself follows."""
         for handler in self.handlers.values():
             handler.mixed = None
+            handler.lookup.forget()
         self.joint.looks = None
