@@ -17,8 +17,8 @@ from nusam.layers.kinds import Conv1D, Embedding, Kind, Linear, Own, is_altered,
 from nusam.layers.reads import untold
 from nusam.lmo import RankOne
 from nusam.one_pass.copies import Copy, by_copies, suits
+from nusam.one_pass.inputs import Inputs
 from nusam.one_pass.joint import CannotJoin, Joint
-from nusam.one_pass.lookups import Lookup
 from nusam.placement.in_forward import InForward
 
 __all__ = ["Apart", "Mixed"]
@@ -55,11 +55,11 @@ class Apart:
         joint: says whose rows a call sees.
         epsilon: this step's, if there is one.
         record: takes the products.
-        lookup: remembers how a table is looked up.
+        inputs: remembers which of them all samples share.
     """
 
-    def __init__(self, joint: Joint, epsilon: RankOne | None, record: Record | None, lookup: Lookup) -> None:
-        self.joint, self.epsilon, self.record, self.lookup = joint, epsilon, record, lookup
+    def __init__(self, joint: Joint, epsilon: RankOne | None, record: Record | None, inputs: Inputs) -> None:
+        self.joint, self.epsilon, self.record, self.inputs = joint, epsilon, record, inputs
         self.mixed: Mixed | None = None  # looks at the gradients, in a step that checks
         self.copies: Copy | None = None  # of a small matrix, which its layer may multiply with
         self.suits = True  # whether they would have done, where gradients were looked at
@@ -159,7 +159,7 @@ class Apart:
             raise CannotJoin("computes a convolution of a single sample")
         if x.ndim > 1:
             return x.shape[0] == 1
-        return kind is Embedding and x.ndim == 1 and self.lookup.is_shared(x.shape[0], self.joint.rows)
+        return kind is Embedding and x.ndim == 1 and self.inputs.are_shared(x.shape[0], self.joint.rows)
 
     def _cut(self, kind: type[Kind], x: Tensor) -> int:
         """How many of the layer's input rows are this batch's."""
@@ -187,8 +187,8 @@ class Apart:
         bias = extra if isinstance(extra, Tensor) else None
         other = None if isinstance(extra, Tensor) else extra
         x = as_multiplied(kind, x)
-        if kind is Embedding and x.ndim == 1 and side == "first":
-            self.lookup.note(x.shape[0])
+        if side != "second":
+            (self.inputs.note if side == "first" else self.inputs.compare)(x.shape)
         if side == "both" and self._is_shared(kind, x):
             x = x.expand(sum(self.joint.rows), *x.shape[x.ndim > 1 :])
         tap = None if record is None else record.tap

@@ -14,6 +14,7 @@ from nusam.guards.batch_copies import Written
 from nusam.guards.buffers import SMALL
 from nusam.interrupts import always
 from nusam.layers.module_tree import ModuleTree
+from nusam.one_pass.joined import Joined
 from nusam.one_pass.joint import CannotJoin, observed
 from nusam.one_pass.meeting import Meeting
 from nusam.one_pass.neighbours import Neighbours
@@ -75,15 +76,25 @@ class Looks:
         return workers.replicates or workers.shards or any(map(is_sharded, self._opt._parameters()))
 
     def why_not(
-        self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool
+        self, known: Joined, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool
     ) -> CannotJoin | None:
-        """What keeps the samples from travelling together, in this process or in another; nothing if they can.
+        """What keeps the samples from travelling together through any of the modules; nothing if they can.
 
         ``is_whole``: whether to look for what no gradient shows, too.
 
         Raises:
             Exception: of the loss, unless it comes of the travelling.
         """
+        while True:
+            refusal = self._why_not(riders, both, loss, backward, is_whole)
+            if refusal is None or not refusal.for_good or self.are_many() or not known.narrow():
+                return refusal
+            riders.joint.modules = known.modules
+
+    def _why_not(
+        self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool
+    ) -> CannotJoin | None:
+        """What keeps them, in this process or in another, from doing so through the modules that are joined."""
         found = None
         try:
             self._check(riders, both, loss, backward, is_whole)
@@ -156,10 +167,9 @@ class Looks:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))  # a graph shows none of its gradients
             meeting = Meeting(riders.joint, computed, opt._guard.random_state)
             contexts.callback(riders.look_no_more)
-            if is_whole:
-                with riders.noting_lookups():
-                    meeting.by_itself(both.batch, "first")
-                riders.forget()
+            with riders.noting_inputs():
+                meeting.by_itself(both.batch, "first")
+            riders.forget()
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
                 together = meeting.together(both.batch, both.ahead, is_whole)

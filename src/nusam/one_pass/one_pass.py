@@ -6,7 +6,6 @@ update old when it is used, on samples that it was found on.
 """
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -21,15 +20,15 @@ from nusam.ascent.verification import ONE_USE, SEVERAL_USES
 from nusam.batch import first_samples, samples_in
 from nusam.guards.handing import Handing
 from nusam.layers.module_tree import is_compiled
-from nusam.layers.structure import Structure
 from nusam.lmo import RankOne
 from nusam.one_pass.carried import found_behind, iterations, perturb_by, weighed
 from nusam.one_pass.copies import Copies
 from nusam.one_pass.fitting import unfit
-from nusam.one_pass.joint import CannotJoin, Joint, Rows, joinable, observed
+from nusam.one_pass.inputs import Unseen
+from nusam.one_pass.joined import Joined
+from nusam.one_pass.joint import CannotJoin, Joint, Rows, observed
 from nusam.one_pass.looking import Backward, Looks, Loss, SmallBuffers, checked
 from nusam.one_pass.looking_ahead import Loops
-from nusam.one_pass.lookups import Lookup, Unseen
 from nusam.one_pass.neighbours import Neighbours, are_the_same
 from nusam.one_pass.riders import Riders
 from nusam.placement.ledger import clear_gradients
@@ -48,10 +47,8 @@ class OnePass:
 
     def __init__(self, opt: Stepping) -> None:
         self._opt = opt
-        self._modules: list[nn.Module] | None = None  # whose calls are joined
-        self._structure: Structure | None = None  # of the model when they were found
+        self._known = Joined()
         self._copies: Copies | None = None  # of small matrices
-        self._lookups: dict[Tensor, Lookup] = defaultdict(Lookup)
         self._looked_at: set[Hashable] = set()  # modes of the modules in which samples have been seen to stay apart
         self._told: set[str] = set()
         self._aside: Aside = nullcontext
@@ -169,11 +166,9 @@ class OnePass:
     def _learn(self, passes: list[dict[nn.Module, list[int | None]]]) -> None:
         model = self._opt.model
         assert model is not None
-        self._structure = self._opt._structure_now()
-        self._modules = joinable(model, passes)
+        self._known.learn(self._opt._structure_now(), passes)
         self._looked_at.clear()
-        self._lookups.clear()
-        if not self._modules:
+        if not self._known.modules:
             self._refuse("has no module whose output has the samples' dimension")
         if any(is_compiled(module) for module in model.modules()):
             self._opt._ascent.compiles = True
@@ -197,7 +192,7 @@ class OnePass:
         others = opt._guard.others.trained(opt._parameters(), opt._workers())
         goes_backward = adds_up = False
         is_whole = is_new or opt._progress.ascents > OFTEN
-        refusal = self._looks.why_not(riders, both, loss, backward, is_whole) if check else None
+        refusal = self._looks.why_not(self._known, riders, both, loss, backward, is_whole) if check else None
         if refusal is None:
             self._looked_at.add(modes)
             assert self._copies is not None
@@ -236,7 +231,7 @@ class OnePass:
         opt = self._opt
         found = opt._ascent.verification.found
         for parameter in (target.parameter for target in opt._targets()):
-            why_not = unfit(self._structure, parameter, found.get(parameter), opt._ascent.compiles)
+            why_not = unfit(self._known.structure, parameter, found.get(parameter), opt._ascent.compiles)
             if why_not:
                 reason, why = (words.format(opt._names()[parameter]) for words in why_not)
                 self._refuse(reason, why)
@@ -246,9 +241,8 @@ class OnePass:
     def _riders(self, rows: Rows) -> Riders:
         """The next step's ascent behind this step's descent."""
         opt = self._opt
-        structure, modules = self._structure, self._modules
+        structure, modules = self._known.structure, self._known.modules
         assert structure is not None
-        assert modules is not None
         workers = opt._workers()
         shares = workers.splits_the_batch
         verification = opt._ascent.verification
@@ -265,7 +259,7 @@ class OnePass:
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
         pass_ = LayerPass(structure.uses, {}, iterations(opt.lmo), opt._ascent.compiles, structure.idle, set(), False)
-        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside), self._lookups)
+        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside), self._known.inputs)
 
     # ------------------------------------------------------------ where it can't be had
 
@@ -275,7 +269,7 @@ class OnePass:
         return bool(self._opt._refused)
 
     def _knows_modules(self) -> bool:
-        return self._modules is not None and self._structure is self._opt._structure_now()
+        return self._known.structure is not None and self._known.structure is self._opt._structure_now()
 
     def _modes(self) -> Hashable:
         """Which modules there are, and in which mode; cheap enough for every step."""

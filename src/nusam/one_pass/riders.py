@@ -14,8 +14,8 @@ from nusam.layers.reads import untold
 from nusam.lmo import RankOne, State
 from nusam.one_pass.apart import Apart, Mixed
 from nusam.one_pass.copies import Copies, Family
+from nusam.one_pass.inputs import Inputs
 from nusam.one_pass.joint import Joint
-from nusam.one_pass.lookups import Lookup
 from nusam.targets import Target
 
 __all__ = ["Riders"]
@@ -30,7 +30,7 @@ class Riders:
         job: what a pass is to do for one of them.
         pass_: takes the products; has none to take yet.
         joint: runs both losses.
-        lookups: what is remembered of tables.
+        inputs: what is remembered of those of every matrix.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class Riders:
         job: Callable[[Tensor], Job],
         pass_: LayerPass,
         joint: Joint,
-        lookups: Mapping[Tensor, Lookup],
+        inputs: Mapping[Tensor, Inputs],
     ) -> None:
         self.targets, self.pass_, self.joint = targets, pass_, joint
-        self._states, self._job, self._lookups = states, job, lookups
+        self._states, self._job, self._inputs = states, job, inputs
         self._families: list[Family] = []
         self.handlers: dict[Tensor, Apart] = {}
 
     def of(self, forward: dict[Tensor, RankOne]) -> dict[Tensor, Apart]:
         """A handler for every matrix that has an ε in this step, or will have one in the next."""
         for parameter in {**forward, **self._states}:
-            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), None, self._lookups[parameter])
+            self.handlers[parameter] = Apart(self.joint, forward.get(parameter), None, self._inputs[parameter])
         return self.handlers
 
     def get_ready(self, copies: Copies | None = None) -> None:
@@ -119,18 +119,17 @@ class Riders:
         return mixed
 
     @contextmanager
-    def noting_lookups(self) -> Iterator[None]:
-        """Inside, a batch is by itself; what its vectors look up is remembered until :meth:`look_no_more`."""
-        lookups = [handler.lookup for handler in self.handlers.values()]
-        for lookup in lookups:
-            lookup.is_noted = True
+    def noting_inputs(self) -> Iterator[None]:
+        """Inside, a batch is by itself, and its inputs are compared with those of the look that follows."""
+        for handler in self.handlers.values():
+            handler.inputs.is_noted, handler.inputs.has_shared = True, False
         yield
-        for lookup in lookups:
-            lookup.is_noted = False
+        for handler in self.handlers.values():
+            handler.inputs.is_noted = False
 
     def look_no_more(self) -> None:
         """The step itself follows."""
         for handler in self.handlers.values():
             handler.mixed = None
-            handler.lookup.forget()
+            handler.inputs.forget()
         self.joint.looks = None
