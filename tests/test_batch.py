@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import types
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, UserDict, deque, namedtuple
+from collections.abc import MutableMapping
 
 import numpy as np
 import pytest
@@ -111,6 +113,163 @@ def test_the_batch_is_not_changed():
     assert len(batch["y"]) == 2
 
 
+class Sharing(MutableMapping):
+    """Its copy writes to the same entries."""
+
+    def __init__(self, **entries):
+        self.entries = entries
+
+    def __getitem__(self, name):
+        return self.entries[name]
+
+    def __setitem__(self, name, value):
+        self.entries[name] = value
+
+    def __delitem__(self, name):
+        del self.entries[name]
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self):
+        return len(self.entries)
+
+
+class Within(Sharing):
+    """Has them in another such one."""
+
+    def __init__(self, **entries):
+        self.entries = Sharing(**entries)
+
+
+class SlottedSharing(Sharing):
+    __slots__ = ("own",)
+
+
+class Hidden(Sharing):
+    """Has them where nobody looks."""
+
+    def __init__(self, **entries):
+        self.entries = types.SimpleNamespace(**entries)
+
+    def __getitem__(self, name):
+        return vars(self.entries)[name]
+
+    def __setitem__(self, name, value):
+        vars(self.entries)[name] = value
+
+    def __iter__(self):
+        return iter(vars(self.entries))
+
+
+class Picky(Hidden):
+    """Takes no other number of rows."""
+
+    def __setitem__(self, name, value):
+        if name == "y" and len(value) != len(self[name]):
+            raise RuntimeError
+        super().__setitem__(name, value)
+
+
+class OwnCopy(Sharing):
+    def __copy__(self):
+        return self
+
+
+class Anew(Sharing):
+    """Makes its entries whenever they are asked for."""
+
+    def __getitem__(self, name):
+        return self.entries[name] * 1
+
+
+@dataclasses.dataclass(init=False)
+class Stored:
+    """Its fields are kept in one dictionary, which its copy has too."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __init__(self, x, y):
+        self.store = {"x": x, "y": y}
+
+
+Stored.x = property(lambda self: self.store["x"], lambda self, value: self.store.update(x=value))
+Stored.y = property(lambda self: self.store["y"], lambda self, value: self.store.update(y=value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_cut"),
+    [
+        (Sharing, True),
+        (Within, True),
+        (SlottedSharing, True),
+        (UserDict, True),
+        (Hidden, False),
+        (Picky, False),
+        (OwnCopy, False),
+        (Anew, False),
+        (Stored, False),
+    ],
+)
+def test_a_batch_that_shares_its_entries_with_its_copy_is_not_changed(kind, is_cut):
+    x, y = samples(8)
+    batch = kind(x=x, y=y)
+    get = getattr if kind is Stored else dict.__getitem__
+    if is_cut:
+        cut = first_samples(batch, 0.25)
+        assert type(cut) is kind
+        assert [len(cut[name]) for name in ("x", "y")] == [2, 2]
+    else:
+        with pytest.raises(ValueError, match=f"A {kind.__name__} can't be filled with a share of itself; hand over"):
+            first_samples(batch, 0.25)
+    for name, value in (("x", x), ("y", y)):
+        assert torch.equal(get(batch if kind is Stored else dict(batch), name), value)
+
+
+@dataclasses.dataclass
+class Masked:
+    x: torch.Tensor
+
+    def __post_init__(self):
+        self.mask = self.x > 4
+
+    @functools.cached_property
+    def mean(self):
+        return self.x.mean()
+
+
+class MaskedDict(dict):
+    def __init__(self, x):
+        super().__init__(x=x)
+        self.mask = x > 4
+
+
+class MaskedSharing(Sharing):
+    def __init__(self, x):
+        super().__init__(x=x)
+        self.more = {"mask": x > 4}
+
+    @property
+    def mask(self):
+        return self.more["mask"]
+
+
+@pytest.mark.parametrize("kind", [Masked, MaskedDict, MaskedSharing])
+def test_tensors_beside_the_entries_are_cut_with_them(kind):
+    x, _ = samples(8)
+    batch = kind(x)
+    if kind is Masked:
+        assert batch.mean == x.mean()
+    cut = first_samples(batch, 0.25)
+    assert type(cut) is kind
+    assert torch.equal(cut.mask, x[:2] > 4)
+    assert torch.equal(batch.mask, x > 4)
+    if kind is Masked:
+        assert cut.mean == x[:2].mean()
+        assert batch.mean == x.mean()
+
+
 def test_what_tokenizers_return():
     transformers = pytest.importorskip("transformers")
     x, y = samples(8)
@@ -164,6 +323,18 @@ class Immutable(dict):
         raise RuntimeError
 
 
+class Sizes(list):
+    """As a list of images that knows their sizes."""
+
+    def __init__(self, images):
+        super().__init__(images)
+        self.sizes = torch.tensor([image.shape[1:] for image in images])
+
+
+def turns(count):
+    return [{"role": "user", "content": str(number)} for number in range(count)]
+
+
 X, Y = torch.zeros(8, 3), torch.zeros(8).long()
 LENGTHS = torch.tensor([3, 5, 2, 7, 4, 6, 3, 5])
 UNCLEAR = {
@@ -195,6 +366,30 @@ UNCLEAR = {
     "patches first": {"pixels": torch.zeros(8 * 16, 11), "ids": torch.zeros(8, 9).long()},
     "a graph": {"x": torch.zeros(20, 3), "edges": torch.zeros(2, 40).long(), "y": torch.zeros(8)},
     "clouds": {"x": torch.zeros(35, 3), "of": torch.arange(8).repeat_interleave(LENGTHS), "y": torch.zeros(8)},
+    "clouds, shuffled": {"x": torch.zeros(35, 3), "of": torch.arange(35) % 8, "y": torch.zeros(8)},
+    "clouds, in a column": {"x": torch.zeros(35, 3), "of": torch.arange(35)[:, None] % 8, "y": torch.zeros(8)},
+    "clouds, some empty": {"x": torch.zeros(35, 3), "of": torch.arange(35) // 9, "y": torch.zeros(8)},
+    "clouds, of numpy": {"x": np.zeros((35, 3)), "of": np.arange(35) % 8, "y": np.zeros(8)},
+    "clouds, in a list": {"x": torch.zeros(35, 3), "of": [i % 8 for i in range(35)], "y": torch.zeros(8)},
+    "lengths": {"x": torch.zeros(35, 3), "lengths": LENGTHS.tolist(), "y": torch.zeros(8)},
+    "lengths, labels in a list": (torch.zeros(35).long(), LENGTHS.tolist(), [1.0] * 8),
+    "lengths, of numpy": (torch.zeros(35).long(), list(LENGTHS.numpy()), [1.0] * 8),
+    "lengths, as tensors": (torch.zeros(35).long(), list(LENGTHS), [1.0] * 8),
+    "lengths, padded": (torch.zeros(40).long(), LENGTHS.tolist(), [1.0] * 8),
+    "offsets": (torch.zeros(35).long(), (LENGTHS.cumsum(0) - LENGTHS).tolist(), [1.0] * 8),
+    "ends": (torch.zeros(35).long(), [0, *LENGTHS.cumsum(0).tolist()], [1.0] * 8),
+    "one length": (torch.zeros(35).long(), [35], [1.0]),
+    # samples in another dimension
+    "a state": (torch.zeros(8, 5, 6), torch.zeros(1, 8, 6)),
+    "two states": (torch.zeros(8, 5, 6), (torch.zeros(1, 8, 6), torch.zeros(1, 8, 6))),
+    "states of layers": (torch.zeros(8, 5, 6), torch.zeros(4, 8, 6)),
+    # conversations
+    "conversations of one length": [turns(2)] * 8,
+    "conversations of one length, as many": [turns(8)] * 8,
+    "conversations in a tuple": tuple(turns(count) for count in (3, 2, 4, 3, 2)),
+    "conversations of one length in a tuple": (turns(2),) * 8,
+    # what would get lost
+    "images with sizes beside": (Sizes(items(8, 3, 9, 9)), Y),
     "two views": (torch.zeros(16, 3), Y),
     "time first": (torch.zeros(12, 8, 3), Y),
     "one row for all": {"ids": torch.zeros(1, 35).long(), "y": Y},
@@ -223,6 +418,19 @@ CLEAR = {
     ),
     "detection, as annotated": ({"x": X, "y": dicts(8, 8, id=torch.zeros(1))}, lambda cut: len(cut["y"]) == 2),
     "pictures": ({"x": [object()] * 8, "y": [1] * 8}, lambda cut: [len(part) for part in cut.values()] == [2, 2]),
+    "conversations": ([turns(i + 1) for i in range(8)], lambda cut: cut == [turns(1), turns(2)]),
+    "conversations, a few of one length": ([turns(i) for i in (3, 2, 3, 1)], lambda cut: cut == [turns(3)]),
+    "conversations beside labels": (([turns(2)] * 8, Y), lambda cut: [len(p) for p in (*cut, cut[0][0])] == [2, 2, 2]),
+    "pairs of conversations": (
+        ([turns(2)] * 8, [turns(1)] * 8),
+        lambda cut: [len(part) for part in (*cut, cut[0][0], cut[1][0])] == [2, 2, 2, 1],
+    ),
+    "boxes of each image": (
+        [[{"box": torch.zeros(4), "label": 1}] * i for i in (3, 2, 4, 3, 5, 2, 3, 1)],
+        lambda cut: [len(one) for one in cut] == [3, 2],
+    ),
+    "augmented twice": ((dicts(8, 8), dicts(8, 8)), lambda cut: [len(p) for p in (*cut, cut[0][0]["x"])] == [2, 2, 8]),
+    "sizes for all": ({"x": X, "size": [224, 224]}, lambda cut: cut["size"] == [224, 224] and len(cut["x"]) == 2),
     "views": ({"views": dicts(2, 8), "y": Y}, lambda cut: [len(one["x"]) for one in cut["views"]] == [2, 2]),
     "a default collator's list": ([X, Y], lambda cut: [len(part) for part in cut] == [2, 2]),
     "a default collator's pair of one shape": ([X, X + 1], lambda cut: [len(part) for part in cut] == [2, 2]),

@@ -12,6 +12,7 @@ ROOT = Path(nusam.__file__).parent
 # From the ground up; what stands in one line may import from the lines below it, and from its own room.
 STOREYS = [
     {"containers"},
+    {"packed"},
     {"interrupts", "power_iteration", "base_optimizer", "batch", "reference", "uncompiled"},
     {"norms"},
     {"lmo"},

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from nusam.containers import (
     NUMBERS,
     PLAIN,
+    attributes_beside,
     entries_of,
     first_rows,
     has_rows,
@@ -25,13 +25,11 @@ from nusam.containers import (
     leaves_of,
     rebuilt,
 )
+from nusam.packed import is_packed, is_packed_row, may_say_how_long, may_say_whose
 
 __all__ = ["first_samples", "rebuilt", "samples_in"]
 
-# what begins the names of entries that say where packed sequences end
-PACKED = ("cu_seq_lens", "cu_seqlens", "seq_idx")
 FIELDS, CHANNELS = 4, (1, 3, 4)  # of a sample at most, and of an image
-POSITIONS = "position_ids"  # which begin anew with each of several sequences in a row
 INSTEAD = (
     "hand over tensors whose first dimension is the batch and leave out what all samples share, cut it yourself in "
     "'with opt.ascent():' and 'with opt.descent():', or use ascent_share=1."
@@ -118,8 +116,8 @@ class _Reading:
         self.left = 0  # numbers, rows and lists of them that no sample has a part in
         self._parallel = parallel
         self._lists: dict[int, Any] = {}  # those of samples
-        self._tensors = [part for part in leaves_of(batch) if has_rows(part) and part.shape[:1] == (size,)]
-        self._widths = {1}.union(*(part.shape[1:] for part in self._tensors))
+        tensors = [part for part in leaves_of(batch) if has_rows(part) and part.shape[:1] == (size,)]
+        self._widths = {1}.union(*(part.shape[1:] for part in tensors))
         self.cuts = self._visit(batch, type(batch) is not list)
 
     def cut(self, part: Any, count: int) -> Any:
@@ -172,11 +170,17 @@ class _Reading:
         rows = part.shape[0]
         if part.ndim == 1:
             fewer = rows < self.size and is_fractional(part)
-            return bool(rows == 1 or (fewer and not any(_counts_up_to(rows, one) for one in self._tensors)))
+            return rows == 1 or (fewer and not may_say_whose(self._batch, self.size, rows))
+        if part.ndim > 2 and self.size in part.shape[1:]:  # samples in another dimension, as a recurrent state has them
+            return False
         of_their_width = part.shape[-1] in self._widths
         return bool(of_their_width and (rows == 1 or part.shape == part.shape[-1:] * 2))
 
     def _visit_list(self, part: Any, side_by_side: bool) -> bool:
+        if attributes_beside(part):
+            raise _Misfit(f"which holds a {type(part).__name__} with tensors beside its entries")
+        if len(part) != self.size and may_say_how_long(part, self.size):
+            raise _Misfit(f"which holds whole numbers, {part!r:.50}, that may say how samples are packed into one")
         if is_list_of_plain(part):
             self.left += len(part) != self.size
             return len(part) == self.size and not side_by_side and self._has_samples(part)
@@ -194,6 +198,8 @@ class _Reading:
             found = False
         if found and type(part) not in (list, tuple) and not may_be_samples:
             raise _Misfit(f"which holds a {type(part).__name__} that can't be made anew")
+        if not found and len(part) != self.size and any(map(is_container, part)):
+            raise _Misfit(f"which holds a {type(part).__name__} of {len(part)} beside {self.size} samples")
         if not may_be_samples or (found and _is_tuple_of_flat(part)):
             return found
         if found and self.left == left:
@@ -232,12 +238,21 @@ def _read(batch: Any) -> _Reading | None:
 
 
 def _parallel(batch: Any) -> int | None:
-    """The length of lists side by side of which one has dictionaries or objects in it, as detectors take them."""
+    """The length of lists side by side of which one has dictionaries or objects in it, as detectors take them.
+
+    Raises:
+        _Unclear: if lists in a tuple may be conversations, each of which is a sample.
+    """
     lists = [entry for entry in entries_of(batch) if is_list(entry) and entry]
     lengths = [len(entry) for entry in lists]
+    are_alike = is_list(batch) and len(set(map(_kind, lists))) == 1
     for entry in lists:
         is_of_samples = not any(has_rows(one) or is_list(one) or isinstance(one, PLAIN) for one in entry)
         if is_of_samples and lengths.count(len(entry)) > 1:
+            if are_alike and type(batch) is list:
+                return None
+            if are_alike and next(_rows(batch), None) is None:
+                raise _Unclear(f"in which a tuple may have {len(lists)} samples, or lists of {len(entry)} samples each")
             return len(entry)
     return None
 
@@ -255,14 +270,6 @@ def _lengths(part: Any) -> Iterator[int]:
 def _rows(part: Any) -> Iterator[int]:
     """The first dimensions of the tensors."""
     return (int(tensor.shape[0]) for tensor in leaves_of(part) if has_rows(tensor) and tensor.ndim)
-
-
-def _counts_up_to(rows: int, vector: Any) -> bool:
-    """Whether a vector says to which of so many samples each row belongs, as where graphs or clouds are packed."""
-    if vector.ndim != 1 or is_fractional(vector) or len(vector) < 2:
-        return False
-    steps = vector[1:] * 1 - vector[:-1] * 1
-    return bool(vector[0] == 0 and vector[-1] == rows - 1 and ((steps == 0) | (steps == 1)).all())
 
 
 def _are_alike(part: Any) -> bool:
@@ -307,23 +314,17 @@ def _is_tuple_of_flat(part: Any) -> bool:
 
 
 def _refuse_packed(part: Any) -> None:
-    names = list(part) if isinstance(part, Mapping) else []
-    packed = isinstance(part, PackedSequence) or any(str(name).startswith(PACKED) for name in names)
-    if packed or (isinstance(part, Tensor) and part.is_nested):
+    if is_packed(part):
         raise _packed(part)
-    for entry in entries_of(part):
+    for entry in () if is_list(part) and is_list_of_plain(part) else entries_of(part):
         _refuse_packed(entry)
 
 
 def _refuse_packed_row(part: Any) -> None:
-    """Of a single row, whose positions tell (those of one sequence never fall)."""
-    if not isinstance(part, Mapping):
-        for entry in entries_of(part):
-            _refuse_packed_row(entry)
-        return
-    positions = part.get(POSITIONS)
-    if isinstance(positions, Tensor) and positions.ndim and (positions.diff() < 0).any():
+    if isinstance(part, Mapping) and is_packed_row(part):
         raise _packed(part)
+    for entry in () if isinstance(part, Mapping) else entries_of(part):
+        _refuse_packed_row(entry)
 
 
 def _packed(part: Any) -> ValueError:

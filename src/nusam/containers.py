@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import functools
+import operator
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "NUMBERS",
     "PLAIN",
+    "attributes_beside",
     "entries_of",
     "first_rows",
     "has_rows",
@@ -31,32 +34,108 @@ DEEP = 4  # attributes of attributes up to which tensors are looked for
 
 
 def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
-    """A container of the same kind with changed entries; None if it is no container that can be made anew."""
-    if isinstance(part, MutableMapping):
-        fresh: Any = copy.copy(part)
-        for name, value in part.items():
-            fresh[name] = change(value)
-        return fresh
+    """A container of the same kind with changed entries; None if it is no container that can be made anew.
+
+    ``change`` gets the entries in the order of :func:`entries_of`. Cached properties are to be computed anew.
+
+    Raises:
+        TypeError: if what is written to a copy may show in the container itself, which is then as it was.
+    """
     if isinstance(part, tuple) and hasattr(part, "_make"):
         return part._make(map(change, part))
     if type(part) in (list, tuple):
         return type(part)(map(change, part))
-    if is_a_dataclass(part):
-        fresh = copy.copy(part)
-        for field in dataclasses.fields(part):
-            object.__setattr__(fresh, field.name, change(getattr(part, field.name)))
-        return fresh
-    return None
+    if type(part) is dict:
+        return {name: change(value) for name, value in part.items()}
+    if not (isinstance(part, MutableMapping) or is_a_dataclass(part)):
+        return None
+    changed = {name: change(value) for name, value in _named(part).items()}
+    beside = {name: change(value) for name, value in attributes_beside(part).items()}
+    fresh = _copied(part)
+    _fill(fresh, changed, part)
+    for name, value in beside.items():
+        object.__setattr__(fresh, name, value)
+    for name in [name for name in getattr(fresh, "__dict__", ()) if _is_cached(part, name)]:
+        del fresh.__dict__[name]
+    return fresh
+
+
+def _fill(fresh: Any, changed: dict[Any, Any], part: Any) -> None:
+    """Write to a copy, and see to it that the container itself keeps its entries."""
+    is_mapping = isinstance(part, Mapping)
+    get: Callable[[Any, Any], Any] = operator.getitem if is_mapping else getattr
+    put: Callable[[Any, Any, Any], None] = operator.setitem if is_mapping else object.__setattr__
+    entries = _named(part)
+    if any(get(part, name) is not value for name, value in entries.items()):
+        raise TypeError(f"a {type(part).__name__} makes its entries whenever they are asked for")
+    try:
+        for name, value in changed.items():
+            put(fresh, name, value)
+    finally:
+        written = [name for name, value in entries.items() if get(part, name) is not value]
+        for name in written:
+            put(part, name, entries[name])
+    if written:
+        raise TypeError(f"a {type(part).__name__} shares its entries with its copy")
+
+
+def _copied(part: Any) -> Any:
+    """A copy, of which the mappings that a mapping keeps its entries in are others."""
+    fresh = copy.copy(part)
+    if fresh is part:
+        raise TypeError(f"a {type(part).__name__} is its own copy")
+    if isinstance(part, MutableMapping):
+        for name, value in _attributes(part).items():
+            if isinstance(value, MutableMapping) and _attributes(fresh).get(name) is value:
+                object.__setattr__(fresh, name, _copied(value))
+    return fresh
 
 
 def entries_of(part: Any) -> Iterator[Any]:
     """What a container holds; nothing if it is none."""
-    if isinstance(part, Mapping):
-        yield from part.values()
-    elif isinstance(part, list | tuple):
+    if isinstance(part, list | tuple):  # whose attributes would get lost
         yield from part
-    elif is_a_dataclass(part):
-        yield from (getattr(part, field.name, None) for field in dataclasses.fields(part))
+    elif is_container(part):
+        yield from _named(part).values()
+        yield from attributes_beside(part).values()
+
+
+def attributes_beside(part: Any) -> dict[str, Any]:
+    """Attributes that hold tensors beside a container's entries, such as those that ``__post_init__`` makes."""
+    if type(part) in (dict, list, tuple):
+        return {}
+    own = {name: value for name, value in _attributes(part).items() if not isinstance(value, PLAIN)}
+    if is_a_dataclass(part) and not isinstance(part, Mapping):
+        own = {name: value for name, value in own.items() if name not in _named(part)}
+    if not own:
+        return {}
+    entries = list(part if isinstance(part, list | tuple) else _named(part).values())
+    known = set(map(id, entries))
+    own = {name: value for name, value in own.items() if not _is_cached(part, name)}
+    return {name: value for name, value in own.items() if _holds_tensors(value, DEEP, known)}
+
+
+def _named(part: Any) -> dict[Any, Any]:
+    """The entries of a mapping, the fields of a dataclass."""
+    if isinstance(part, Mapping):
+        return dict(part.items())
+    return {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if hasattr(part, field.name)}
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    slots = _slots(type(part))  # type: ignore[arg-type]
+    return {**{name: getattr(part, name, None) for name in slots}, **getattr(part, "__dict__", {})}
+
+
+@functools.lru_cache(maxsize=256)
+def _slots(kind: type[Any]) -> tuple[str, ...]:
+    names = (name for base in kind.__mro__ for name in getattr(base, "__slots__", ()))
+    return tuple(name for name in names if name[:2] != "__")
+
+
+def _is_cached(part: Any, name: str) -> bool:
+    """Whether an attribute is what a property has left, which is computed of the others."""
+    return isinstance(getattr(type(part), name, None), functools.cached_property)
 
 
 def leaves_of(part: Any) -> Iterator[Any]:
@@ -109,11 +188,13 @@ def first_rows(part: Any, count: int) -> Any:
     return part.to_sparse(layout=torch.sparse_coo).narrow_copy(0, 0, count).to_sparse(layout=part.layout)
 
 
-def _holds_tensors(part: Any, deep: int) -> bool:
+def _holds_tensors(part: Any, deep: int, known: Container[int] = ()) -> bool:
+    """Whether there are tensors in its entries and attributes, or in theirs, other than in objects of known ids."""
+    if id(part) in known or isinstance(part, PLAIN) or callable(part):
+        return False
     if has_rows(part):
         return True
-    if isinstance(part, PLAIN) or callable(part) or not deep:
+    if not deep or (is_list(part) and is_list_of_plain(part)):
         return False
-    slots = [name for kind in type(part).__mro__ for name in getattr(kind, "__slots__", ())]
-    held = [*(getattr(part, name, None) for name in slots), *getattr(part, "__dict__", {}).values(), *entries_of(part)]
-    return any(_holds_tensors(one, deep - 1) for one in held)
+    entries = part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ()
+    return any(_holds_tensors(one, deep - 1, known) for one in (*_attributes(part).values(), *entries))

@@ -42,7 +42,10 @@ class Kept:
                 look_at(part)
                 made[id(part)] = self._own_tensor(part)
             return made[id(part)]
-        fresh = rebuilt(part, partial(self._own, made=made, look_at=look_at))
+        try:
+            fresh = rebuilt(part, partial(self._own, made=made, look_at=look_at))
+        except TypeError:  # it can't be copied apart
+            fresh = None
         if fresh is not None:
             return fresh
         if hasattr(type(part), "__copy__"):
