@@ -260,6 +260,58 @@ def test_loops_that_hand_over_no_batch_are_refused_in_a_sentence():
     opt.step()
 
 
+class Opaque:
+    def __init__(self, x):
+        self.x = x
+
+
+@pytest.mark.parametrize("way", ["passes", "one pass"])
+def test_a_batch_that_can_not_be_cut_is_refused_before_the_delay(way):
+    model, [(tokens, y)] = problem(1)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, delay=1000, ascent_share=1 / 4)
+    before = weights(model)
+    batch, computed = {"tokens": Opaque(tokens), "y": y}, []
+    steps = opt.passes(batch) if way == "passes" else opt.one_pass([batch] * 2, computed.append)
+    with pytest.raises(ValueError, match=r"can't cut a dict .* an object that can't be cut"):
+        next(iter(steps))
+    assert not computed
+    assert_unperturbed(model, before)
+
+
+def test_a_batch_is_cut_once_before_the_delay(monkeypatch):
+    model, batches = problem(6)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, delay=4, ascent_share=1 / 4)
+    cuts = []
+    cut = nusam.stepping.first_samples
+    monkeypatch.setattr(nusam.stepping, "first_samples", lambda *given: cuts.append(opt._progress.steps) or cut(*given))
+    for batch in batches:
+        for part in opt.passes(*batch):
+            loss_of(model, *part).backward()
+        opt.step()
+    assert cuts == [0, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["no ascent", "no radius"])
+def test_a_batch_that_is_never_cut_need_not_be_such_as_can_be(kind):
+    model, [(tokens, y)] = problem(1)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    if kind == "no ascent":
+        opt = nusam.RWP(base, model=model, ascent_share=1 / 4)
+    else:
+        opt = nusam.NuSAM(base, rho=0, model=model, ascent_share=1 / 4)
+    batch = Opaque(tokens)
+    given = []
+    for part in opt.passes(batch):
+        given.append(part)
+        loss_of(model, part.x, y).backward()
+    opt.step()
+    assert given == [batch]
+    if kind == "no ascent":
+        for _ in opt.passes():
+            loss_of(model, tokens, y).backward()
+        opt.step(lambda: loss_of(model, tokens, y).backward())
+
+
 @pytest.mark.parametrize(("kind", "options"), [WAYS[0], WAYS[1], WAYS[2], WAYS[4]])
 def test_a_share_that_leaves_nothing_to_perturb_by_is_told_once(kind, options):
     model, _ = problem(1)

@@ -28,6 +28,7 @@ class Stepping(TwoPasses):
     _cleared = False  # whether passes since the last step have cleared the gradients of others
     _wasteful = 0  # steps before which they had
     _batches: Rewinding | None = None  # of the loop over passes()
+    _was_cut = False  # whether a batch could be cut, before the first ascent
     _plain = 0  # steps without passes, as long as there was no ascent
 
     def passes(self, *batch: Any, accumulate: bool = False) -> Uncompiled[Any]:
@@ -64,11 +65,13 @@ class Stepping(TwoPasses):
     def _over(self, batch: tuple[Any, ...], accumulate: bool) -> Generator[Any, None, None]:
         """The batch, once a pass."""
         self = itself(self)
-        check_batch(batch, self.ascent_share)
+        share = self.ascent_share if self._needs_ascent else 1.0
+        check_batch(batch, share)
         whole: Any = batch[0] if len(batch) == 1 else batch or "descent"
         part: Any = whole if batch else "ascent"
-        if self.ascent_share < 1 and self.active:
-            part = first_samples(whole, self.ascent_share)
+        if share < 1 and self.active:
+            part = first_samples(whole, share)
+        self._check_cut(whole)
         rewinding = None
         if batch and self.active and self._needs_ascent:
             rewinding = self._batches = self._batches or Rewinding()
@@ -82,6 +85,14 @@ class Stepping(TwoPasses):
         finally:
             if rewinding:
                 rewinding.end()
+
+    def _check_cut(self, batch: Any) -> None:
+        """Cut the first batch while there is no ascent, so that one that can't be cut is refused before the delay."""
+        is_cut = self.ascent_share < 1 and self._needs_ascent and self._is_wanted()
+        if self._was_cut or self.active or not is_cut:
+            return
+        first_samples(batch, self.ascent_share)
+        self._was_cut = True
 
     def _passes(self, accumulate: bool) -> Generator[str, None, None]:
         """The passes by name, for loops that cut the batch themselves."""
@@ -167,7 +178,7 @@ class Stepping(TwoPasses):
 
     def _losses_of(self, closure: Callable[[], Any]) -> list[Any]:
         """What the closure returns in each pass; an ascent that is run again does not count."""
-        if self.ascent_share < 1:
+        if self.ascent_share < 1 and self._needs_ascent:
             raise ValueError(
                 f"step(closure) would run the whole batch in both passes, though ascent_share={self.ascent_share:g}; "
                 "loop over opt.passes(*batch) and call step() without a closure, or use ascent_share=1. In Lightning, "

@@ -202,6 +202,7 @@ class SharpnessAwareCallback(Callback):
 
         def passes(*_: Any, **__: Any) -> Any:
             self._to_log = {"active": float(opt.active), "rho": max(opt._radii())}
+            opt._check_cut(batch)
             hooks = ("on_before_zero_grad", "optimizer_zero_grad")
             if zero_grad is not None and all(_is_default(hook, pl_module, self._callbacks) for hook in hooks):
                 opt.zero_grad()  # what is cleared in the descent anyway takes no room in the ascent

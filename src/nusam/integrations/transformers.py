@@ -166,6 +166,7 @@ class NuSAMTrainerMixin:
         cuts = opt.ascent_share < 1 and not self._draws
         if cuts:
             check_rows(self, inputs, opt.ascent_share)
+            opt._check_cut(inputs)
         if self._in_one_pass:
             followers = [following for batch, following in self._followers if batch is inputs]
             if followers:

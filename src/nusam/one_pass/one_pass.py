@@ -94,6 +94,7 @@ class OnePass:
         opt = self._opt
         waiting, opt._waiting = opt._waiting, None
         if not opt.active:
+            opt._check_cut(batch)
             with opt.descent(accumulate):
                 return _run(batch, loss, backward)
         if self._refused:  # perhaps by the run that this one goes on from
