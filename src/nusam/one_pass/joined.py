@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nusam.layers.structure import Structure
 from nusam.one_pass.inputs import Inputs
+from nusam.one_pass.joining import Roles
 from nusam.one_pass.joint import joinable
 
 __all__ = ["Joined"]
@@ -21,12 +22,14 @@ class Joined:
         self.structure: Structure | None = None  # of the model when they were found
         self.modules: list[nn.Module] = []
         self.inputs: dict[Tensor, Inputs] = defaultdict(Inputs)
+        self.roles: dict[tuple[nn.Module, int], Roles] = {}  # of the arguments of their calls
         self._passes: Passes = []
 
     def learn(self, structure: Structure | None, passes: Passes) -> None:
         """Find them, by what passes of several numbers of samples have shown."""
         self.structure, self._passes = structure, passes
         self.inputs.clear()
+        self.roles.clear()
         self.modules = self._outermost(set())
 
     def narrow(self) -> bool:

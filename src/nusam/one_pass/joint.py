@@ -6,36 +6,22 @@ computes its own) runs for each by itself.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nusam.batch import rebuilt
 from nusam.interrupts import always, around_backwards
 from nusam.layers.module_tree import outside_of_graphs
+from nusam.one_pass.joining import CannotJoin, Joining, Roles, Rows, leaves, part_of
 from nusam.one_pass.turns import Call, Done, Settings, Turns
 
 __all__ = ["CannotJoin", "Joint", "Rows", "joinable", "leaves", "observed", "part_of"]
 
 T = TypeVar("T")
-
-
-class CannotJoin(Exception):
-    """Two computations can't be joined; ``for_good``: nor will they be in later steps."""
-
-    def __init__(self, reason: str, for_good: bool = True) -> None:
-        super().__init__(reason)
-        self.for_good = for_good
-
-
-class Rows(NamedTuple):
-    """How many samples come first, and how many behind them."""
-
-    first: int
-    second: int
 
 
 # ---------------------------------------------------------------- which modules are joined
@@ -96,6 +82,7 @@ class Joint:
         modules: whose calls are joined.
         rows: the samples of both.
         aside: a context for every turn of the second computation, which is to leave no trace for the first.
+        roles: of the arguments that earlier calls were given, by module and number of the call.
 
     Attributes:
         side: whose samples a layer sees where it is called: ``"both"``, ``"first"`` or ``"second"``.
@@ -107,10 +94,13 @@ class Joint:
         modules: Sequence[nn.Module],
         rows: Rows,
         aside: Callable[[], AbstractContextManager[object]] = nullcontext,
+        roles: dict[tuple[nn.Module, int], Roles] | None = None,
     ) -> None:
         self.modules = modules
         self.rows = rows
         self.aside = aside
+        self._roles = {} if roles is None else roles
+        self._calls: Counter[nn.Module] = Counter()
         self.side = "first"
         self.looks: Callable[[Tensor, int], None] | None = None  # at gradients of what joined modules are given
         self.is_inside = False  # whether the loss itself runs a backward for gradients of its own
@@ -126,6 +116,7 @@ class Joint:
         """
         turns = self._second = Turns(lambda: function(second))
         self._request = None
+        self._calls.clear()
         self._settings = Settings()
 
         # what was compiled in place is called past its own _call_impl
@@ -179,14 +170,14 @@ class Joint:
             other = self._asked()
             if not isinstance(other, Call) or other.module is not module:
                 raise CannotJoin("calls its modules in an order that depends on the samples")
-            joined = Joining(self.rows, self.looks is not None).of((args, kwargs), (other.args, other.kwargs))
-            if self.looks is not None:
-                self._watch(joined, self.looks)
+            joined = self._joined(mine, other)
             self.side = "both"
             try:
                 output = alone(*joined[0], **joined[1])
             finally:
                 self.side = "first"
+            if any(not leaf.ndim or len(leaf) % sum(self.rows) for leaf in leaves(output)):
+                raise CannotJoin("gives a tensor without the samples' dimension")
             self._answer = part_of(output, self.rows, second=True)
             if self.looks is None:
                 _keep_finite(self._answer, output)
@@ -197,16 +188,27 @@ class Joint:
         hidden = "torch._dynamo" in sys.modules
         return torch.compiler.disable(call) if hidden else call  # type: ignore[no-untyped-call]
 
-    def _watch(self, given: Any, looks: Callable[[Tensor, int], None]) -> None:
+    def _joined(self, mine: Call, other: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of both."""
+        module = mine.module
+        self._calls[module] += 1
+        roles = dict(self._roles.get((module, self._calls[module]), {}))
+        joining = Joining(self.rows, self.looks is not None, roles)
+        args, kwargs = joining.of((mine.args, mine.kwargs), (other.args, other.kwargs))
+        self._roles[module, self._calls[module]] = roles
+        if self.looks is not None:
+            self._watch(joining.together, self.looks)
+        return args, kwargs
+
+    def _watch(self, given: list[Tensor], looks: Callable[[Tensor, int], None]) -> None:
         """Look at the gradients of samples that travel together, which only the module's own input would show."""
 
         def hook_for(cut: int) -> Callable[[Tensor], None]:
             return lambda D: looks(D, cut)
 
-        for tensor in leaves(given):
-            length = tensor.shape[0] if tensor.ndim else 0
-            if tensor.requires_grad and length and length % sum(self.rows) == 0:
-                tensor.register_hook(hook_for(length // sum(self.rows) * self.rows.first))  # type: ignore[no-untyped-call]
+        for tensor in given:
+            if tensor.requires_grad:
+                tensor.register_hook(hook_for(len(tensor) // sum(self.rows) * self.rows.first))  # type: ignore[no-untyped-call]
 
     def _asked(self) -> Call | Done:
         """What the second computation asks for, or has come to; what it has raised is raised."""
@@ -240,91 +242,6 @@ def _has_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-# ---------------------------------------------------------------- samples behind samples
-
-
-def leaves(part: Any) -> Iterator[Tensor]:
-    """The tensors in it."""
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, Mapping):
-        for value in part.values():
-            yield from leaves(value)
-    elif isinstance(part, list | tuple):
-        for value in part:
-            yield from leaves(value)
-    elif hasattr(part, "__dataclass_fields__"):
-        yield from leaves([getattr(part, name, None) for name in part.__dataclass_fields__])
-
-
-class Joining:
-    """Arguments whose tensors have the samples of both; what is no sample must be the same.
-
-    Args:
-        rows: the samples of both.
-        tracked: whether autograd is to follow them all.
-    """
-
-    def __init__(self, rows: Rows, tracked: bool) -> None:
-        self._rows, self._tracked = rows, tracked
-        self._known: dict[tuple[int, int], Tensor] = {}  # what is one tensor for both sides stays one
-
-    def of(self, first: Any, second: Any) -> Any:
-        """One argument of both."""
-        if isinstance(first, Tensor) and isinstance(second, Tensor):
-            if (id(first), id(second)) not in self._known:
-                self._known[id(first), id(second)] = self._of_tensors(first, second)
-            return self._known[id(first), id(second)]
-        if type(first) is not type(second):
-            raise CannotJoin("gets arguments of several kinds")
-        if isinstance(first, Mapping):
-            if list(first) != list(second):
-                raise CannotJoin("gets other arguments with other samples", False)
-            entries = iter([self.of(first[name], second[name]) for name in first])
-            fresh = rebuilt(first, lambda _: next(entries))
-            if fresh is None:
-                raise CannotJoin(f"gets a {type(first).__name__}, which can't be rebuilt")
-            return fresh
-        if isinstance(first, list | tuple):
-            if len(first) != len(second):
-                if (len(first), len(second)) == self._rows and type(first) in (list, tuple):
-                    return type(first)([*first, *second])  # of an entry for each sample
-                raise CannotJoin("gets lists of several lengths", False)
-            joined = [self.of(a, b) for a, b in zip(first, second, strict=True)]
-            entries = iter(joined)
-            fresh = rebuilt(first, lambda _: next(entries))
-            return type(first)(joined) if fresh is None else fresh  # such as torch.Size
-        try:
-            same = first is second or bool(first == second)
-        except Exception:
-            same = False
-        if not same:
-            raise CannotJoin(f"gets a {type(first).__name__} that differs from sample to sample")
-        return first
-
-    def _of_tensors(self, first: Tensor, second: Tensor) -> Tensor:
-        if first is second:  # no samples, which are other tensors on either side
-            return first
-        here, there = first.shape[:1], second.shape[:1]
-        a, b = (here or (0,))[0], (there or (0,))[0]
-        if a and b and a % self._rows.first == 0 and a * self._rows.second == b * self._rows.first:
-            if first.shape[1:] != second.shape[1:]:
-                raise CannotJoin("gets samples of shapes that change from batch to batch", for_good=False)
-            joined = torch.cat([first, second])
-            if self._tracked and joined.is_floating_point() and not joined.requires_grad:
-                joined = joined.requires_grad_().clone()  # no leaf, which could not be written
-            return joined
-        if first.shape == second.shape and torch.equal(first, second):
-            return first
-        if first.shape != second.shape:  # such as positions or a mask, of as many entries as the longest sample
-            raise CannotJoin("gets tensors whose shapes change from batch to batch", for_good=False)
-        raise CannotJoin("gets a tensor without the samples' dimension, which differs from sample to sample")
-
-
-def _holds(entry: Any) -> bool:
-    return isinstance(entry, Tensor | Mapping | list | tuple)
-
-
 def _keep_finite(behind: Any, output: Any) -> None:
     """Let no gradient that is not finite come from the loss of the rows behind, which other rows would share."""
     for rows, whole in zip(leaves(behind), leaves(output), strict=True):
@@ -334,17 +251,3 @@ def _keep_finite(behind: Any, output: Any) -> None:
 
 def _finite(D: Tensor) -> Tensor:
     return D.nan_to_num(0.0, 0.0, 0.0)
-
-
-def part_of(output: Any, rows: Rows, second: bool) -> Any:
-    """The rows of one side; what has no rows goes to both."""
-    if isinstance(output, Tensor):
-        length = output.shape[0] if output.ndim else 0
-        if not length or length % sum(rows):
-            return output
-        cut = length // sum(rows) * rows.first
-        return (output[cut:] if second else output[:cut]).clone()  # which a loss may write into
-    if type(output) in (list, tuple) and len(output) == sum(rows) and not any(map(_holds, output)):
-        return output[rows.first :] if second else output[: rows.first]
-    fresh = rebuilt(output, lambda entry: part_of(entry, rows, second))
-    return output if fresh is None else fresh

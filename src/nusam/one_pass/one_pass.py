@@ -260,7 +260,8 @@ class OnePass:
         if self._copies is None or self._copies.structure is not structure:
             self._copies = Copies(structure)
         pass_ = LayerPass(structure.uses, {}, iterations(opt.lmo), opt._ascent.compiles, structure.idle, set(), False)
-        return Riders(targets, states, job, pass_, Joint(modules, rows, self._aside), self._known.inputs)
+        joint = Joint(modules, rows, self._aside, self._known.roles)
+        return Riders(targets, states, job, pass_, joint, self._known.inputs)
 
     # ------------------------------------------------------------ where it can't be had
 
