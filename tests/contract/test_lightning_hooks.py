@@ -141,9 +141,10 @@ def test_a_skipped_step_returns_nothing(rho, half):
 X, Y = BATCHES[0]
 
 
+@pytest.mark.parametrize("delay", [0, 1000])
 @pytest.mark.parametrize("batch", [list(X.split(2)), (X, types.SimpleNamespace(y=Y)), [{"x": X, "y": Y}] * 3])
-def test_a_batch_that_can_not_be_cut_leaves_the_weights_unperturbed(batch):
-    model = Model(ascent_share=1 / 4)
+def test_a_batch_that_can_not_be_cut_leaves_the_weights_unperturbed(batch, delay):
+    model = Model(ascent_share=1 / 4, delay=delay)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"ascent_share=0\.25 can't cut a (list|tuple), "):
         fit(model, batches=[batch])

@@ -1,5 +1,6 @@
 """What Hugging Face's Trainer does around the passes."""
 
+import types
 from functools import partial
 
 import pytest
@@ -140,6 +141,23 @@ def test_rows_that_are_no_samples_are_refused_with_a_share(tmp_path, collator, r
         trained.train()
     assert all(torch.equal(p, q) for p, q in zip(trained.model.parameters(), before, strict=True))
     trainer(tmp_path, data_collator=collator).train()  # without a share
+
+
+def closed(samples):
+    """Labels in an object that nobody can look into."""
+    x, y = (torch.stack([torch.as_tensor(one[name]) for one in samples]) for name in ("x", "labels"))
+    return {"x": x, "labels": types.SimpleNamespace(y=y)}
+
+
+@pytest.mark.parametrize("delay", [0, 1000])
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_batch_that_can_not_be_cut_is_refused_at_the_first_step(tmp_path, one_pass, delay):
+    method = partial(nusam.NuSAM, ascent_share=1 / 4, delay=delay)
+    trained = trainer(tmp_path, sharpness_aware=method, one_pass=one_pass, data_collator=closed)
+    before = [p.clone() for p in trained.model.parameters()]
+    with pytest.raises(ValueError, match=r"can't cut a dict of x, labels, which holds a SimpleNamespace"):
+        trained.train()
+    assert all(torch.equal(p, q) for p, q in zip(trained.model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
