@@ -371,6 +371,13 @@ UNCLEAR = {
     "clouds, some empty": {"x": torch.zeros(35, 3), "of": torch.arange(35) // 9, "y": torch.zeros(8)},
     "clouds, of numpy": {"x": np.zeros((35, 3)), "of": np.arange(35) % 8, "y": np.zeros(8)},
     "clouds, in a list": {"x": torch.zeros(35, 3), "of": [i % 8 for i in range(35)], "y": torch.zeros(8)},
+    "voxels": {
+        "x": torch.zeros(35, 3),
+        "at": torch.arange(35)[:, None] % 8 + torch.tensor([[0, 9, 8]]),
+        "y": torch.zeros(8),
+    },
+    "clouds, labels in a list": {"x": torch.zeros(35, 3), "of": torch.arange(35) % 8, "y": [0.5] * 8},
+    "clouds, names in a list": {"x": torch.zeros(35, 3), "of": [i % 8 for i in range(35)], "y": list("abcdefgh")},
     "lengths": {"x": torch.zeros(35, 3), "lengths": LENGTHS.tolist(), "y": torch.zeros(8)},
     "lengths, labels in a list": (torch.zeros(35).long(), LENGTHS.tolist(), [1.0] * 8),
     "lengths, of numpy": (torch.zeros(35).long(), list(LENGTHS.numpy()), [1.0] * 8),
@@ -378,6 +385,7 @@ UNCLEAR = {
     "lengths, padded": (torch.zeros(40).long(), LENGTHS.tolist(), [1.0] * 8),
     "offsets": (torch.zeros(35).long(), (LENGTHS.cumsum(0) - LENGTHS).tolist(), [1.0] * 8),
     "ends": (torch.zeros(35).long(), [0, *LENGTHS.cumsum(0).tolist()], [1.0] * 8),
+    "rows of several kinds": {"x": X, "y": [torch.zeros(3), 1.0] * 4},
     "one length": (torch.zeros(35).long(), [35], [1.0]),
     # samples in another dimension
     "a state": (torch.zeros(8, 5, 6), torch.zeros(1, 8, 6)),
@@ -430,6 +438,14 @@ CLEAR = {
         lambda cut: [len(one) for one in cut] == [3, 2],
     ),
     "augmented twice": ((dicts(8, 8), dicts(8, 8)), lambda cut: [len(p) for p in (*cut, cut[0][0]["x"])] == [2, 2, 8]),
+    "boxes of which some are missing": (
+        {"x": X, "y": [torch.zeros(2, 4), None] * 4},
+        lambda cut: len(cut["y"]) == 2 and cut["y"][1] is None,
+    ),
+    "names for all, and labels": (
+        {"x": X, "y": torch.arange(8) % 3, "names": list("abcd")},
+        lambda cut: len(cut["names"]) == 4 and len(cut["y"]) == 2,
+    ),
     "sizes for all": ({"x": X, "size": [224, 224]}, lambda cut: cut["size"] == [224, 224] and len(cut["x"]) == 2),
     "views": ({"views": dicts(2, 8), "y": Y}, lambda cut: [len(one["x"]) for one in cut["views"]] == [2, 2]),
     "a default collator's list": ([X, Y], lambda cut: [len(part) for part in cut] == [2, 2]),

@@ -25,7 +25,7 @@ from nusam.containers import (
     leaves_of,
     rebuilt,
 )
-from nusam.packed import is_packed, is_packed_row, may_say_how_long, may_say_whose
+from nusam.packed import may_say_how_long, may_say_whose, packed_in, packed_rows_in
 
 __all__ = ["first_samples", "rebuilt", "samples_in"]
 
@@ -55,7 +55,9 @@ def first_samples(batch: Any, share: float) -> Any:
         ValueError: if nothing has a first dimension, if samples are packed into one sequence, if something belongs to
             no sample or to all and can't be told, or if the batch may be one of several numbers of samples.
     """
-    _refuse_packed(batch)
+    packed = next(packed_in(batch), None)
+    if packed is not None:
+        raise _packed(packed)
     if share == 1:
         return batch
     try:
@@ -67,8 +69,9 @@ def first_samples(batch: Any, share: float) -> Any:
             f"ascent_share={share:g} needs a batch with a first dimension to cut, got {_described(batch)}; hand over "
             "the tensors of the batch, or use ascent_share=1."
         )
-    if reading.size == 1:
-        _refuse_packed_row(batch)
+    packed = next(packed_rows_in(batch), None) if reading.size == 1 else None
+    if packed is not None:
+        raise _packed(packed)
     count = math.ceil(share * reading.size * (1 - 1e-12))  # 0.1 · 30 is a little more than 3
     return batch if count == reading.size else reading.cut(batch, count)
 
@@ -116,6 +119,7 @@ class _Reading:
         self.left = 0  # numbers, rows and lists of them that no sample has a part in
         self._parallel = parallel
         self._lists: dict[int, Any] = {}  # those of samples
+        self._numbered: dict[tuple[int, bool], bool] = {}
         tensors = [part for part in leaves_of(batch) if has_rows(part) and part.shape[:1] == (size,)]
         self._widths = {1}.union(*(part.shape[1:] for part in tensors))
         self.cuts = self._visit(batch, type(batch) is not list)
@@ -170,7 +174,7 @@ class _Reading:
         rows = part.shape[0]
         if part.ndim == 1:
             fewer = rows < self.size and is_fractional(part)
-            return rows == 1 or (fewer and not may_say_whose(self._batch, self.size, rows))
+            return rows == 1 or (fewer and not self._may_be_numbered(rows, False))
         if part.ndim > 2 and self.size in part.shape[1:]:  # samples in another dimension, as a recurrent state has them
             return False
         of_their_width = part.shape[-1] in self._widths
@@ -182,6 +186,8 @@ class _Reading:
         if len(part) != self.size and may_say_how_long(part, self.size):
             raise _Misfit(f"which holds whole numbers, {part!r:.50}, that may say how samples are packed into one")
         if is_list_of_plain(part):
+            if 1 < len(part) < self.size and self._may_be_numbered(len(part), True):
+                raise _Misfit(f"which holds a list of {len(part)} beside {self.size} rows that may be numbered by them")
             self.left += len(part) != self.size
             return len(part) == self.size and not side_by_side and self._has_samples(part)
         may_be_samples = len(part) == self.size and not (side_by_side and _is_of_fields(part))
@@ -198,7 +204,7 @@ class _Reading:
             found = False
         if found and type(part) not in (list, tuple) and not may_be_samples:
             raise _Misfit(f"which holds a {type(part).__name__} that can't be made anew")
-        if not found and len(part) != self.size and any(map(is_container, part)):
+        if not found and (any(map(is_container, part)) if len(part) != self.size else not may_be_samples):
             raise _Misfit(f"which holds a {type(part).__name__} of {len(part)} beside {self.size} samples")
         if not may_be_samples or (found and _is_tuple_of_flat(part)):
             return found
@@ -206,6 +212,12 @@ class _Reading:
             raise _Unclear(f"in which a list may have {self.size} samples, or tensors of {self.size} samples each")
         self.left, self._lists = left, lists
         return self._has_samples(part)
+
+    def _may_be_numbered(self, count: int, each: bool) -> bool:
+        """Whether something may say to which of so many samples each row belongs."""
+        if (count, each) not in self._numbered:
+            self._numbered[count, each] = may_say_whose(self._batch, self.size, count, each)
+        return self._numbered[count, each]
 
     def _has_samples(self, part: Any) -> bool:
         self._lists[id(part)] = part
@@ -273,7 +285,8 @@ def _rows(part: Any) -> Iterator[int]:
 
 
 def _are_alike(part: Any) -> bool:
-    """Whether a list's entries may be samples of one kind."""
+    """Whether a list's entries may be samples of one kind, of which some are missing."""
+    part = [entry for entry in part if entry is not None]
     if not all(map(has_rows, part)):
         return len({_kind(entry) for entry in part}) == 1
     if len({_kind(entry) for entry in part}) > 1:
@@ -311,20 +324,6 @@ def _is_collated(part: Any) -> bool:
 def _is_tuple_of_flat(part: Any) -> bool:
     """Whether it is a tuple of vectors and matrices, rather than of images."""
     return type(part) is tuple and all(has_rows(entry) and entry.ndim < 3 for entry in part)
-
-
-def _refuse_packed(part: Any) -> None:
-    if is_packed(part):
-        raise _packed(part)
-    for entry in () if is_list(part) and is_list_of_plain(part) else entries_of(part):
-        _refuse_packed(entry)
-
-
-def _refuse_packed_row(part: Any) -> None:
-    if isinstance(part, Mapping) and is_packed_row(part):
-        raise _packed(part)
-    for entry in () if isinstance(part, Mapping) else entries_of(part):
-        _refuse_packed_row(entry)
 
 
 def _packed(part: Any) -> ValueError:

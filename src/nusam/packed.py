@@ -1,6 +1,6 @@
 """Batches whose samples stand in one sequence, one behind the other, so that rows are no samples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -10,24 +10,34 @@ from torch.nn.utils.rnn import PackedSequence
 
 from nusam.containers import entries_of, has_rows, is_list, is_list_of_plain
 
-__all__ = ["is_packed", "is_packed_row", "may_say_how_long", "may_say_whose"]
+__all__ = ["may_say_how_long", "may_say_whose", "packed_in", "packed_rows_in"]
 
 # what begins the names of entries that say where packed sequences end
 ENDS = ("cu_seq_lens", "cu_seqlens", "seq_idx")
+COLUMNS = 4  # up to which a matrix may have one that numbers samples, beside coordinates
 POSITIONS = "position_ids"  # which begin anew with each of several sequences in a row
 
 
-def is_packed(part: Any) -> bool:
-    """Whether it holds packed samples by its type, or by the names of its entries."""
+def packed_in(part: Any) -> Iterator[Any]:
+    """What holds packed samples by its type, or by the names of its entries."""
     names = part if isinstance(part, Mapping) else ()
-    packed = isinstance(part, PackedSequence) or any(str(name).startswith(ENDS) for name in names)
-    return packed or (isinstance(part, Tensor) and part.is_nested)
+    named = any(str(name).startswith(ENDS) for name in names)
+    if named or isinstance(part, PackedSequence) or (isinstance(part, Tensor) and part.is_nested):
+        yield part
+    elif not (is_list(part) and is_list_of_plain(part)):
+        for entry in entries_of(part):
+            yield from packed_in(entry)
 
 
-def is_packed_row(part: Mapping[Any, Any]) -> bool:
-    """Whether positions of a single row tell (those of one sequence never fall)."""
+def packed_rows_in(part: Any) -> Iterator[Any]:
+    """Mappings of a single row whose positions fall, as those of one sequence never do."""
+    if not isinstance(part, Mapping):
+        for entry in entries_of(part):
+            yield from packed_rows_in(entry)
+        return
     positions = part.get(POSITIONS)
-    return isinstance(positions, Tensor) and positions.ndim > 0 and bool((positions.diff() < 0).any())
+    if isinstance(positions, Tensor) and positions.ndim and (positions.diff() < 0).any():
+        yield part
 
 
 def may_say_how_long(part: Any, rows: int) -> bool:
@@ -40,14 +50,25 @@ def may_say_how_long(part: Any, rows: int) -> bool:
     return sum(numbers) == rows or (len(numbers) > 1 and (sum(numbers) < rows or numbers == sorted(numbers)))
 
 
-def may_say_whose(part: Any, rows: int, samples: int) -> bool:
-    """Whether something may say to which of so many samples each row belongs, as where graphs or clouds are packed."""
+def may_say_whose(part: Any, rows: int, samples: int, each: bool = False) -> bool:
+    """Whether something may say to which of so many samples each row belongs, as where graphs or clouds are packed.
+
+    Args:
+        part: vectors, columns of narrow matrices, lists, and containers of them.
+        rows: how many there are.
+        samples: how many rows may belong to.
+        each: whether only what names each of the samples counts.
+    """
     if has_rows(part):
-        is_one_a_row = part.shape[:1] == (rows,) and part.shape.count(1) == part.ndim - 1 and _is_of_integers(part)
-        return is_one_a_row and bool((part >= 0).all() and (part < samples).all())
+        columns = part.reshape(rows, -1).T if part.shape[:1] == (rows,) and _is_of_integers(part) else ()
+        if len(columns) > COLUMNS:
+            return False
+        numbers = [one for one in columns if bool((one >= 0).all() and (one < samples).all())]
+        return any(not each or len(set(one.tolist())) == samples for one in numbers)
     if is_list(part) and is_list_of_plain(part):
-        return len(part) == rows and all(_is_whole(one) and 0 <= one < samples for one in part)
-    return any(may_say_whose(entry, rows, samples) for entry in entries_of(part))
+        inside = len(part) == rows and all(_is_whole(one) and 0 <= one < samples for one in part)
+        return inside and (not each or len(set(part)) == samples)
+    return any(may_say_whose(entry, rows, samples, each) for entry in entries_of(part))
 
 
 def _is_whole(one: Any) -> bool:
@@ -58,5 +79,6 @@ def _is_whole(one: Any) -> bool:
 
 def _is_of_integers(part: Any) -> bool:
     if isinstance(part, Tensor):
-        return not (part.is_floating_point() or part.is_complex() or part.dtype == torch.bool)
+        others = part.is_floating_point() or part.is_complex() or part.dtype == torch.bool
+        return part.layout == torch.strided and not others
     return part.dtype.kind in "iu"
