@@ -41,7 +41,8 @@ def first_samples(batch: Any, share: float) -> Any:
 
     Every tensor and array of B rows is cut, and every list of B samples. Handed on whole is what all samples share: a
     single number, row or string, a list of strings or numbers of another length, a vector of fewer numbers with a
-    fraction (class weights), and masks and positions of shape (T, T) or (1, T) beside (B, T).
+    fraction (class weights), and masks and positions of shape (T, T) or (1, T) beside (B, T). Fewer numbers are refused
+    where others may say which of them each row belongs to.
 
     A tuple of tensors has them side by side, as ``passes(x, y)`` hands them over. So has a batch that lists at most
     four tensors of one shape, as loaders do with pairs and triplets, unless it is an image's. Any other list may have
