@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import random
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,6 +366,11 @@ def appends(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 
 
+def binds_in_an_object(model, batch):
+    batch["scale"].by /= 4
+    return (model(batch["x"] * batch["scale"].by) - batch["y"]).square().mean()
+
+
 def plain(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 
@@ -375,6 +381,7 @@ HANDED = {
     "bound": (Sample, binds, 4),
     "bound inside": (lambda x, y: ({"x": x}, y), binds_inside, 4),
     "grown": (lambda x, y: [x, y], appends, 1),
+    "bound in an object": (lambda x, y: {"x": x, "y": y, "scale": SimpleNamespace(by=1.0)}, binds_in_an_object, 4),
 }
 
 

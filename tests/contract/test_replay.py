@@ -49,6 +49,7 @@ class Keeper:
         self.seen = {0}
         self.average = torch.zeros(())
         self.running = {"loss": torch.zeros(2)}
+        self.table = np.zeros(2)
         self.rng = np.random.default_rng(0)
         self.old_rng = np.random.RandomState(0)
         self.random = random.Random(0)
@@ -70,6 +71,7 @@ class Keeper:
             set(self.seen),
             self.average.item(),
             self.running["loss"].tolist(),
+            self.table.tolist(),
             self.rng.random(),
             self.old_rng.rand(),
             self.random.random(),
@@ -90,6 +92,7 @@ class Keeper:
         self.average.add_(1)  # in place
         self.average = self.average * 0.5
         self.running["loss"] += 1
+        self.table[self.calls % 2] += 1
         self.made = self.calls
         return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nusam.batch import rebuilt
 from nusam.guards.batch_copies import BatchCopies
+from nusam.guards.taking_back import can_be_looked_into
 
 __all__ = ["Handing", "copied", "in_own_containers"]
 
@@ -64,7 +65,18 @@ def in_own_containers(part: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
         return part
     if fresh is not None:
         return fresh
-    return copy.copy(part) if hasattr(type(part), "__copy__") else part
+    if hasattr(type(part), "__copy__"):
+        return copy.copy(part)
+    return _own_object(part, tensor_of) if hasattr(part, "__dict__") and can_be_looked_into(part) else part
+
+
+def _own_object(part: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
+    try:
+        fresh = copy.copy(part)
+    except Exception:  # its class has the last word on that
+        return part
+    vars(fresh).update({name: in_own_containers(value, tensor_of) for name, value in vars(part).items()})
+    return fresh
 
 
 def copied(tensor: Tensor) -> Tensor:

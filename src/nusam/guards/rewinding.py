@@ -1,22 +1,26 @@
 """The batch of a loop's passes, which every pass finds as the first one found it."""
 
-from collections.abc import MutableMapping
-from dataclasses import fields
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nusam.containers import entries_of, is_a_dataclass, is_container, is_list, is_list_of_plain
+from nusam.containers import DEEP, PLAIN, entries_of, is_list, is_list_of_plain
+from nusam.distributed.blocks import is_sharded
 from nusam.guards.batch_copies import BatchCopies
+from nusam.guards.taking_back import can_be_looked_into, is_a_writable_container, is_an_array, refill, slots_of, undo_of
+from nusam.guards.watch import is_here
 
 __all__ = ["Rewinding"]
 
 
 class Rewinding:
-    """Takes back what a pass did to its batch: entries taken out or bound anew, tensors written in place.
+    """Takes back what a pass did to its batch: what it took out or bound anew, and what it wrote.
 
-    Tensors are copied until a step has been seen to leave them alone.
+    Tensors are copied until a step has been seen to leave them alone; arrays of numpy, which don't tell, always.
     """
 
     def __init__(self) -> None:
@@ -25,14 +29,19 @@ class Rewinding:
 
     def _forget(self) -> None:
         self._looked = False
-        self._containers: list[tuple[Any, Any]] = []
-        self._tensors: dict[int, tuple[Tensor, int, Tensor | None]] = {}
+        self._seen: dict[int, Any] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._tensors: list[_Known] = []
 
     @torch.no_grad()
     def keep(self, batch: Any) -> None:
-        """The first pass begins."""
+        """The first pass begins.
+
+        Raises:
+            TypeError: if the batch holds an iterator, which would give the next pass something else.
+        """
         self._forget()
-        self._keep(batch)
+        self._keep(batch, DEEP)
 
     @torch.no_grad()
     def rewind(self) -> None:
@@ -42,14 +51,13 @@ class Rewinding:
             Written: if the pass before wrote into a tensor of which there is no copy.
         """
         self._looked = True
-        for tensor, version, before in self._tensors.values():
-            if tensor._version == version:
-                continue
-            self._copies.note(wrote=True)
-            if before is not None:  # else the note has raised
-                tensor.copy_(before)
-        for container, before in self._containers:
-            _refill(container, before)
+        for known in self._tensors:
+            known.put_back()
+            if known.is_written():
+                self._copies.note(wrote=True)  # which raises if there is no copy
+                known.write_back()
+        for undo in self._undo:
+            undo()
 
     def end(self) -> None:
         """There are no more passes."""
@@ -57,41 +65,99 @@ class Rewinding:
             self._copies.step_is_over()
         self._forget()
 
-    def _keep(self, part: Any) -> None:
-        if isinstance(part, Tensor):
-            if id(part) not in self._tensors and not part.is_inference():
-                self._tensors[id(part)] = part, part._version, part.clone() if self._copies.are_made else None
+    def _keep(self, part: Any, deep: int) -> None:
+        """Remember what a part of the batch holds, and what its attributes hold, ``deep`` of these one in another."""
+        if isinstance(part, PLAIN) or id(part) in self._seen:
             return
-        before = _contents(part)
-        if before is not None:
-            self._containers.append((part, before))
-        if is_container(part) and not (is_list(part) and is_list_of_plain(part)):  # tokens, perhaps many
-            for entry in entries_of(part):
-                self._keep(entry)
+        self._seen[id(part)] = part
+        if isinstance(part, Tensor):
+            self._keep_tensor(part, deep)
+        elif is_a_writable_container(part):
+            self._undo.append(partial(refill, part, dict(part) if isinstance(part, Mapping) else list(part)))
+        elif isinstance(part, Iterator) and deep == DEEP:
+            raise TypeError(
+                f"passes() was given a {type(part).__name__}, an iterator, which would give the descent other samples "
+                "than the ascent; hand over a list of what it gives."
+            )
+        else:
+            undo = undo_of(part)
+            self._undo += [undo] if undo else []
+        if not (is_list(part) and is_list_of_plain(part)):  # tokens, perhaps many
+            for entry in _entries_of(part):
+                self._keep(entry, deep)
+        if deep and can_be_looked_into(part):
+            slots = slots_of(part)
+            self._undo += [partial(_rebind, part, slots)] if slots else []
+            for inside in (*slots.values(), getattr(part, "__dict__", None)):
+                self._keep(inside, deep - 1)
+
+    def _keep_tensor(self, tensor: Tensor, deep: int) -> None:
+        if tensor.is_inference():
+            return
+        self._tensors.append(_Known(tensor, self._copies.are_made))
+        if self._tensors[-1].grad is not None:
+            self._keep(self._tensors[-1].grad, deep)
 
 
-def _contents(part: Any) -> Any:
-    """What a container that can be written to holds; None of others."""
-    if isinstance(part, MutableMapping):
-        return dict(part)
-    if type(part) is list:
-        return list(part)
-    if is_a_dataclass(part):
-        return {field.name: getattr(part, field.name, None) for field in fields(part)}
-    return None
+class _Known:
+    """A tensor as it was: where its entries lie, what they are if a copy was made, and its gradient if it can have one.
+
+    Args:
+        tensor: of the batch.
+        copied: whether to copy its entries.
+    """
+
+    def __init__(self, tensor: Tensor, copied: bool) -> None:
+        self._tensor, self._version, self._alias = tensor, tensor._version, tensor.detach()
+        self._is_here = is_here(tensor) and not is_sharded(tensor)
+        self._is_leaf, self._requires_grad = tensor.is_leaf, tensor.requires_grad
+        self.grad = tensor.grad if tensor.is_leaf else None
+        self._copy = tensor.clone() if copied else None
+
+    def put_back(self) -> None:
+        """All but its entries."""
+        tensor = self._tensor
+        if self._is_leaf and not (tensor.is_leaf or tensor._is_view()):  # something with a graph was written into it
+            tensor.detach_()
+        if self._is_leaf and tensor.is_leaf:
+            tensor.requires_grad_(self._requires_grad)
+            if tensor.grad is not self.grad:
+                tensor.grad = self.grad
+        if self._is_here and _place(tensor) != _place(self._alias):
+            tensor.data = self._alias
+
+    def is_written(self) -> bool:
+        """Whether its entries changed; where there is a copy also through ``.data`` or numpy, which waits for it."""
+        if self._tensor._version != self._version:
+            return True
+        return self._copy is not None and self._is_here and not _are_same(self._alias, self._copy)
+
+    def write_back(self) -> None:
+        if self._copy is not None:
+            self._tensor.copy_(self._copy)
 
 
-def _refill(container: Any, before: Any) -> None:
-    """Give a container the entries that it had."""
-    if isinstance(container, list):
-        if len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=True)):
-            container[:] = before
-        return
-    if isinstance(container, MutableMapping):
-        if list(container) != list(before) or any(container[name] is not value for name, value in before.items()):
-            container.clear()
-            container.update(before)
-        return
+def _entries_of(part: Any) -> Iterable[Any]:
+    """What a container holds, or an array of objects."""
+    if isinstance(part, set | frozenset | deque):
+        return part
+    return part.flat if is_an_array(part) and part.dtype.hasobject else entries_of(part)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same entries, or none at the same places."""
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _rebind(thing: Any, before: dict[str, Any]) -> None:
+    """Give an object the attributes that it had in slots."""
+    now = slots_of(thing)
+    for name in now.keys() - before.keys():
+        object.__delattr__(thing, name)
     for name, value in before.items():
-        if getattr(container, name, None) is not value:
-            object.__setattr__(container, name, value)
+        if name not in now or now[name] is not value:
+            object.__setattr__(thing, name, value)

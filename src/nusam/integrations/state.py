@@ -2,8 +2,6 @@
 
 import copy
 import io
-import random
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from nusam.guards.taking_back import refill, undo_of
 from nusam.integrations.batches import Kept
 
 __all__ = ["State"]
@@ -38,7 +37,7 @@ CONCURRENT = {"_thread", "asyncio", "concurrent", "multiprocessing", "queue", "t
 
 
 class State:
-    """What objects keep in their attributes: what these are bound to, and what is in containers and tensors.
+    """What objects keep in their attributes: what these are bound to, and what is in containers, tensors and arrays.
 
     Other objects that they keep are looked into if their classes come from the same packages, as a user's own meter
     does beside the user's own module.
@@ -94,7 +93,7 @@ class State:
                 length = len(value)
                 self._out_of_reach.append((name, lambda: len(value) != length))
                 return
-            self._undo.append(partial(_refill, value, copy.copy(value)))
+            self._undo.append(partial(refill, value, copy.copy(value)))
             inside = value.values() if isinstance(value, dict) else value
             for inner in inside if len(value) <= MANY else ():
                 self._remember(name, inner, copied and (isinstance(value, dict) or len(value) <= FEW))
@@ -102,8 +101,8 @@ class State:
             self._undo.append(partial(value.go_to, value.position))
         elif _home(kind) in self._homes and _is_plain(value):
             self._remember_attributes(value)
-        else:
-            undo = _generator(value)
+        elif getattr(value, "size", 0) <= LARGE:
+            undo = undo_of(value)
             if undo is not None:
                 self._undo.append(undo)
 
@@ -171,31 +170,3 @@ def _is_plain(value: Any) -> bool:
     if not hasattr(value, "__dict__") or callable(value) or isinstance(value, (nn.Module, Optimizer, Dataset, type)):
         return False
     return not any(_home(type(inner)) in CONCURRENT for inner in vars(value).values())
-
-
-def _refill(container: Any, contents: Any) -> None:
-    container.clear()
-    if isinstance(container, (list, deque)):
-        container.extend(contents)
-    else:
-        container.update(contents)
-
-
-def _generator(value: Any) -> Callable[[], None] | None:
-    """What sets a random generator back to where it is."""
-    if isinstance(value, torch.Generator):
-        return partial(_set_state, value, value.get_state())
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return partial(value.setstate, value.getstate())
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    if isinstance(value, numpy.random.Generator):
-        return partial(setattr, value.bit_generator, "state", copy.deepcopy(value.bit_generator.state))
-    if isinstance(value, numpy.random.RandomState):
-        return partial(value.set_state, value.get_state())
-    return None
-
-
-def _set_state(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
