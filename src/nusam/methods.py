@@ -1,5 +1,6 @@
 """The methods by name: thin names for :class:`~nusam.optimizer.SharpnessAware` with a norm ball."""
 
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from nusam.guards.checks import check_between, check_count, check_radius
 from nusam.guards.model_guard import normalization_parameters
 from nusam.lmo import L2, Gaussian, Nuclear, NuclearNormalized, Unnormalized
 from nusam.optimizer import Options, SharpnessAware
+from nusam.wrapper import refuse_setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -323,3 +325,8 @@ class LookSAM(SharpnessAware):
         check_count("every", every, least=1)
         check_radius(alpha, "alpha")
         super().__init__(base_optimizer, L2(), rho, combination=LookBack(every, alpha), **options)
+
+
+for _method in (NuSAM, NuSAMNorm, ASAM, VaSSO, FriendlySAM, SSAM, RWP, GSAM, WSAM, LookSAM):
+    for _name in signature(_method).parameters.keys() - dir(_method):
+        refuse_setting(_method, _name)

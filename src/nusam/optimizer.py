@@ -7,7 +7,7 @@ One object in storeys, a file each: ``wrapper`` (the base optimizer's own), ``ta
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -149,17 +149,17 @@ class SharpnessAware(Stepping):
 
         # Optimizer.__init__ fills fresh groups and state; ours are the base optimizer's, so a stand-in takes them.
         stand_in = SimpleNamespace(add_param_group=lambda group: None, defaults={})
-        self.base_optimizer: Optimizer = cast(Optimizer, stand_in)
+        vars(self)["base_optimizer"] = stand_in
         defaults = {**base_optimizer.defaults, "rho": rho}
         super().__init__([{"params": group["params"]} for group in base_optimizer.param_groups], defaults)
-        self.base_optimizer = base_optimizer
+        vars(self)["base_optimizer"] = base_optimizer
 
         self.lmo = lmo
         self.direction = direction or Direction()
         self.combination = combination
         self.delay = int(delay)
         self.rho_schedule = rho_schedule
-        self.model = model
+        self._model = model
         self.targets = targets
         self.placement = placement
         self.seed = int(seed)
@@ -174,7 +174,7 @@ class SharpnessAware(Stepping):
         self._stacks = self._ascent.stacks
         self._pending: dict[Tensor, Epsilon] | None = None
         self._in_backward: StepInBackward | None = None
-        self._guard = ModelGuard(model, self.ascent_share == 1)
+        self._guard = ModelGuard(model)
         self._written = WrittenWeights()
         self._ledger = Ledger()
         self._backwards = Backwards()
@@ -295,7 +295,7 @@ class SharpnessAware(Stepping):
             )
         if self._in_backward is not None:
             self._in_backward.remove()
-        self._in_backward = self.model = self._ascent.serve_from = None
+        self._in_backward = self._model = self._ascent.serve_from = None
         self._guard = ModelGuard(None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -339,11 +339,11 @@ def step_in_backward(opt: SharpnessAware) -> None:
             "step_in_backward() would step before DistributedDataParallel has reduced the gradients; use fully_shard "
             "(FSDP2), or leave it out."
         )
-    before, opt.placement = opt.placement, "forward"
+    before, vars(opt)["placement"] = opt.placement, "forward"
     try:
         opt._check_targets()
     except ValueError:
-        opt.placement = before
+        vars(opt)["placement"] = before
         raise
     if opt._in_backward is None:
         opt._in_backward = StepInBackward(opt.base_optimizer)

@@ -1,7 +1,7 @@
 """νSAM for loops whose step belongs to an engine: the passes, and no optimizer to wrap."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,16 +11,35 @@ from nusam.ascent.verification import is_code
 from nusam.coverage import Coverage
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, unwrapped
-from nusam.guards.checks import check_count, check_radius, check_share
+from nusam.guards.checks import check_count, check_radius
 from nusam.guards.engine_checks import check_engine, check_uncompiled
-from nusam.guards.model_guard import ModelGuard
 from nusam.layers.module_tree import same
 from nusam.layers.reads import is_in_a_pass
 from nusam.lmo import Nuclear
 from nusam.optimizer import SharpnessAware
 from nusam.targets import Targets
+from nusam.wrapper import Given
 
 __all__ = ["Perturbation"]
+
+
+T = TypeVar("T")
+
+
+class _Adjustable(Generic[T]):
+    """An attribute that is the passes' own."""
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, perturbation: Any, owner: type | None = None) -> T:
+        return cast(T, self if perturbation is None else getattr(perturbation._passes, self._name))
+
+    def __set__(self, perturbation: Any, value: T) -> None:
+        setattr(perturbation._passes, self._name, value)
 
 
 class Perturbation:
@@ -125,26 +144,14 @@ class Perturbation:
         """Whether the next step is perturbed: the delay is over and the radius positive."""
         return self._passes.active
 
-    @property
-    def rho(self) -> float:
-        """The radius ρ, before the schedule."""
-        return float(self._passes.param_groups[0]["rho"])
-
-    @rho.setter
-    def rho(self, value: float) -> None:
-        check_radius(value)
-        self._passes.param_groups[0]["rho"] = value
-        self._passes.defaults["rho"] = value
-
-    @property
-    def ascent_share(self) -> float:
-        """The share of each batch that the ascent sees; may be changed between steps."""
-        return self._passes.ascent_share
-
-    @ascent_share.setter
-    def ascent_share(self, value: float) -> None:
-        check_share(value)
-        self._passes.cut_to(float(value))
+    rho = _Adjustable[float]("The radius ρ, before the schedule; may be changed between steps.")
+    ascent_share = _Adjustable[float]("The share of each batch that the ascent sees; may be changed between steps.")
+    delay = _Adjustable[int]("Steps before the perturbation starts; may be changed between steps.")
+    rho_schedule = _Adjustable[Callable[[int], float] | None](
+        "Maps the number of steps taken to a factor ≥ 0 on ρ; may be changed between steps."
+    )
+    targets, m_sam, seed = Given[Any](kept=False), Given[Any](kept=False), Given[Any](kept=False)
+    power_iterations, convolutions = Given[Any](kept=False), Given[Any](kept=False)
 
     @property
     def model(self) -> nn.Module | None:
@@ -266,11 +273,6 @@ class _Passes(SharpnessAware):
         if engine is not None and self._skipped is not None and engine.skipped > self._skipped:
             self._progress.steps -= 1
             self._skipped = engine.skipped
-
-    def cut_to(self, share: float) -> None:
-        """Show the ascent this share of each batch."""
-        self._refuse_inside_pass("setting ascent_share")
-        self.ascent_share, self._guard = share, ModelGuard(self.model, share == 1)
 
     def saved(self) -> dict[str, Any]:
         self._refuse_inside_pass("state_dict()")

@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
+from nusam.guards.checks import check_model, check_module
+from nusam.guards.model_guard import ModelGuard
 from nusam.interrupts import always
 from nusam.layers.kinds import held
 from nusam.layers.structure import Structure
 from nusam.lmo import Nuclear
 from nusam.resuming import Resumable
+from nusam.wrapper import itself
 
 __all__ = ["Placing"]
 
@@ -20,6 +23,30 @@ class Placing(Resumable):
     """An optimizer that knows which of its ε live in the forward of which layers."""
 
     _structure: Structure | None
+    _guard: ModelGuard
+    _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module being trained; another one that holds its parameters too, such as a wrapper, may take its place.
+
+        Raises:
+            RuntimeError: if there was none, or is to be none, or inside a pass.
+            TypeError, ValueError: if it is no module that holds parameters of the optimizer.
+        """
+        return itself(self)._model
+
+    @model.setter
+    def model(self, model: nn.Module | None) -> None:
+        self = itself(self)
+        if model is self._model:
+            return
+        self._refuse_inside_pass("setting model")
+        if model is None or self._model is None:
+            raise RuntimeError("The model is given when the optimizer is built, and let go of by its detach().")
+        check_module(model)
+        check_model(model, [] if self._apart else self._parameters())
+        self._model, self._guard = model, ModelGuard(model)
 
     def _check_targets(self) -> None:
         """Refuse what can't be perturbed, before anything is."""
@@ -46,12 +73,13 @@ class Placing(Resumable):
     @contextmanager
     def _all_in_forward(self) -> Iterator[None]:
         """Inside, every ε lives in the forward."""
-        before, self.placement = self.placement, "forward"
+        own, before = vars(self), self.placement
 
         def undo() -> None:
-            self.placement = before
+            own["placement"] = before
 
         with always(undo):
+            own["placement"] = "forward"
             yield
 
     def _everyone(self, workers: DataParallel) -> DataParallel:

@@ -14,7 +14,7 @@ from nusam.both_gradients import BothGradients
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
-from nusam.guards.checks import check_both, check_join, check_surroundings, check_tracking
+from nusam.guards.checks import check_both, check_join, check_share, check_surroundings, check_tracking
 from nusam.guards.engine_checks import check_no_engine
 from nusam.guards.weights import check_own, check_parameter, check_sharded
 from nusam.layers.kinds import held
@@ -24,6 +24,7 @@ from nusam.placement.ledger import Counted, Ledger, not_added
 from nusam.placement.written_weights import WrittenWeights
 from nusam.placing import Placing
 from nusam.targets import Target
+from nusam.wrapper import Adjustable
 
 __all__ = ["CHANGED", "OTHERWISE_USED", "WRITTEN", "Checked", "Unreachable"]
 
@@ -61,13 +62,12 @@ class Unreachable(RuntimeError):
 class Checked(Placing):
     """An optimizer that refuses what it can't serve, and holds what had a gradient against what had an ε."""
 
-    ascent_share: float
+    ascent_share: Adjustable[float] = Adjustable(check_share)
     _ledger: Ledger
     _written: WrittenWeights
     _holders: Holders
     _both: BothGradients
     _instead = "placement='weights'"  # of an ε in the forward
-    _apart = False  # whether gradients and weights are somebody else's, and no pass touches them
     _told_rounding = False  # whether a dense ε in weights below float32 was told of
     _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
     _overlaps = False  # whether another optimizer was inside a pass in those since the last step

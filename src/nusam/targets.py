@@ -13,11 +13,11 @@ from nusam.combinations import Combination
 from nusam.coverage import Candidate, Coverage, covered
 from nusam.directions import Direction
 from nusam.distributed.data_parallel import DataParallel, unwrapped
-from nusam.guards.checks import check_radius
+from nusam.guards.checks import check_count, check_radius, check_schedule
 from nusam.layers.convolutions import kernels_of
 from nusam.layers.experts import stacks_of
 from nusam.lmo import LMO, Nuclear, unpacked_shape
-from nusam.wrapper import Wrapper
+from nusam.wrapper import Adjustable, Given, Wrapper
 
 __all__ = ["Progress", "Target", "Targeted", "Targets", "mixed"]
 
@@ -38,22 +38,47 @@ class Target(NamedTuple):
 class Targeted(Wrapper):
     """An optimizer that knows which parameters a step perturbs, by how much and by what names."""
 
-    lmo: LMO
-    delay: int
-    rho_schedule: Callable[[int], float] | None
+    lmo: Given[LMO] = Given()
+    delay: Adjustable[int] = Adjustable(partial(check_count, "delay"))
+    rho_schedule: Adjustable[Callable[[int], float] | None] = Adjustable(check_schedule)
+    targets: Given[Targets] = Given()
+    placement: Given[str] = Given()
+    seed: Given[int] = Given()
+    m_sam: Given[Any] = Given()
     model: nn.Module | None
-    targets: Targets
-    placement: str
-    seed: int
-    m_sam: Any
+    _model: nn.Module | None
     _progress: "Progress"
     _target_list: "_TargetList | None"
     _stacks: set[Tensor]  # parameters that are a matrix for each expert
     _unreached: set[Tensor] | None = None  # frozen targets of which no ascent has found a gradient so far, if one ran
     _kernels: set[Tensor] | None = None  # of the model's convolutions, where these count as matrices
 
-    direction: Direction
-    combination: Combination | None
+    direction: Given[Direction] = Given()
+    combination: Given[Combination | None] = Given()
+
+    @property
+    def rho(self) -> float:
+        """The radius ρ, before the schedule; the largest of the groups', which differ if they were given so.
+
+        Setting it sets that of every group.
+
+        Raises:
+            ValueError: if the groups' differ, or the new one is no finite number ≥ 0.
+        """
+        return max(float(group["rho"]) for group in self.param_groups)
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        check_radius(value)
+        radii = {float(group["rho"]) for group in self.param_groups}
+        if len(radii) > 1:
+            raise ValueError(
+                f"rho={value:g} would overwrite the radii of the groups, {', '.join(f'{r:g}' for r in sorted(radii))}, "
+                "which differ; set the group['rho'] of each."
+            )
+        for group in self.param_groups:
+            group["rho"] = value
+        self.defaults["rho"] = value
 
     @property
     def _age(self) -> int:

@@ -12,7 +12,6 @@ from nusam.ascent.verification import BESIDE
 from nusam.both_gradients import BothGradients
 from nusam.distributed.data_parallel import DataParallel
 from nusam.guards.changes import Changes
-from nusam.guards.model_guard import ModelGuard
 from nusam.guards.weights import check_parameter
 from nusam.interrupts import always
 from nusam.layers.outside_graphs import watched_outside_graphs
@@ -36,7 +35,6 @@ Handlers = Callable[[dict[Tensor, RankOne]], dict[Tensor, Any]]  # that add ε i
 class TwoPasses(Checked):
     """The ascent finds ε, and the descent takes the gradient at x + ε."""
 
-    _guard: ModelGuard
     _backwards: Backwards
     _both: BothGradients
     _ascended: list[Tensor]  # the targets of the ascent that the next descent belongs to
@@ -178,7 +176,7 @@ class TwoPasses(Checked):
                 clear_gradients(parameters)
             self._ledger.begin_pass()
             self._ledger.open(unreached)
-            guards.enter_context(self._guard.descent(bool(perturbations)))
+            guards.enter_context(self._guard.descent(bool(perturbations), self.ascent_share == 1))
             if forward and structure is not None:
                 guards.enter_context(rerouted(structure.uses, forward))
             if self._in_backward:

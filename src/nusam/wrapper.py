@@ -1,10 +1,10 @@
 """What every optimizer around another has of it: its hyperparameters and its own methods."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from inspect import ismethod
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,15 +12,78 @@ from torch.optim import Optimizer
 from nusam.guards.calls import check_call
 from nusam.guards.checks import check_radius
 
-__all__ = ["Defaults", "Wrapper", "itself"]
+__all__ = ["Adjustable", "Defaults", "Given", "Wrapper", "itself", "refuse_setting"]
 
 T = TypeVar("T")
+
+
+class Adjustable(Generic[T]):
+    """An argument of the constructor, which checks it; it may be changed between steps, and ``check`` sees the new one.
+
+    It is kept among the attributes of the optimizer, under its own name.
+    """
+
+    def __init__(self, check: Callable[[Any], None]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, opt: Any, owner: type | None = None) -> T:
+        if opt is None:
+            return cast(T, self)
+        return cast(T, vars(itself(opt))[self._name])
+
+    def __set__(self, opt: Any, value: T) -> None:
+        opt = itself(opt)
+        if self._name in vars(opt):
+            self._check(value)
+            opt._refuse_inside_pass(f"setting {self._name}")
+        vars(opt)[self._name] = value
+
+
+class Given(Generic[T]):
+    """An argument of the constructor that a training goes by from its first step to its last.
+
+    Args:
+        kept: whether it can be read as an attribute.
+    """
+
+    def __init__(self, kept: bool = True) -> None:
+        self._kept = kept
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, opt: Any, owner: type | None = None) -> T:
+        if opt is None:
+            return cast(T, self)
+        while self._name not in vars(opt):
+            if "_optimizer" not in vars(opt):  # of a wrapper that imitates our class
+                raise AttributeError(f"{type(opt).__name__!r} object has no attribute {self._name!r}")
+            opt = opt._optimizer
+        return cast(T, vars(opt)[self._name])
+
+    def __set__(self, opt: Any, value: T) -> None:
+        if not self._kept or self._name in vars(itself(opt)):
+            raise AttributeError(
+                f"{self._name} is given once, when {type(opt).__name__} is built, and what follows from it would stay "
+                "as it is; build another one with it, and load the state_dict() of this one."
+            )
+        vars(opt)[self._name] = value
+
+
+def refuse_setting(kind: type, name: str) -> None:
+    """Let an argument that instances don't keep not be set on them, where nothing would read it."""
+    attribute = Given[Any](kept=False)
+    attribute.__set_name__(kind, name)
+    setattr(kind, name, attribute)
 
 
 class Wrapper(Optimizer):
     """An optimizer around ``base_optimizer``, whose hyperparameters and own methods stay within reach."""
 
-    base_optimizer: Optimizer
+    base_optimizer: Given[Optimizer] = Given()
     _rho: float  # of groups that name none
     _pass: str | None = None  # the pass that is running
     _has_closure = False  # while a closure's passes run

@@ -87,10 +87,8 @@ def check_options(
     check_count("delay", delay)
     check_count("seed", seed)
     check_share(ascent_share)
-    if rho_schedule is not None and not callable(rho_schedule):
-        raise TypeError(f"rho_schedule must map a step to a factor on rho, or be None, got {rho_schedule!r}.")
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be the torch.nn.Module being trained, or None, got {type(model).__name__}.")
+    check_schedule(rho_schedule)
+    check_module(model)
     if not callable(targets):
         instead = "; to choose by name pass a predicate (name, parameter) -> bool"
         check_choice("targets", targets, ("trainable", "frozen"), instead)
@@ -142,6 +140,11 @@ def check_sharpness_aware(method: Any) -> None:
             "sharpness_aware must be a method, such as functools.partial(nusam.NuSAM, rho=0.02), to which the "
             f"framework's optimizer is handed, got {method!r}."
         )
+
+
+def check_module(model: Any) -> None:
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the torch.nn.Module being trained, or None, got {type(model).__name__}.")
 
 
 def check_model(model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
@@ -213,6 +216,11 @@ def check_radius(value: Any, what: str = "rho") -> None:
         raise ValueError(f"{what} must be a finite number of at least 0, got {value!r}.")
     if float(value) > 1e30:
         raise ValueError(f"{what} must be at most 1e30, which float32 can still be multiplied with, got {value!r}.")
+
+
+def check_schedule(schedule: Any) -> None:
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"rho_schedule must map a step to a factor on rho, or be None, got {schedule!r}.")
 
 
 def check_between(what: str, value: Any, least: float, most: float, *, low: bool, high: bool) -> None:

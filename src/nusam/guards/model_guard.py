@@ -22,16 +22,10 @@ __all__ = ["ModelGuard", "RandomState", "normalization_parameters"]
 
 
 class ModelGuard:
-    """What is undone or refused in the two passes of every step of one model; without a model nothing is.
+    """What is undone or refused in the two passes of every step of one model; without a model nothing is."""
 
-    Args:
-        model: the module being trained.
-        of_ascent: whether the buffers that stay are those that the ascent leaves; else they are the descent's.
-    """
-
-    def __init__(self, model: nn.Module | None, of_ascent: bool = True) -> None:
+    def __init__(self, model: nn.Module | None) -> None:
         self.model = model
-        self._of_ascent = of_ascent
         self.tree = None if model is None else ModuleTree(model)
         self._buffers = None if self.tree is None else Buffers(self.tree)
         self.others = Others(self.tree)
@@ -43,9 +37,9 @@ class ModelGuard:
         self._on_each_device: list[nn.Parameter] = []
         self._generators: list[torch.Generator] = []
 
-    def __reduce__(self) -> tuple[type, tuple[nn.Module | None, bool]]:
+    def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
         # what is remembered belongs to one step, and steps are not copied
-        return ModelGuard, (self.model, self._of_ascent)
+        return ModelGuard, (self.model,)
 
     def before_ascent(self, everything: bool = False) -> None:
         """Remember generators and buffers as they are; ``everything``: large ones too, which waits for the device."""
@@ -84,10 +78,11 @@ class ModelGuard:
         self._ascended = False
 
     @contextmanager
-    def descent(self, perturbed: bool) -> Iterator[None]:
+    def descent(self, perturbed: bool, of_ascent: bool = True) -> Iterator[None]:
         """The second pass over a sample, if an ascent came before: from the same buffers and generators.
 
-        ``perturbed``: whether any weight is, so that saving, copying and evaluating the model must be refused.
+        ``perturbed``: whether any weight is, so that saving, copying and evaluating the model must be refused;
+        ``of_ascent``: whether the buffers that stay are those that the ascent left, rather than the descent's.
         """
         second, self._ascended = self._ascended, False
         random_state, self._random_state = self._random_state, None
@@ -96,7 +91,7 @@ class ModelGuard:
             if perturbed and self._refusal is not None:
                 contexts.enter_context(self._refusal.armed())
             if second and self._buffers is not None and random_state is not None:
-                if self._of_ascent:
+                if of_ascent:
                     contexts.enter_context(self._buffers.second_pass())
                 else:
                     self._buffers.rewind()
