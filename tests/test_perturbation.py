@@ -277,6 +277,109 @@ def test_an_exception_leaves_the_weights_and_everything_else(where):
     assert perturbation.metrics()["epsilon/0.weight"] == pytest.approx(RHO)
 
 
+def by_break(perturbation, model, x, y):
+    for number, part in enumerate(perturbation.passes(x, y)):
+        F.cross_entropy(model(part[0]), part[1]).backward()
+        if number == perturbation.active:
+            break
+
+
+def by_return(perturbation, model, x, y):
+    for number, part in enumerate(perturbation.passes(x, y)):
+        loss = F.cross_entropy(model(part[0]), part[1])
+        loss.backward()
+        if number == perturbation.active:
+            return loss.item()
+    return None
+
+
+def by_a_late_end(perturbation, model, x, y):
+    passes = perturbation.passes(x, y)
+    for _ in range(1 + perturbation.active):
+        part = next(passes)
+        F.cross_entropy(model(part[0]), part[1]).backward()
+    passes.close()
+
+
+@pytest.mark.parametrize("leave", [by_break, by_return, by_a_late_end])
+def test_a_loop_that_leaves_a_complete_descent_takes_its_steps(leave):
+    def build(model):
+        return nusam.Perturbation(model, RHO, delay=2, rho_schedule=lambda step: 1 / (1 + step))
+
+    model = net()
+    perturbation, base = build(model), sgd(model)
+    for step in range(6):
+        torch.manual_seed(1000 * step)
+        base.zero_grad()
+        leave(perturbation, model, *batch(step, torch.float64))
+        base.step()
+        assert perturbation.state_dict()["steps"] == step + 1
+    expected = net()
+    train(expected, build, range(6))
+    assert_equal({"model": model.state_dict()}, {"model": expected.state_dict()}, 0)
+
+
+@pytest.mark.parametrize("where", ["ascent", "descent", "micro-batch"])
+def test_a_loop_that_leaves_before_the_gradient_takes_no_step(where):
+    model = net()
+    perturbation = nusam.Perturbation(model, RHO)
+    for number, (x, y) in enumerate(perturbation.passes(*batch(0, torch.float64), ends_step=where != "micro-batch")):
+        loss = F.cross_entropy(model(x), y)
+        if where == ("ascent", "descent")[number]:
+            break
+        loss.backward()
+        if number == 1:
+            break
+    assert perturbation.state_dict()["steps"] == 0
+
+
+def test_what_a_left_descent_did_not_reach_is_told_before_the_next_pass():
+    model = net()
+    perturbation = nusam.Perturbation(model, RHO)
+    for number, (x, y) in enumerate(perturbation.passes(*batch(0, torch.float64))):
+        out = model(x) if number else model[0](x)
+        F.cross_entropy(out, y).backward()
+        if number:
+            break
+    with pytest.warns(UserWarning, match="got a gradient in the descent and none in the ascent"):
+        next(perturbation.passes(*batch(1, torch.float64)))
+
+
+class Stepping(nn.Module):
+    """An engine whose backward asks for its step, as accelerate's does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.base = module, sgd(module)
+
+    def forward(self, x):
+        return self.module(x)
+
+    def step(self):
+        self.base.step()
+        self.base.zero_grad()
+
+
+def test_a_step_that_a_left_descent_has_asked_for_is_taken():
+    from nusam.integrations.deepspeed import before_the_step
+
+    def run(leaves):
+        engine = Stepping(net())
+        perturbation = nusam.Perturbation(engine, RHO)
+        for step in range(3):
+            torch.manual_seed(1000 * step)
+            passes = perturbation.passes(*batch(step, torch.float64))
+            for number, (x, y) in enumerate(before_the_step(engine, perturbation, passes)):
+                F.cross_entropy(engine(x), y).backward()
+                engine.step()
+                if number == leaves:
+                    break
+        return list(engine.module.parameters())
+
+    assert all(map(torch.equal, run(1), run(None)))
+    assert all(map(torch.equal, run(0), net().parameters()))
+
+
 def test_rho_may_change_and_0_leaves_one_pass():
     model = net()
     perturbation = nusam.Perturbation(model, RHO)

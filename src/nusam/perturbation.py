@@ -1,7 +1,8 @@
 """νSAM for loops whose step belongs to an engine: the passes, and no optimizer to wrap."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,29 +18,11 @@ from nusam.layers.module_tree import same
 from nusam.layers.reads import is_in_a_pass
 from nusam.lmo import Nuclear
 from nusam.optimizer import SharpnessAware
+from nusam.placement.ledger import count_backwards
 from nusam.targets import Targets
-from nusam.wrapper import Given
+from nusam.wrapper import Given, OfPasses
 
 __all__ = ["Perturbation"]
-
-
-T = TypeVar("T")
-
-
-class _Adjustable(Generic[T]):
-    """An attribute that is the passes' own."""
-
-    def __init__(self, doc: str) -> None:
-        self.__doc__ = doc
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, perturbation: Any, owner: type | None = None) -> T:
-        return cast(T, self if perturbation is None else getattr(perturbation._passes, self._name))
-
-    def __set__(self, perturbation: Any, value: T) -> None:
-        setattr(perturbation._passes, self._name, value)
 
 
 class Perturbation:
@@ -120,7 +103,7 @@ class Perturbation:
             batch: what comes back once a pass: several arguments as a tuple, one as itself, in the ascent cut to
                 ``ascent_share`` of its samples. Without any, ``"ascent"`` and ``"descent"`` come.
             ends_step: whether the engine steps after this micro-batch; steps are what ``delay`` and ``rho_schedule``
-                count.
+                count. A loop left in the ascent, or before a backward in the descent, counts none.
 
         Raises:
             RuntimeError: inside another pass, or if something can't be had without gradients; the weights are the
@@ -132,10 +115,22 @@ class Perturbation:
         """The passes by name, for loops that cut the batch themselves."""
         yield from self._followed(self._passes._passes(accumulate=True), ends_step)
 
-    def _followed(self, passes: Iterator[Any], ends_step: bool) -> Iterator[Any]:
-        """Passes over what the model trains now, and the step that may end with them."""
+    def _followed(self, passes: Any, ends_step: bool) -> Generator[Any, None, None]:
+        """Passes over what the model trains now, and the step that may end with them.
+
+        A loop that leaves the descent after a backward is taken for one that steps, as with ``break``.
+        """
         self._passes.follow()
-        yield from passes
+        before: int | None = None
+        try:
+            with closing(passes):
+                for part in passes:
+                    before = count_backwards() if self._passes._pass == "descent" else None
+                    yield part
+        except GeneratorExit:
+            if ends_step and before is not None and count_backwards() > before:
+                self._passes.count_left()
+            raise
         if ends_step:
             self._passes.count_step()
 
@@ -144,12 +139,10 @@ class Perturbation:
         """Whether the next step is perturbed: the delay is over and the radius positive."""
         return self._passes.active
 
-    rho = _Adjustable[float]("The radius ρ, before the schedule; may be changed between steps.")
-    ascent_share = _Adjustable[float]("The share of each batch that the ascent sees; may be changed between steps.")
-    delay = _Adjustable[int]("Steps before the perturbation starts; may be changed between steps.")
-    rho_schedule = _Adjustable[Callable[[int], float] | None](
-        "Maps the number of steps taken to a factor ≥ 0 on ρ; may be changed between steps."
-    )
+    rho = OfPasses[float]("The radius ρ, before the schedule.")
+    ascent_share = OfPasses[float]("The share of each batch that the ascent sees.")
+    delay = OfPasses[int]("Steps before the perturbation starts.")
+    rho_schedule = OfPasses[Callable[[int], float] | None]("Maps the number of steps taken to a factor ≥ 0 on ρ.")
     targets, m_sam, seed = Given[Any](kept=False), Given[Any](kept=False), Given[Any](kept=False)
     power_iterations, convolutions = Given[Any](kept=False), Given[Any](kept=False)
 
@@ -245,6 +238,7 @@ class _Passes(SharpnessAware):
     _apart = True
     _instead = INSTEAD
     _skipped: int | None = None  # steps that the engine had skipped before the last one
+    _is_left = False  # whether the last step's descent was left before its end
     _everything: Sequence[nn.Parameter] = ()  # that the model held in the last passes
 
     @property
@@ -255,6 +249,9 @@ class _Passes(SharpnessAware):
         """Hold the parameters that the model trains now."""
         self._refuse_inside_pass("passes()")
         self._count_skipped()
+        is_left, self._is_left = self._is_left, False
+        if is_left:
+            self._close_left()
         model = cast(nn.Module, self.model)
         self.param_groups[0]["params"][:] = _trained(model)
         everything = list(unwrapped(model).parameters())
@@ -264,6 +261,15 @@ class _Passes(SharpnessAware):
     def count_step(self) -> None:
         """The engine is about to step."""
         self.step()
+        self._remember_skipped()
+
+    def count_left(self) -> None:
+        """The engine is about to step, by a descent that was left; what is due of it is told before the next pass."""
+        self._is_left = True
+        self._count()
+        self._remember_skipped()
+
+    def _remember_skipped(self) -> None:
         engine = self._workers().engine
         self._skipped = None if engine is None else engine.skipped
 

@@ -165,6 +165,11 @@ class Stepping(TwoPasses):
                 self._step_base_knowing(losses[0])
             else:
                 self.base_optimizer.step()
+        self._count()
+        return losses[0] if losses else None
+
+    def _count(self) -> None:
+        """A step is taken."""
         if self._had_pass or not self._stands_still():
             self._progress.steps += 1
             self._progress.wanted |= self._is_wanted()
@@ -174,7 +179,6 @@ class Stepping(TwoPasses):
             if not self._few_by_design:
                 option = isinstance(self.lmo, Nuclear) and not self.lmo.convolutions
                 warn_of_small_reach(self._candidates(), self._perturbs, self._what_it_perturbs, option)
-        return losses[0] if losses else None
 
     def _losses_of(self, closure: Callable[[], Any]) -> list[Any]:
         """What the closure returns in each pass; an ascent that is run again does not count."""

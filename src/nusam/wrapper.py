@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from nusam.guards.calls import check_call
 from nusam.guards.checks import check_radius
 
-__all__ = ["Adjustable", "Defaults", "Given", "Wrapper", "itself", "refuse_setting"]
+__all__ = ["Adjustable", "Defaults", "Given", "OfPasses", "Wrapper", "itself", "refuse_setting"]
 
 T = TypeVar("T")
 
@@ -40,6 +40,22 @@ class Adjustable(Generic[T]):
             self._check(value)
             opt._refuse_inside_pass(f"setting {self._name}")
         vars(opt)[self._name] = value
+
+
+class OfPasses(Generic[T]):
+    """An attribute of what holds the optimizer as its ``_passes``, which has it; it may be changed between steps."""
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = f"{doc} May be changed between steps."
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, perturbation: Any, owner: type | None = None) -> T:
+        return cast(T, self if perturbation is None else getattr(perturbation._passes, self._name))
+
+    def __set__(self, perturbation: Any, value: T) -> None:
+        setattr(perturbation._passes, self._name, value)
 
 
 class Given(Generic[T]):

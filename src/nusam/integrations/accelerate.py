@@ -73,7 +73,8 @@ def passes(optimizer: Optimizer | Perturbation, model: nn.Module, *batch: Any) -
         NotImplementedError: under FSDP1 and Megatron-LM, on several XLA devices, and of an optimizer under DeepSpeed.
     """
     if isinstance(optimizer, Perturbation):
-        yield from before_the_step(model, optimizer.passes(*batch, ends_step=GradientState().sync_gradients))
+        in_engine = optimizer.passes(*batch, ends_step=GradientState().sync_gradients)
+        yield from before_the_step(model, optimizer, in_engine)
     else:
         yield from reaching(optimizer, model).passes(*batch, accumulate=True)
 

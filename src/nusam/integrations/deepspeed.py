@@ -18,17 +18,29 @@ __all__ = ["InEngine", "before_the_step", "replaced"]
 FILE = "nusam.pt"  # beside an engine's own files in a checkpoint
 
 
-def before_the_step(engine: nn.Module, passes: Generator[Any, None, None]) -> Generator[Any, None, None]:
-    """The passes over one micro-batch, after which the engine steps, as ``Accelerator.backward`` asks for in each."""
+def before_the_step(
+    engine: nn.Module, perturbation: Perturbation, passes: Generator[Any, None, None]
+) -> Generator[Any, None, None]:
+    """The passes over one micro-batch, after which the engine steps, as ``Accelerator.backward`` asks for in each.
+
+    It steps too if the loop leaves the descent once that has been asked for, as with ``break``.
+    """
     asked: list[tuple[Any, Any]] = []
+    in_descent = False
 
     def step(*args: Any, **kwargs: Any) -> None:
         asked.append((args, kwargs))
 
-    with replaced(engine, "step", step) as own, closing(passes) as parts:
-        for part in parts:
-            asked.clear()  # in the ascent
-            yield part
+    try:
+        with replaced(engine, "step", step) as own, closing(passes) as parts:
+            for part in parts:
+                asked.clear()  # in the ascent
+                in_descent = perturbation._passes._pass == "descent"
+                yield part
+    except GeneratorExit:
+        for args, kwargs in asked if in_descent else ():
+            own(*args, **kwargs)
+        raise
     for args, kwargs in asked:
         own(*args, **kwargs)
 
@@ -83,7 +95,7 @@ class InEngine:
     def passes(self, engine: nn.Module, ends_step: bool) -> Generator[str, None, None]:
         """The passes over one micro-batch by name, after which the engine steps."""
         self._passed = True
-        return before_the_step(engine, self.of(engine)._named(ends_step))
+        return before_the_step(engine, self.of(engine), self.of(engine)._named(ends_step))
 
     def save(self, checkpoint: Path) -> None:
         """Put the state beside the engine's."""
