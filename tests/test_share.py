@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -381,3 +382,28 @@ def test_a_compiled_model_has_two_graphs_and_no_more():
         train(batches[5:])
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes of exceptions are of Python 3.11")
+@pytest.mark.parametrize("kind", [nusam.NuSAM, nusam.SAM, nusam.Perturbation])
+def test_what_a_model_raises_of_too_few_samples_names_the_share(kind):
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    args = [model] if kind is nusam.Perturbation else [torch.optim.SGD(model.parameters(), lr=0.1)]
+    opt = kind(*args, ascent_share=1 / 8, **({} if kind is nusam.Perturbation else {"model": model}))
+    before = weights(model)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as raised:
+        for x in opt.passes(torch.randn(8, 6)):
+            model(x).sum().backward()
+    (note,) = raised.value.__notes__
+    assert "which sees a share of the batch, ascent_share=0.125; where the model needs several samples" in note
+    assert_unperturbed(model, before)
+    copies = []
+    for x in opt.passes(torch.randn(16, 6)):
+        if len(x) == 2:
+            copies.append(copy.deepcopy(model))
+        model(x).sum().backward()
+    assert not model._forward_hooks
+    for other in (model, *copies):
+        with pytest.raises(ValueError, match="more than 1 value per channel") as raised:
+            other(torch.randn(1, 6))
+        assert not hasattr(raised.value, "__notes__")

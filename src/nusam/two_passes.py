@@ -95,7 +95,7 @@ class TwoPasses(Checked):
             self._in_scaler = False  # a step that the scaler skipped is over
             clear_gradients(parameters)
             self._ledger.begin_pass()
-            self._guard.before_ascent(check)
+            apart.enter_context(self._guard.ascent(check, self.ascent_share))
             if not self._apart:
                 apart.enter_context(self._guard.others.put_away(everything, workers, check, others))
             reached = everything if self.targets == "trainable" else {*everything, *(t.parameter for t in targets)}

@@ -6,7 +6,7 @@ Buffers would move twice, dropout would draw two masks, and perturbed weights co
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +40,13 @@ class ModelGuard:
     def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
         # what is remembered belongs to one step, and steps are not copied
         return ModelGuard, (self.model,)
+
+    @contextmanager
+    def ascent(self, everything: bool, share: float) -> Iterator[None]:
+        """The first pass over a sample, or over a share of it, which then what the model raises says."""
+        self.before_ascent(everything)
+        with nullcontext() if self.model is None or share == 1 else _Explanation(share).of(self.model):
+            yield
 
     def before_ascent(self, everything: bool = False) -> None:
         """Remember generators and buffers as they are; ``everything``: large ones too, which waits for the device."""
@@ -153,6 +160,42 @@ def normalization_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The own parameters of every normalization layer: modules whose class name contains "norm"."""
     layers = (module for module in model.modules() if "norm" in type(module).__name__.lower())
     return {parameter for layer in layers for parameter in layer.parameters(recurse=False)}
+
+
+class _Explanation:
+    """A hook that lets what a model raises of a share say so: its samples may be too few, as one is for batch norm.
+
+    Args:
+        share: of the batch; None where there is nothing to say.
+    """
+
+    def __init__(self, share: float | None) -> None:
+        self._share = share
+
+    def __reduce__(self) -> Any:  # a copy of the model is called outside of the pass
+        return _Explanation, (None,)
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        raised = sys.exc_info()[1]
+        if raised and output is None and self._share is not None and hasattr(raised, "add_note"):  # from Python 3.11 on
+            raised.add_note(
+                f"nusam: this was the ascent, which sees a share of the batch, ascent_share={self._share:g}; where the "
+                "model needs several samples, as batch norm does, let the share leave as many of the smallest batch."
+            )
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model has the hook."""
+        hooks: tuple[dict[int, Any], ...] = (model._forward_hooks, model._forward_hooks_always_called)
+
+        def undo() -> None:
+            for own in hooks:
+                own.pop(id(self), None)
+
+        with always(undo):
+            for own in hooks:
+                own[id(self)] = self
+            yield
 
 
 class _Refusal:
