@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import nusam
+from nusam.guards.handing import in_own_containers
 
 
 @dataclasses.dataclass
@@ -156,3 +157,23 @@ def test_an_iterator_is_refused_since_it_gives_every_pass_other_samples(wrap):
     with pytest.raises(TypeError, match=r"was given a list_iterator, an iterator, .* hand over a list of what"):
         next(opt.passes(wrap(iter([tensor(), tensor()]))))
     assert opt._pass is None
+
+
+class Node:
+    """An object of a batch that knows what it is part of, as nodes of a tree do."""
+
+    def __init__(self, x: torch.Tensor, above: "Node | None" = None) -> None:
+        self.x, self.above, self.below = x, above, list["Node"]()
+        if above is not None:
+            above.below.append(self)
+
+
+def test_objects_that_hold_each_other_are_made_anew_once() -> None:
+    root = Node(torch.ones(2))
+    leaf = Node(torch.zeros(2), root)
+    own = in_own_containers({"root": root, "leaf": leaf}, torch.clone)
+    assert own["root"] is not root
+    assert own["root"].below == [own["leaf"]]
+    assert own["leaf"].above is own["root"]
+    own["leaf"].x += 1
+    assert not leaf.x.any()

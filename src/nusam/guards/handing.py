@@ -53,30 +53,36 @@ class Handing:
         return in_own_containers(batch, tensor_of)
 
 
-def in_own_containers(part: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
-    """A batch in containers that are made anew, with what is to be had of each tensor; arrays are copied."""
-    if isinstance(part, Tensor):
-        return tensor_of(part)
-    if type(part) in (list, tuple) and (not part or isinstance(part[0], int | float | str)):
-        return part[:]  # labels or tokens, perhaps many
-    try:
-        fresh = rebuilt(part, lambda entry: in_own_containers(entry, tensor_of))
-    except (AttributeError, RuntimeError, TypeError):  # it can't be written
-        return part
-    if fresh is not None:
+def in_own_containers(batch: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
+    """A batch in containers and objects of its own, with what is to be had of each tensor; arrays are copied."""
+    objects: dict[int, Any] = {}  # one that is there twice, or holds itself, stays one
+
+    def own(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return tensor_of(part)
+        if type(part) in (list, tuple) and (not part or isinstance(part[0], int | float | str)):
+            return part[:]  # labels or tokens, perhaps many
+        if id(part) in objects:
+            return objects[id(part)]
+        try:
+            fresh = rebuilt(part, own)
+        except (AttributeError, RuntimeError, TypeError):  # it can't be written
+            return part
+        if fresh is not None:
+            return fresh
+        if hasattr(type(part), "__copy__"):
+            return copy.copy(part)
+        return own_object(part) if hasattr(part, "__dict__") and can_be_looked_into(part) else part
+
+    def own_object(part: Any) -> Any:
+        try:
+            fresh = objects[id(part)] = copy.copy(part)
+        except Exception:  # its class has the last word on that
+            return part
+        vars(fresh).update({name: own(value) for name, value in vars(part).items()})
         return fresh
-    if hasattr(type(part), "__copy__"):
-        return copy.copy(part)
-    return _own_object(part, tensor_of) if hasattr(part, "__dict__") and can_be_looked_into(part) else part
 
-
-def _own_object(part: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
-    try:
-        fresh = copy.copy(part)
-    except Exception:  # its class has the last word on that
-        return part
-    vars(fresh).update({name: in_own_containers(value, tensor_of) for name, value in vars(part).items()})
-    return fresh
+    return own(batch)
 
 
 def copied(tensor: Tensor) -> Tensor:
