@@ -161,6 +161,24 @@ def test_a_loader_that_writes_over_the_last_batch_is_refused(write, shared, fres
     assert taken <= 2 * fresh
 
 
+class Meta:
+    """An object that nobody can look into."""
+
+    scale: torch.Tensor
+
+
+def test_an_object_that_is_filled_anew_is_refused():
+    def loader():
+        meta = Meta()
+        for x in samples(4, 6):
+            meta.scale = x.mean()
+            yield x, meta
+
+    model = mlp()
+    with pytest.raises(ValueError, match="the loader has written into the tensors of the batch before"):
+        run(wrapped(model, share=1), model, loader(), lambda model, batch: plainly(model, batch[0]) * batch[1].scale)
+
+
 @pytest.mark.filterwarnings("error")
 def test_batches_that_overlap_may_come_if_nothing_is_written():
     """Windows of one series, and one batch several times; NaN is the same NaN."""

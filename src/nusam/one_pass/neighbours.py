@@ -1,12 +1,14 @@
 """A batch and the one after it, whose first samples travel behind."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nusam.batch import first_samples, rebuilt, samples_in
+from nusam.containers import has_rows, leaves_of
 from nusam.one_pass.joint import Rows, leaves
 from nusam.one_pass.looking_ahead import Ahead
 
@@ -49,9 +51,11 @@ def looked_ahead(batches: Ahead) -> Iterator[tuple[Any, Any]]:
     for batch in batches:
         if batch is not following or before is None:
             before = _Contents(batch, copies=True)
+        inside = _inside_objects(batch)
         following = batches.peek()
         share_memory = _share_memory(batch, following)
-        if before.differ(share_memory):
+        are_filled_anew = any(a is not b for a, b in zip_longest(inside, _inside_objects(batch)))
+        if before.differ(share_memory) or are_filled_anew:
             raise ValueError(
                 "one_pass() looks one batch ahead, which the loader has written into the tensors of the batch before; "
                 "let it make new tensors, or loop over opt.passes(*batch)."
@@ -79,6 +83,12 @@ class _Contents:
 
     def _counted(self) -> list[int]:
         return [tensor._version for tensor in self._tensors if not tensor.is_inference()]
+
+
+def _inside_objects(batch: Any) -> list[Any]:
+    """Tensors and arrays of objects that nobody can make anew."""
+    objects = [part for part in leaves_of(batch) if not (has_rows(part) or callable(part))]
+    return [value for part in objects for value in getattr(part, "__dict__", {}).values() if has_rows(value)]
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
