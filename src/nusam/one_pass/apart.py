@@ -187,8 +187,10 @@ class Apart:
         bias = extra if isinstance(extra, Tensor) else None
         other = None if isinstance(extra, Tensor) else extra
         x = as_multiplied(kind, x)
-        if side != "second":
-            (self.inputs.note if side == "first" else self.inputs.compare)(x.shape)
+        if side == "first":
+            self.inputs.note(x.shape)
+        elif side == "both" and not issubclass(kind, Convolution):  # which may be given one sample of many
+            self.inputs.compare(x.shape)
         if side == "both" and self._is_shared(kind, x):
             x = x.expand(sum(self.joint.rows), *x.shape[x.ndim > 1 :])
         tap = None if record is None else record.tap
