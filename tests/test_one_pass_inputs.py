@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nusam.one_pass import copies
 from tests.test_one_pass import assert_same, bases, built, by_hand, run, wrapped
@@ -151,4 +152,16 @@ def test_what_all_samples_share_is_served_however_it_is_added(how, length, share
     batches = batches_of([(8, length)] * 4 + [(6, length)])
     run(wrapped(model, share=share), model, batches, mean)
     by_hand(expected, bases()["SGD"](expected), batches, mean, share)
+    assert_same(model, expected, 1e-7)
+
+
+def test_what_all_samples_share_takes_two_passes_where_it_is_computed_again():
+    def checkpointed(model, x, places, count):
+        return x + checkpoint(lambda: model.turn(model.places(places))[None], use_reentrant=False)
+
+    model, expected = built(lambda: Shared(checkpointed)), built(lambda: Shared(checkpointed))
+    batches = batches_of([(8, 10)] * 4)
+    with pytest.warns(UserWarning, match="is checkpointed around a layer that either side calls by itself"):
+        run(wrapped(model), model, batches, mean)
+    by_hand(expected, bases()["SGD"](expected), batches, mean, 1 / 4, stale=0)
     assert_same(model, expected, 1e-7)

@@ -65,6 +65,7 @@ class Apart:
         self.suits = True  # whether they would have done, where gradients were looked at
         self.late: Callable[[], Record | None] = lambda: None  # the record that is needed where it can't
         self.alone: InForward | None = None  # takes over where no samples travel behind
+        self.is_by_itself = False  # whether a side calls the layer without the other one
         self._calls = 0
         # in a compiled graph
         self.added = None if epsilon is None else InForward(epsilon.u, epsilon.v)
@@ -177,6 +178,9 @@ class Apart:
         if side == "second" and not torch.is_grad_enabled():
             return kind.apply(x, W, extra)
         is_new = torch._C._current_graph_task_id() == -1  # no recomputation by activation checkpointing
+        self.is_by_itself |= is_new and side != "both"
+        if self.is_by_itself and not is_new:  # nobody knows whose rows are computed again
+            raise CannotJoin("is checkpointed around a layer that either side calls by itself")
         self._calls += is_new
         if record is not None:
             record.calls += is_new and side != "first"

@@ -102,6 +102,8 @@ class Riders:
     def forget(self) -> None:
         """Begin anew: what the layers have left so far does not count."""
         self.pass_.forget()
+        for handler in self.handlers.values():
+            handler.is_by_itself = False
         for family in self._families:
             family.forget()
 
