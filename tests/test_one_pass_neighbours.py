@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nusam
+from tests.test_batch import Hidden, Sharing
 from tests.test_one_pass import SHARE, B, assert_same, by_hand, run, two_passes, wrapped
 from tests.test_one_pass_losses import mlp, plainly, samples
 
@@ -383,6 +384,27 @@ HANDED = {
     "grown": (lambda x, y: [x, y], appends, 1),
     "bound in an object": (lambda x, y: {"x": x, "y": y, "scale": SimpleNamespace(by=1.0)}, binds_in_an_object, 4),
 }
+
+
+@pytest.mark.parametrize("share", [1, SHARE])
+@pytest.mark.parametrize(("kind", "is_served"), [(Sharing, True), (Hidden, False)])
+def test_a_mapping_that_shares_its_entries_with_its_copy_is_not_changed(kind, is_served, share):
+    model, expected, batches = mlp(), mlp(), samples(5, 6)
+    given = [kind(x=x, n=1) for x in batches]
+    opt = wrapped(model, share=share)
+
+    def loss(model, batch):
+        return plainly(model, batch["x"])
+
+    if is_served:
+        run(opt, model, given, loss)
+        by_hand(expected, torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9), batches, plainly, share)
+        assert_same(model, expected)
+    else:
+        with pytest.raises((TypeError, ValueError), match=r"A Hidden .* hand over .*\.$"):
+            run(opt, model, given, loss)
+        assert opt._pass is None
+    assert all(batch["x"] is x for batch, x in zip(given, batches, strict=True))
 
 
 @pytest.mark.parametrize("share", [1, SHARE, 1 / B])

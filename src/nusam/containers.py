@@ -67,7 +67,7 @@ def _fill(fresh: Any, changed: dict[Any, Any], part: Any) -> None:
     put: Callable[[Any, Any, Any], None] = operator.setitem if is_mapping else object.__setattr__
     entries = _named(part)
     if any(get(part, name) is not value for name, value in entries.items()):
-        raise TypeError(f"a {type(part).__name__} makes its entries whenever they are asked for")
+        raise _not_to_be_copied(part, "makes its entries whenever they are asked for")
     try:
         for name, value in changed.items():
             put(fresh, name, value)
@@ -76,19 +76,24 @@ def _fill(fresh: Any, changed: dict[Any, Any], part: Any) -> None:
         for name in written:
             put(part, name, entries[name])
     if written:
-        raise TypeError(f"a {type(part).__name__} shares its entries with its copy")
+        raise _not_to_be_copied(part, "shares its entries with its copy")
 
 
 def _copied(part: Any) -> Any:
     """A copy, of which the mappings that a mapping keeps its entries in are others."""
     fresh = copy.copy(part)
     if fresh is part:
-        raise TypeError(f"a {type(part).__name__} is its own copy")
+        raise _not_to_be_copied(part, "is its own copy")
     if isinstance(part, MutableMapping):
         for name, value in _attributes(part).items():
             if isinstance(value, MutableMapping) and _attributes(fresh).get(name) is value:
                 object.__setattr__(fresh, name, _copied(value))
     return fresh
+
+
+def _not_to_be_copied(part: Any, why: str) -> TypeError:
+    kind = type(part).__name__
+    return TypeError(f"A {kind} {why}, so that one with other entries can't be made; hand over a dictionary of them.")
 
 
 def entries_of(part: Any) -> Iterator[Any]:
