@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.test_batch import Hidden
 from tests.test_one_pass import assert_same, by_hand, run, wrapped
 from tests.test_one_pass_losses import mlp, plainly, samples
 from tests.test_one_pass_neighbours import REFUSED
@@ -129,6 +130,25 @@ def test_what_a_call_was_not_given_before_is_not_guessed():
         expected, torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9), batches, plainly, 1 / 8,
         carries=[number != 5 for number in range(8)],
     )  # fmt: skip
+    assert_same(model.net, expected)
+
+
+class Hiding(nn.Module):
+    """Gives what no copy can be filled of."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return Hidden(y=self.net(x))
+
+
+def test_an_output_that_can_not_be_taken_apart_stays_with_its_samples():
+    model, expected, batches = Hiding(), mlp(), samples(6, 6)
+    with pytest.warns(UserWarning, match="gives a Hidden, which can't be rebuilt; from now on every step takes"):
+        run(wrapped(model), model, batches, lambda model, x: (model(x)["y"] - 1).square().mean())
+    by_hand(expected, torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9), batches, plainly, stale=0)
     assert_same(model.net, expected)
 
 

@@ -159,5 +159,8 @@ def part_of(output: Any, rows: Rows, second: bool) -> Any:
         return (output[cut:] if second else output[:cut]).clone()  # which a loss may write into
     if type(output) in (list, tuple) and len(output) == sum(rows) and not any(map(_holds, output)):
         return output[rows.first :] if second else output[: rows.first]
-    fresh = rebuilt(output, lambda entry: part_of(entry, rows, second))
+    try:
+        fresh = rebuilt(output, lambda entry: part_of(entry, rows, second))
+    except TypeError as error:  # its copy would be itself
+        raise CannotJoin(f"gives a {type(output).__name__}, which can't be rebuilt") from error
     return output if fresh is None else fresh
