@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from nusam.containers import DEEP, PLAIN, entries_of, is_list, is_list_of_plain
-from nusam.distributed.blocks import is_sharded
 from nusam.guards.batch_copies import BatchCopies
 from nusam.guards.taking_back import can_be_looked_into, is_a_writable_container, is_an_array, refill, slots_of, undo_of
-from nusam.guards.watch import is_here
+from nusam.guards.watch import PLAIN as WITH_ENTRIES
 
 __all__ = ["Rewinding"]
 
@@ -52,8 +51,9 @@ class Rewinding:
         """
         self._looked = True
         for known in self._tensors:
+            is_written = known.is_written()
             known.put_back()
-            if known.is_written():
+            if is_written:
                 self._copies.note(wrote=True)  # which raises if there is no copy
                 known.write_back()
         for undo in self._undo:
@@ -67,11 +67,16 @@ class Rewinding:
 
     def _keep(self, part: Any, deep: int) -> None:
         """Remember what a part of the batch holds, and what its attributes hold, ``deep`` of these one in another."""
-        if isinstance(part, PLAIN) or id(part) in self._seen:
+        if id(part) in self._seen:
             return
         self._seen[id(part)] = part
         if isinstance(part, Tensor):
             self._keep_tensor(part, deep)
+            return
+        if isinstance(part, PLAIN):
+            return
+        if type(part) is tuple:
+            pass
         elif is_a_writable_container(part):
             self._undo.append(partial(refill, part, dict(part) if isinstance(part, Mapping) else list(part)))
         elif isinstance(part, Iterator) and deep == DEEP:
@@ -85,7 +90,7 @@ class Rewinding:
         if not (is_list(part) and is_list_of_plain(part)):  # tokens, perhaps many
             for entry in _entries_of(part):
                 self._keep(entry, deep)
-        if deep and can_be_looked_into(part):
+        if deep and type(part) not in (tuple, list, dict) and can_be_looked_into(part):
             slots = slots_of(part)
             self._undo += [partial(_rebind, part, slots)] if slots else []
             for inside in (*slots.values(), getattr(part, "__dict__", None)):
@@ -94,13 +99,14 @@ class Rewinding:
     def _keep_tensor(self, tensor: Tensor, deep: int) -> None:
         if tensor.is_inference():
             return
-        self._tensors.append(_Known(tensor, self._copies.are_made))
-        if self._tensors[-1].grad is not None:
-            self._keep(self._tensors[-1].grad, deep)
+        known = _Known(tensor, self._copies.are_made)
+        self._tensors.append(known)
+        for inside in (known.grad, *known.attributes.values()):
+            self._keep(inside, deep)
 
 
 class _Known:
-    """A tensor as it was: where its entries lie, what they are if a copy was made, and its gradient if it can have one.
+    """A tensor as it was: where its entries lie, what they are if a copy was made, its attributes, and its gradient.
 
     Args:
         tensor: of the batch.
@@ -108,11 +114,13 @@ class _Known:
     """
 
     def __init__(self, tensor: Tensor, copied: bool) -> None:
-        self._tensor, self._version, self._alias = tensor, tensor._version, tensor.detach()
-        self._is_here = is_here(tensor) and not is_sharded(tensor)
+        self._tensor, self._version = tensor, tensor._version
         self._is_leaf, self._requires_grad = tensor.is_leaf, tensor.requires_grad
-        self.grad = tensor.grad if tensor.is_leaf else None
+        self.attributes = dict(vars(tensor))
+        self.grad = tensor.grad if self._is_leaf else None
         self._copy = tensor.clone() if copied else None
+        has_entries = copied and type(tensor) in WITH_ENTRIES and tensor.layout is torch.strided
+        self._alias = tensor.detach() if has_entries and not tensor.is_nested else None
 
     def put_back(self) -> None:
         """All but its entries."""
@@ -120,17 +128,22 @@ class _Known:
         if self._is_leaf and not (tensor.is_leaf or tensor._is_view()):  # something with a graph was written into it
             tensor.detach_()
         if self._is_leaf and tensor.is_leaf:
-            tensor.requires_grad_(self._requires_grad)
+            if tensor.requires_grad != self._requires_grad:
+                tensor.requires_grad_(self._requires_grad)
             if tensor.grad is not self.grad:
                 tensor.grad = self.grad
-        if self._is_here and _place(tensor) != _place(self._alias):
+        if self._alias is not None and _place(tensor) != _place(self._alias):
             tensor.data = self._alias
+        if vars(tensor) or self.attributes:
+            refill(vars(tensor), self.attributes)
 
     def is_written(self) -> bool:
         """Whether its entries changed; where there is a copy also through ``.data`` or numpy, which waits for it."""
         if self._tensor._version != self._version:
             return True
-        return self._copy is not None and self._is_here and not _are_same(self._alias, self._copy)
+        if self._copy is None or self._alias is None:
+            return False
+        return _place(self._tensor) != _place(self._alias) or not _are_same(self._alias, self._copy)
 
     def write_back(self) -> None:
         if self._copy is not None:
@@ -150,7 +163,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _are_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same entries, or none at the same places."""
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    return a.is_meta or torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _rebind(thing: Any, before: dict[str, Any]) -> None:
