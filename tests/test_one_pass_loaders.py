@@ -162,21 +162,52 @@ def test_a_loader_that_writes_over_the_last_batch_is_refused(write, shared, fres
 
 
 class Meta:
-    """An object that nobody can look into."""
+    """An object, no container."""
 
     scale: torch.Tensor
 
 
-def test_an_object_that_is_filled_anew_is_refused():
-    def loader():
-        meta = Meta()
-        for x in samples(4, 6):
-            meta.scale = x.mean()
-            yield x, meta
+class Slotted:
+    """One without a dictionary."""
 
+    __slots__ = ("scale",)
+
+
+class Single(Meta):
+    """One of which there is no other."""
+
+    def __copy__(self):
+        return self
+
+
+def with_one(kind, batches):
+    meta = kind()
+    for x in batches:
+        meta.scale = x.mean()
+        yield x, meta
+
+
+def scaled(model, batch):
+    return plainly(model, batch[0]) * batch[1].scale
+
+
+@pytest.mark.parametrize("kind", [Meta, Slotted])
+def test_an_object_that_is_filled_anew(kind):
+    model, by_itself = mlp(), mlp()
+    batches = list(samples(4, 6))
+    run(wrapped(model, share=1), model, with_one(kind, batches), scaled)
+    run(wrapped(by_itself, share=1), by_itself, [(x, torch.stack([x.mean()])) for x in batches], scaled_by_tensor)
+    assert_same(model, by_itself)
+
+
+def scaled_by_tensor(model, batch):
+    return plainly(model, batch[0]) * batch[1][0]
+
+
+def test_an_object_that_is_filled_anew_and_has_no_copy_is_refused():
     model = mlp()
     with pytest.raises(ValueError, match="the loader has written into the tensors of the batch before"):
-        run(wrapped(model, share=1), model, loader(), lambda model, batch: plainly(model, batch[0]) * batch[1].scale)
+        run(wrapped(model, share=1), model, with_one(Single, samples(4, 6)), scaled)
 
 
 @pytest.mark.filterwarnings("error")

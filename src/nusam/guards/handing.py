@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nusam.batch import rebuilt
+from nusam.containers import DEEP, rebuilt
 from nusam.guards.batch_copies import BatchCopies
-from nusam.guards.taking_back import can_be_looked_into
+from nusam.guards.taking_back import can_be_looked_into, slots_of
 
 __all__ = ["Handing", "copied", "in_own_containers"]
 
@@ -57,7 +57,7 @@ def in_own_containers(batch: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
     """A batch in containers and objects of its own, with what is to be had of each tensor; arrays are copied."""
     objects: dict[int, Any] = {}  # one that is there twice, or holds itself, stays one
 
-    def own(part: Any) -> Any:
+    def own(part: Any, deep: int) -> Any:
         if isinstance(part, Tensor):
             return tensor_of(part)
         if type(part) in (list, tuple) and (not part or isinstance(part[0], int | float | str)):
@@ -65,24 +65,28 @@ def in_own_containers(batch: Any, tensor_of: Callable[[Tensor], Tensor]) -> Any:
         if id(part) in objects:
             return objects[id(part)]
         try:
-            fresh = rebuilt(part, own)
+            fresh = rebuilt(part, lambda entry: own(entry, deep))
         except (AttributeError, RuntimeError, TypeError):  # it can't be written
             return part
         if fresh is not None:
             return fresh
         if hasattr(type(part), "__copy__"):
             return copy.copy(part)
-        return own_object(part) if hasattr(part, "__dict__") and can_be_looked_into(part) else part
+        return own_object(part, deep) if deep and can_be_looked_into(part) else part
 
-    def own_object(part: Any) -> Any:
+    def own_object(part: Any, deep: int) -> Any:
+        attributes = {**slots_of(part), **getattr(part, "__dict__", {})}
         try:
-            fresh = objects[id(part)] = copy.copy(part)
+            fresh = copy.copy(part) if attributes else part
         except Exception:  # its class has the last word on that
             return part
-        vars(fresh).update({name: own(value) for name, value in vars(part).items()})
+        if fresh is not part:
+            objects[id(part)] = fresh
+            for name, value in attributes.items():
+                object.__setattr__(fresh, name, own(value, deep - 1))
         return fresh
 
-    return own(batch)
+    return own(batch, DEEP)
 
 
 def copied(tensor: Tensor) -> Tensor:

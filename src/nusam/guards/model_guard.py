@@ -176,6 +176,8 @@ class _Explanation:
         return _Explanation, (None,)
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         raised = sys.exc_info()[1]
         if raised and output is None and self._share is not None and hasattr(raised, "add_note"):  # from Python 3.11 on
             raised.add_note(
