@@ -458,6 +458,14 @@ CLEAR = {
     "equal fields in a tuple": ((X, X, X), lambda cut: [len(part) for part in cut] == [2, 2, 2]),
     "inputs and targets": (({"x": X}, {"y": Y}), lambda cut: len(cut[0]["x"]) == 2 == len(cut[1]["y"])),
     "positions first": ({"position_ids": torch.arange(3)[None], "x": X}, lambda cut: len(cut["x"]) == 2),
+    "weights of classes": (
+        {"x": X, "y": torch.arange(8) % 5, "class_weights": torch.rand(5)},
+        lambda cut: [len(p) for p in cut.values()] == [2, 2, 5],
+    ),
+    "weights of more classes than samples": (
+        {"x": X, "y": torch.arange(8), "pos_weight": torch.rand(20)},
+        lambda cut: [len(p) for p in cut.values()] == [2, 2, 20],
+    ),
     "weights first": ({"weights": torch.ones(5), "x": X}, lambda cut: [len(p) for p in cut.values()] == [5, 2]),
     "a mask first": ({"mask": torch.ones(3, 3).tril(), "x": X}, lambda cut: [len(p) for p in cut.values()] == [3, 2]),
     "an epoch first": ({"epoch": torch.tensor([3]), "x": X}, lambda cut: len(cut["x"]) == 2),

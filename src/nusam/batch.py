@@ -25,7 +25,7 @@ from nusam.containers import (
     leaves_of,
     rebuilt,
 )
-from nusam.packed import may_say_how_long, may_say_whose, packed_in, packed_rows_in
+from nusam.packed import may_say_how_long, may_say_whose, named_weights_in, packed_in, packed_rows_in
 
 __all__ = ["first_samples", "rebuilt", "samples_in"]
 
@@ -174,8 +174,8 @@ class _Reading:
             return True
         rows = part.shape[0]
         if part.ndim == 1:
-            fewer = rows < self.size and is_fractional(part)
-            return rows == 1 or (fewer and not self._may_be_numbered(rows, False))
+            may_be = rows < self.size and not self._may_be_numbered(rows, False)
+            return rows == 1 or (is_fractional(part) and (self._are_weights(part) or may_be))
         if part.ndim > 2 and self.size in part.shape[1:]:  # samples in another dimension, as a recurrent state has them
             return False
         of_their_width = part.shape[-1] in self._widths
@@ -219,6 +219,9 @@ class _Reading:
         if (count, each) not in self._numbered:
             self._numbered[count, each] = may_say_whose(self._batch, self.size, count, each)
         return self._numbered[count, each]
+
+    def _are_weights(self, part: Any) -> bool:
+        return any(part is one for one in named_weights_in(self._batch))
 
     def _has_samples(self, part: Any) -> bool:
         self._lists[id(part)] = part

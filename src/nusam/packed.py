@@ -10,10 +10,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from nusam.containers import entries_of, has_rows, is_list, is_list_of_plain
 
-__all__ = ["may_say_how_long", "may_say_whose", "packed_in", "packed_rows_in"]
+__all__ = ["may_say_how_long", "may_say_whose", "named_weights_in", "packed_in", "packed_rows_in"]
 
 # what begins the names of entries that say where packed sequences end
 ENDS = ("cu_seq_lens", "cu_seqlens", "seq_idx")
+WEIGHTS = "weight"  # in the names of numbers that classes have, one each, as labels number them
 COLUMNS = 4  # up to which a matrix may have one that numbers samples, beside coordinates
 POSITIONS = "position_ids"  # which begin anew with each of several sequences in a row
 
@@ -38,6 +39,16 @@ def packed_rows_in(part: Any) -> Iterator[Any]:
     positions = part.get(POSITIONS)
     if isinstance(positions, Tensor) and positions.ndim and (positions.diff() < 0).any():
         yield part
+
+
+def named_weights_in(part: Any) -> Iterator[Any]:
+    """What mappings name weights."""
+    for name, entry in part.items() if isinstance(part, Mapping) else ():
+        if WEIGHTS in str(name).lower():
+            yield entry
+    if not (is_list(part) and is_list_of_plain(part)):
+        for entry in entries_of(part):
+            yield from named_weights_in(entry)
 
 
 def may_say_how_long(part: Any, rows: int) -> bool:
