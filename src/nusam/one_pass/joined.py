@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from nusam.layers.kinds import Embedding
 from nusam.layers.structure import Structure
 from nusam.one_pass.inputs import Inputs
 from nusam.one_pass.joining import Roles
@@ -31,6 +32,10 @@ class Joined:
         self.inputs.clear()
         self.roles.clear()
         self.modules = self._outermost(set())
+
+    def has_tables(self) -> bool:
+        """Whether a layer may be looked up by a vector, whose length does not tell samples from what they share."""
+        return self.structure is not None and any(use.kind is Embedding for use in self.structure.uses)
 
     def narrow(self) -> bool:
         """Leave out those with a layer whose input all samples share: each side then calls it by itself.

@@ -80,31 +80,34 @@ class Looks:
     ) -> CannotJoin | None:
         """What keeps the samples from travelling together through any of the modules; nothing if they can.
 
+        Inputs that all samples share are looked for where tables are looked up, or where there is a reason to.
+
         ``is_whole``: whether to look for what no gradient shows, too.
 
         Raises:
             Exception: of the loss, unless it comes of the travelling.
         """
+        compares = known.has_tables()
         while True:
-            refusal = self._why_not(riders, both, loss, backward, is_whole)
-            if refusal is None or not refusal.for_good or self.are_many() or not known.narrow():
+            refusal = self._why_not(riders, both, loss, backward, is_whole, compares)
+            if refusal is None or not refusal.for_good or self.are_many() or (compares and not known.narrow()):
                 return refusal
-            riders.joint.modules = known.modules
+            compares, riders.joint.modules = True, known.modules
 
     def _why_not(
-        self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool
+        self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool, compares: bool
     ) -> CannotJoin | None:
         """What keeps them, in this process or in another, from doing so through the modules that are joined."""
         found = None
         try:
-            self._check(riders, both, loss, backward, is_whole)
+            self._check(riders, both, loss, backward, is_whole, compares)
         except CannotJoin as reason:
             found = reason
         except (torch.OutOfMemoryError, Written):
             raise
         except Exception as error:
             # among processes the others would wait for one that looks again
-            if not (self.are_many() or self._comes_of_joining(error, riders, both, loss, backward, is_whole)):
+            if not (self.are_many() or self._comes_of_joining(error, riders, both, loss, backward, is_whole, compares)):
                 raise
             said = " ".join(f"{type(error).__name__}: {error}".split())
             found = CannotJoin(f"raises an error where samples of two batches travel together, {said:.300}")
@@ -118,12 +121,19 @@ class Looks:
         return found
 
     def _comes_of_joining(
-        self, error: Exception, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool
+        self,
+        error: Exception,
+        riders: Riders,
+        both: Neighbours,
+        loss: Loss,
+        backward: Backward,
+        is_whole: bool,
+        compares: bool,
     ) -> bool:
         """Whether an error rises again where samples travel together, and not where either side is by itself."""
         riders.forget()
         try:
-            self._check(riders, both, loss, backward, is_whole)
+            self._check(riders, both, loss, backward, is_whole, compares)
         except CannotJoin:
             return False
         except Exception as again:
@@ -146,10 +156,12 @@ class Looks:
         Ranks([self._opt._workers().everyone(parameters)]).max_(levels)
         return float(levels[0])
 
-    def _check(self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool) -> None:
+    def _check(
+        self, riders: Riders, both: Neighbours, loss: Loss, backward: Backward, is_whole: bool, compares: bool
+    ) -> None:
         """Run each loss backwards by itself: a gradient that reaches the other's samples would be seen.
 
-        Forwards by itself too: samples may meet where no gradient passes.
+        Forwards by itself too: samples may meet where no gradient passes, and what they share is as large then.
         """
         opt = self._opt
         reached = []
@@ -167,9 +179,10 @@ class Looks:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))  # a graph shows none of its gradients
             meeting = Meeting(riders.joint, computed, opt._guard.random_state)
             contexts.callback(riders.look_no_more)
-            with riders.noting_inputs():
-                meeting.by_itself(both.batch, "first")
-            riders.forget()
+            if compares:
+                with riders.noting_inputs():
+                    meeting.by_itself(both.batch, "first")
+                riders.forget()
             for number, side in enumerate(("first", "second")):
                 mixed = riders.mixed(side)
                 together = meeting.together(both.batch, both.ahead, is_whole)
