@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import nusam
@@ -507,6 +508,90 @@ def test_an_input_of_a_frozen_layer_may_be_overwritten(how, begins, ascent, call
         found.append(gradients)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def batch_of(step):
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64) + 1
+
+
+def usual(model, step):
+    return (model(batch_of(step)) - 1.5).square().mean()
+
+
+def gradient_penalty(model, step):
+    x = batch_of(step).requires_grad_()
+    (slopes,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return usual(model, step) + (slopes.norm(dim=1) - 1).square().mean()
+
+
+def mapped(model, step):
+    return (torch.func.vmap(model)(batch_of(step)) - 1.5).square().mean()
+
+
+def distance_to_it(model, step):
+    return usual(model, step) + 0.1 * (model[4].weight @ model[2].weight).square().sum()
+
+
+def multiplied_once_more(model, step):
+    return usual(model, step) + F.linear(model[0](batch_of(step)), model[2].weight).square().mean()
+
+
+def called_with_others(model, step):
+    given = {"weight": model[2].weight * 1.1, "bias": model[2].bias}
+    y = torch.func.functional_call(model[2], given, (model[:2](batch_of(step)),))
+    return (model[3:](y) - 1.5).square().mean()
+
+
+ODD_USES = [gradient_penalty, mapped, distance_to_it, multiplied_once_more, called_with_others]
+
+
+@pytest.mark.parametrize("begins", [0, 3])
+@pytest.mark.parametrize("odd", ODD_USES)
+def test_a_frozen_weight_that_is_also_used_otherwise_has_its_perturbation_in_every_step(odd, begins):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    model[2].requires_grad_(False)
+    plain = copy.deepcopy(model)
+    base = torch.optim.SGD(trainable(model), lr=0.05)
+    own = torch.optim.SGD(trainable(plain), lr=0.05)
+    opt = nusam.NuSAM(base, rho=0.3, model=model, targets="frozen", placement="weights", power_iterations=150)
+    W = plain[2].weight
+    for step in range(begins + 4):
+        loss = usual if step < begins else odd
+        for _ in opt.passes():
+            loss(model, step).backward()
+        opt.step()
+        W.requires_grad_(True)
+        (G,) = torch.autograd.grad(loss(plain, step), W)
+        W.requires_grad_(False)
+        own.zero_grad()
+        before = W.clone()
+        U, _, Vh = torch.linalg.svd(G)
+        W.add_(0.3 * torch.outer(U[:, 0], Vh[0]))
+        loss(plain, step).backward()
+        W.copy_(before)
+        own.step()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+
+
+def hooked_before_it_was_frozen(model):
+    model[2].weight.requires_grad_().register_hook(lambda gradient: gradient)
+    model[2].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("options", [{}, {"placement": "weights"}])
+def test_a_frozen_weight_without_any_gradient_is_refused(options):
+    model = lora()
+    base = torch.optim.SGD(trainable(model), lr=0.1)
+    options = {"model": model, "targets": lambda name, _: name == "2.weight", **options}
+    with pytest.raises(ValueError, match="is frozen and has no gradient, which ascent='gradient' needs"):
+        nusam.NuSAM(base, ascent="gradient", **options)
+    hooked_before_it_was_frozen(model)
+    opt = nusam.NuSAM(base, **options)
+    with pytest.raises(RuntimeError, match=r"2\.weight is .*given a hook on its gradient.*exclude it with targets="):
+        for _ in opt.passes():
+            square_loss()(model).backward()
 
 
 def test_frozen_perturbations_resume():

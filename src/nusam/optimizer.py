@@ -257,7 +257,7 @@ class SharpnessAware(Stepping):
         each parameter of the last ascent ``epsilon/NAME``, ‖ε‖_F, and for rank-one perturbations
         ``sigma/NAME``, the estimate of its gradient's top singular value, times the loss scale if a scaler was
         at work. ``fallback/NAME: REASON`` is 1 for a matrix that a matrix-free ascent could not serve, and whose
-        gradient was formed instead (or which was not perturbed, if it has none). Names are the model's where
+        gradient was formed instead (or summed over its uses, if it is frozen). Names are the model's where
         ``model=`` was given, else the optimizer's own, else GROUP.INDEX.
         """
         names = self._names()

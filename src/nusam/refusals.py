@@ -103,7 +103,8 @@ class Checked(Placing):
         structure = self._structure_now()
         uses = {workers.stored(use.parameter) for use in structure.uses} if structure else set()
         for parameter in (target.parameter for target in targets):
-            check_parameter(parameter, self.lmo, self.placement, parameter in uses, self.direction)
+            serves = self._apart or self._ascent.serve_from is not None
+            check_parameter(parameter, self.lmo, self.placement, parameter in uses, self.direction, serves)
             if is_sharded(parameter):
                 own = self._in_forward(parameter) and self._ascent.serve_from is not None
                 check_sharded(parameter, self.lmo, self.model, self.m_sam, workers, own)

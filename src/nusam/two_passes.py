@@ -12,7 +12,7 @@ from nusam.ascent.verification import BESIDE
 from nusam.both_gradients import BothGradients
 from nusam.distributed.data_parallel import DataParallel
 from nusam.guards.changes import Changes
-from nusam.guards.weights import check_parameter
+from nusam.guards.weights import check_formed, check_parameter
 from nusam.interrupts import always
 from nusam.layers.outside_graphs import watched_outside_graphs
 from nusam.layers.reads import Backwards, watched
@@ -74,6 +74,8 @@ class TwoPasses(Checked):
         frees = self._in_backward is not None
         self._ledger.tell(self._ascent.learn_late(), self._names, OTHERWISE_USED)
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees, everything)
+        unserved = [t.parameter for t in targets if t.parameter not in (pass_.records if pass_ else ())]
+        check_formed([p for p in unserved if p not in self._ascent.unreachable], self._ascent.fallbacks, self._names)
         share_needs(self, pass_, others)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]

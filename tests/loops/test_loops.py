@@ -48,3 +48,12 @@ def test_the_page_lists_these_loops_and_no_others():
     assert {loop for loop, _ in cells} == {case.__doc__ for case in Loop.known}
     assert len({case.__doc__ for case in Loop.known}) == len(Loop.known)
     assert line == summary(cells)
+
+
+@pytest.mark.parametrize("case", [case for case in LOOPS if case.values[0].frozen])
+def test_a_frozen_loop_is_right_with_its_perturbation_in_the_weights(case, monkeypatch):
+    monkeypatch.setitem(MODES, "weights", {"placement": "weights"})  # as a refusal of the default advises
+    for dtype in case.dtypes:
+        if dtype != torch.bfloat16:  # in which much of ε is rounded away
+            outcome = run(case, "weights", dtype)
+            assert outcome.verdict == "right", outcome.said

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nusam.ascent.findings import Job
 from nusam.ascent.layer_pass import LayerPass
-from nusam.ascent.verification import BESIDE, IN_A_GRAPH, ONE_USE, SEVERAL_USES, Verification, compared
+from nusam.ascent.verification import BESIDE, IN_A_GRAPH, ONE_USE, OTHERWISE, SEVERAL_USES, Verification, compared
 from nusam.distributed.blocks import compute_device
 from nusam.distributed.data_parallel import DataParallel
 from nusam.interrupts import entered
@@ -200,7 +200,7 @@ class Serving:
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
         comparable = not frozen or ((self.apart or not keeps) and plain)
         checks = comparable and (found is None or (known and self.verification.is_due()))
-        several = frozen and found == SEVERAL_USES
+        several = frozen and found in (SEVERAL_USES, OTHERWISE)  # other uses leave their part of the sum beside it
         served = serves and (found == ONE_USE or several or not comparable or (keeps and found == SEVERAL_USES))
         if not checks and not served and not (in_forward and known and not keeps) and not self.apart:
             return None

@@ -1,6 +1,6 @@
 """Which weights can't be perturbed as asked."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +12,21 @@ from nusam.distributed.data_parallel import DataParallel
 from nusam.layers.kinds import held, is_quantized
 from nusam.lmo import LMO, Nuclear
 
-__all__ = ["check_frozen", "check_own", "check_parameter", "check_sharded"]
+__all__ = ["check_formed", "check_frozen", "check_own", "check_parameter", "check_sharded"]
 
 
 def check_parameter(
-    parameter: Tensor, lmo: LMO, placement: str, reachable: bool, direction: Direction | None = None
+    parameter: Tensor,
+    lmo: LMO,
+    placement: str,
+    reachable: bool,
+    direction: Direction | None = None,
+    serves: bool = True,
 ) -> None:
     """Whether ``lmo``'s perturbation can be computed for the parameter, and applied to it.
 
-    ``reachable``: whether a layer is known through which ε could live in the forward.
+    ``reachable``: whether a layer is known through which ε could live in the forward; ``serves``: whether layers are
+    asked for what the ascent needs.
     """
     what = f"A perturbed parameter of shape {tuple(parameter.shape)}"
     quantized = not parameter.requires_grad and reachable and isinstance(lmo, Nuclear)
@@ -44,6 +50,8 @@ def check_parameter(
         raise ValueError(
             f"{what} is frozen and has no gradient, and no known layer can serve it; exclude it with targets=."
         )
+    if not parameter.requires_grad and not serves:
+        raise ValueError(f"{what} is frozen and has no gradient, which ascent='gradient' needs; use ascent='auto'.")
     if parameter.requires_grad and is_quantized(parameter) and (placement == "weights" or not (rank_one and reachable)):
         raise TypeError(
             f"{what} keeps its entries in {held(parameter).dtype}, where no ε can be written; use nusam.NuSAM with "
@@ -70,6 +78,19 @@ def check_frozen(ascent: str, workers: DataParallel) -> None:
         raise ValueError(
             f"targets='frozen' needs a matrix-free ascent, but {workers.forced.why}; use {workers.forced.instead}."
         )
+
+
+def check_formed(parameters: Iterable[Tensor], reasons: Mapping[Tensor, str], names: Callable[[], Any]) -> None:
+    """Whether the ascent that begins finds the gradients of these, which its pass has nothing to do with.
+
+    ``reasons``: why their layers don't serve them. Nothing else finds that of a frozen one.
+    """
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            raise RuntimeError(
+                f"{names()[parameter]} is frozen and {reasons.get(parameter, 'not served by its layer')}, so that it "
+                "would have no ε; exclude it with targets=."
+            )
 
 
 def check_own(parameters: Iterable[Tensor], lmo: LMO, is_own: Callable[[Tensor], bool]) -> None:
