@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nusam.lmo import Nuclear
-from nusam.power_iteration import power_iteration
+from nusam.power_iteration import power_iteration, power_iteration_of_stack
 from nusam.reference import svd_top1
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (3, 40), (40, 3), (64, 48), (2000, 30), (30, 2000)]
@@ -92,6 +92,34 @@ def test_a_dead_gradient_leaves_the_warm_start_as_it_was(poison, iterations):
     assert dead.sigma == 0
     assert alive.alive
     assert alive.v.count_nonzero() == 6
+
+
+# rows of a gradient of rank one, as multiples of one row, and the others that u lives on
+MISSED = {
+    "a pair that is told apart": ({0: 1.0, 3: -1.0}, {7: 1.0}),
+    "bags of two": ({i: 0.5 * (-1.0) ** (i // 2) for i in range(8)}, {9: 1.0}),
+    "all rows of one size": ({i: (-1.0) ** i for i in range(10)}, {11: -1.0}),
+    "a row": ({4: 3.0}, {5: 1.0, 6: -1.0}),
+}
+
+
+@pytest.mark.parametrize("case", MISSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [12, 3000])
+def test_a_gradient_that_misses_its_warm_start_is_found_all_the_same(case, dtype, n):
+    multiples, lives = MISSED[case]
+    row = torch.randn(16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    A, u = torch.zeros(n, 16, dtype=dtype), torch.zeros(n, dtype=dtype)
+    for i, multiple in multiples.items():
+        A[i] = multiple * row
+    for i, entry in lives.items():
+        u[i] = entry
+    sigma = torch.linalg.svdvals(A.double())[0]
+    found = [*power_iteration([A], [u]), *power_iteration_of_stack(A[None], [u])]
+    for pair in found:
+        assert pair.alive
+        assert float(pair.u.double() @ A.double() @ pair.v.double() / sigma) == pytest.approx(1, abs=1e-4)
+        assert float(pair.sigma / sigma) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_printed_algorithm_dies_on_a_zero_gradient():

@@ -165,12 +165,12 @@ def _matrices(tree: Any, as_matrix: AsMatrix) -> dict[str, tuple[Any, Shape]]:
 def _power_iteration(G: Any, warm_start: Any, iterations: int) -> tuple[Any, Any]:
     """T rounds of v = Gᵀu/‖Gᵀu‖, u = Gv/‖Gv‖ (Algorithm 2); the warm start and v = 0 if G is zero or not finite.
 
-    Vectors are divided by their largest entry first, so that no scale of G is too large or too small. Signs that u
-    rounds away let the iteration begin anew where Gᵀu is zero and G is not.
+    Vectors are divided by their largest entry first, so that no scale of G is too large or too small. Random
+    numbers that u rounds away, no two of one size, let the iteration begin anew where G has no row that u lives on.
     """
     n = G.shape[0]
-    signs = jax.random.rademacher(jax.random.key(n), (n,), G.dtype)
-    u = warm_start + signs * (jnp.finfo(G.dtype).eps ** 2 * n**-0.5)
+    r = jax.random.normal(jax.random.key(n), (n,), G.dtype)
+    u = warm_start + r * (jnp.finfo(G.dtype).eps ** 2 * n**-0.5)
     for _ in range(iterations):
         v = _by_its_largest((G * u[:, None]).sum(0))  # of arrays in shards too, whatever their sharding
         u = _by_its_largest((G * v).sum(1))

@@ -119,7 +119,7 @@ def power_iteration(
     Three deviations from Algorithm 2 as printed, so that a warm start never dies and the result does not
     depend on the scale of A: vectors are normalised relative to their own largest entry before τ is
     added; a zero, infinite or NaN matrix returns its warm start unchanged with ``alive = False``; and where
-    A is not zero but Aᵀu is, v starts from A itself, see :func:`meeting`.
+    A is zero in all rows that u lives on, v starts from A itself, see :func:`meeting`.
     Tensors are multiplied in their warm start's dtype; those of more dimensions are kernels (o, i, k, …), matrices of
     (o, i·k·…). Nothing here waits for the device.
     """
@@ -149,7 +149,7 @@ def top_pairs(
 def power_iteration_of_stack(A: Tensor, us: Sequence[Tensor], iterations: int = 1) -> list[TopPair]:
     """The same for k matrices that are there as one tensor (k, n, m)."""
     own = torch.stack(list(us))
-    met = own + _small_signs(own.shape[1], own.device, own.dtype)
+    met = own + _small(own.shape[1], own.device, own.dtype)
     (Avs,), (vs,) = iterated([Explicit(A)], [met[..., None]], iterations, ALONE)
     return _rows(*_normalized(Avs[..., 0], vs[..., 0], own))
 
@@ -158,20 +158,13 @@ def meeting(us: Sequence[Tensor]) -> list[Tensor]:
     """Warm starts u (n) that every matrix meets.
 
     A gradient of few rows, such as that of a table of which a sample looks up a part, can miss every row that u lives
-    on. So each u gets random signs of a size that its own entries round away: where Aᵀu is not zero nothing
-    changes, and where it is the iteration starts anew from Aᵀ(signs).
+    on. So each u gets random numbers r of a size that its own entries round away: where A has a row that u lives on
+    nothing changes, and where it has none the iteration starts anew from Aᵀr. Rows of A may be each other's negatives,
+    as those of a pair that is told apart, so no two entries of r are of one size.
     """
     if not us:
         return []
-    return list(torch._foreach_add(list(us), [_small_signs(u.numel(), u.device, u.dtype) for u in us]))
-
-
-@lru_cache(maxsize=256)
-def _signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random signs, the same in every process."""
-    generator = torch.Generator("cpu").manual_seed(n)
-    signs = torch.randint(0, 2, (n,), generator=generator, device="cpu", dtype=torch.int8)
-    return signs.to(device, dtype).mul_(2).sub_(1)
+    return list(torch._foreach_add(list(us), [_small(u.numel(), u.device, u.dtype) for u in us]))
 
 
 @lru_cache(maxsize=256)
@@ -182,8 +175,8 @@ def irregular(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _small_signs(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    small: Tensor = _signs(n, device, dtype) * (torch.finfo(dtype).eps ** 2 * n**-0.5)
+def _small(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    small: Tensor = irregular(n, device, dtype) * (torch.finfo(dtype).eps ** 2 * n**-0.5)
     return small
 
 

@@ -167,8 +167,8 @@ class Oracle:
             v = G.T @ u
             if not v.any():  # u lives on other rows: anew from the gradient itself
                 self.restarted[name] = G
-                v = G.T @ _signs(len(u))
-                if not v.any():  # nor do the signs: rounding decides whether anything is there
+                v = G.T @ _irregular(len(u))
+                if not v.any():  # nor does that: rounding decides whether anything is there
                     self.doubt = 1.0
                     return None
             self.doubt = max(self.doubt, noise / float(v.norm()) if v.any() else 1.0)
@@ -180,9 +180,8 @@ class Oracle:
         return u, v, sigma
 
 
-def _signs(n: int) -> Tensor:
-    drawn = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(n), dtype=torch.int8)
-    return 2.0 * drawn.double() - 1
+def _irregular(n: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
 
 
 class _Kept:
