@@ -255,3 +255,73 @@ def test_a_model_whose_tensors_are_swapped(how, at, options):
             train_step(m, opt, step)
         torch.testing.assert_close(list(model.parameters()), list(expected.parameters()), rtol=1e-7, atol=1e-9)
     assert not [name for name in opts[0].metrics() if "fallback" in name]
+
+
+IDS = torch.arange(24).view(6, 4) % 10
+ROWS = torch.randn(5, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
+SETTINGS = {  # of a layer, what it is when the optimizer is built, and what it is set to
+    "max_norm": (lambda: nn.Sequential(nn.Embedding(40, 24), nn.Linear(24, 8)), IDS, None, 1.5),
+    "scale_grad_by_freq": (lambda: nn.Sequential(nn.Embedding(40, 24), nn.Linear(24, 8)), IDS, False, True),
+    "padding_idx": (lambda: nn.Sequential(nn.Embedding(10, 24), nn.Linear(24, 8)), IDS, None, -3),
+    "stride": (lambda: nn.Sequential(nn.Conv1d(8, 64, 3), nn.Tanh(), nn.Conv1d(64, 8, 3)), ROWS, (1,), (2,)),
+    "dilation": (lambda: nn.Sequential(nn.Conv1d(8, 64, 3), nn.Tanh(), nn.Conv1d(64, 8, 3)), ROWS, (1,), (2,)),
+    "padding": (lambda: nn.Sequential(nn.Conv1d(8, 64, 3), nn.Tanh(), nn.Conv1d(64, 8, 3)), ROWS, (0,), (2,)),
+}
+
+
+def step_by_hand(model, base, loss, rho):
+    """νSAM by an SVD of every matrix's gradient."""
+    base.zero_grad()
+    loss(model).backward()
+    before = weights(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim >= 2:
+                U, _, Vh = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+                p += rho * torch.outer(U[:, 0], Vh[0]).view(p.shape)
+    base.zero_grad()
+    loss(model).backward()
+    with torch.no_grad():
+        for p, old in zip(model.parameters(), before, strict=True):
+            p.copy_(old)
+    base.step()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("begins", [0, 3])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("options", [{"ascent": "matrix-free"}, {"placement": "forward"}])
+def test_what_a_layer_goes_by_may_be_set_at_any_time(name, begins, inside, options):
+    """Between steps for good, or in a pass for one of two calls."""
+    build, x, usual, value = SETTINGS[name]
+
+    def loss(model, changes):
+        total = 0.0
+        if changes and inside:
+            setattr(model[0], name, value)
+            total = (model(x) - 0.5).square().mean()
+            setattr(model[0], name, usual)
+        return total + (model(x) - 1.5).square().mean()
+
+    torch.manual_seed(0)
+    model = build().double()
+    plain = copy.deepcopy(model)
+    base = torch.optim.SGD(plain.parameters(), lr=0.1)
+    options = {"rho": 0.3, "model": model, "convolutions": True, "power_iterations": 120, **options}
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    try:
+        for step in range(begins + 3):
+            if step == begins and not inside:
+                setattr(model[0], name, value)
+                setattr(plain[0], name, value)
+            changes = step >= begins
+            for _ in opt.passes():
+                loss(model, changes).backward()
+            opt.step()
+            step_by_hand(plain, base, functools.partial(loss, changes=changes), 0.3)
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+    except (ValueError, RuntimeError) as refusal:
+        assert options.get("placement") == "forward"
+        assert step == begins
+        assert "exclude it with targets= or use placement='weights'" in str(refusal)

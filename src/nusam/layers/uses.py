@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from nusam.lmo import matrix_shape
 __all__ = ["Use", "find_uses", "rerouted"]
 
 
+_TABLE = attrgetter("max_norm", "scale_grad_by_freq", "sparse")
+_PLAIN_TABLE = (None, False, False)
+
+
 class Use(NamedTuple):
     """One parameter as one module uses it."""
 
@@ -28,7 +33,7 @@ class Use(NamedTuple):
     parameter: nn.Parameter
     kind: type[Kind]
     forward: Any  # the function that its class computes with
-    given: tuple[Any, ...] | None = None  # what a convolution goes by beside its kernel
+    given: tuple[Any, ...] = ()  # what the layer goes by beside its parameters
 
     def is_current(self) -> bool:
         """Whether the module still uses the parameter so."""
@@ -37,8 +42,12 @@ class Use(NamedTuple):
             module._parameters.get(self.name) is self.parameter
             and type(module).forward is self.forward
             and not has_foreign_forward(module)
-            and (self.given is None or self.given == given(module))
+            and self.goes_by_the_same()
         )
+
+    def goes_by_the_same(self) -> bool:
+        """Whether all that a convolution or a table goes by is as it was found."""
+        return not self.given or self.given == (_TABLE if self.kind is Embedding else given)(self.module)
 
 
 def find_uses(model: nn.Module) -> Iterator[Use]:
@@ -50,9 +59,8 @@ def find_uses(model: nn.Module) -> Iterator[Use]:
             continue
         if forward is linear:
             yield from _uses(module, ("weight",), Linear)
-        elif forward is embedding and not module.sparse and not module.scale_grad_by_freq:
-            if module.max_norm is None:
-                yield from _uses(module, ("weight",), Embedding)
+        elif forward is embedding and _TABLE(module) == _PLAIN_TABLE:
+            yield from (use._replace(given=_PLAIN_TABLE) for use in _uses(module, ("weight",), Embedding))
         elif forward is attention:
             yield from _uses(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), Linear)
         elif isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."):
@@ -131,7 +139,7 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
     sharded = is_sharded(parameter)  # then FSDP2 puts what it gathered in its place
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if type(module).forward is not use.forward:  # patched while the pass runs
+        if type(module).forward is not use.forward or not use.goes_by_the_same():  # changed while the pass runs
             return type(module).forward(module, *args, **kwargs)
         W = module.weight
         if len(args) + len(kwargs) != 1 or not (W is parameter or (sharded and isinstance(W, nn.Parameter))):
@@ -141,7 +149,13 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
         if current is None:
             return type(module).forward(module, *args, **kwargs)
         (x,) = (*args, *kwargs.values())
-        extra = module.padding_idx if kind is Embedding else own if kind is Own else module.bias
+        extra = _padding(module) if kind is Embedding else own if kind is Own else module.bias
         return kind.call(current, x, W, extra)
 
     return forward
+
+
+def _padding(table: Any) -> int | None:
+    """The row that gets no gradient, if any; torch counts from the end too, whoever has set it so."""
+    index: int | None = table.padding_idx
+    return index + table.weight.shape[0] if index is not None and index < 0 else index
