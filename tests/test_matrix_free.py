@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -592,6 +593,70 @@ def test_a_loop_that_only_looks_for_gradients_midway_is_served():
         opt.step()
     assert not any(key.startswith("fallback") for key in opt.metrics())
     assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def written_through_data(p, attack):
+    before = p.data.clone()
+    p.data.add_(attack)
+    return lambda: setattr(p, "data", before)
+
+
+def written_without_gradients(p, attack):
+    before = p.detach().clone()
+    with torch.no_grad():
+        p.add_(attack)
+
+    def undo():
+        with torch.no_grad():
+            p.copy_(before)
+
+    return undo
+
+
+@pytest.mark.parametrize("begins", [2, 3, 5])
+@pytest.mark.parametrize("chosen", [("0.",), ("2.weight",), ("0.", "1."), ("",)])
+@pytest.mark.parametrize("write", [written_through_data, written_without_gradients])
+def test_adversarial_training_that_asks_whether_there_is_a_gradient_may_begin_at_any_time(begins, chosen, write):
+    """Where the ascent has none it makes no second backward, and the descent does."""
+    ids = torch.randint(0, 10, (6, 4), generator=torch.Generator().manual_seed(0))
+
+    def run(model, attacks):
+        (model(ids) - 1.5).square().mean().backward()
+        undos = []
+        for name, p in model.named_parameters() if attacks else ():
+            if name.startswith(chosen) and p.grad is not None:
+                undos.append(write(p, 0.2 * p.grad / (p.grad.norm() + 1e-9)))
+        if undos:
+            (model(ids) - 1.5).square().mean().backward()
+        for undo in undos:
+            undo()
+
+    model = nn.Sequential(nn.Embedding(10, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4))
+    plain = copy.deepcopy(model.double())
+    base = torch.optim.SGD(plain.parameters(), lr=0.1)
+    opt = nusam.NuSAM(
+        torch.optim.SGD(model.parameters(), lr=0.1), rho=0.2, model=model, ascent="matrix-free", power_iterations=200
+    )
+    for step in range(begins + 3):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The model writes .* or the loop does between backwards")
+            for _ in opt.passes():
+                run(model, step >= begins)
+        opt.step()
+        base.zero_grad()
+        run(plain, step >= begins)
+        before = [p.detach().clone() for p in plain.parameters()]
+        for p in plain.parameters():
+            if p.ndim == 2:
+                U, _, Vh = torch.linalg.svd(p.grad)
+                p.data += 0.2 * torch.outer(U[:, 0], Vh[0])
+        base.zero_grad()
+        run(plain, step >= begins)
+        for p, old in zip(plain.parameters(), before, strict=True):
+            p.data = old
+        base.step()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
 
 
 def test_no_gradient_of_a_weight_bias_or_norm_is_formed_in_the_ascent():

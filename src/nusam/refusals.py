@@ -34,8 +34,8 @@ OTHERWISE_USED = (
     "step; its gradient is formed from now on"
 )
 CHANGED = (
-    "has its gradient changed by the loop inside the passes, and had none in this step's ascent to be changed; use "
-    "ascent='gradient'"
+    "has its gradient changed by the loop inside the passes, or leads it to another backward, and had none in this "
+    "step's ascent; use ascent='gradient'"
 )
 UNREACHED = (
     "is frozen, got no gradient in the ascent and has no ε as long as that is so; exclude it with targets= where its "

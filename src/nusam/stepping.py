@@ -46,7 +46,7 @@ class Stepping(TwoPasses):
 
         The ascent comes twice in a step that turns out to use a matrix otherwise than the steps did in which its
         layer was compared with its gradient: the second time its gradient is formed. Both passes come twice in a step
-        whose loop turns out to change gradients inside them, and looked for one that the ascent had not formed.
+        whose loop turns out to need gradients inside them, and looked for one that the ascent had not formed.
 
         Args:
             batch: what comes back once a pass: several arguments as a tuple, one (a tensor, dictionary, dataclass,

@@ -42,6 +42,7 @@ class TwoPasses(Checked):
     _may_repeat = False  # whether a step's loop would come back for another ascent
     _repeats = False  # and whether it must
     _looked_for: Sequence[Tensor] = ()  # matrices whose gradient the loop looked for in an ascent that left none
+    _backwards_of_ascent = 0  # that one's
     _states_before: dict[Tensor, State] | None = None  # of before that ascent
     _may_start_over = False  # whether a step's loop would come back for both passes
     _starts_over = False  # and whether it must
@@ -192,12 +193,12 @@ class TwoPasses(Checked):
             if in_place:
                 workers.reshard()
             watch = watched if self._ascent.sees_calls else watched_outside_graphs
-            changes = Changes(self._looked_for)
+            changes = Changes(self._looked_for, self._backwards_of_ascent)
             watch_changes = changes.watched() if self._looked_for and not self._in_backward else nullcontext()
 
             def close() -> None:
                 if changes.found:
-                    self._keep_gradients(list(changes.found), workers)
+                    self._keep_gradients(changes.found, workers)
                 self._refuse_written(forward)
                 self._close_ledger({parameter: forward[parameter] for parameter in pairs})
 
@@ -211,11 +212,13 @@ class TwoPasses(Checked):
                 self._ledger.end_pass("descent", found, self._has_closure, bool(forward) and self._backwards.ran)
 
     def _keep_gradients(self, changed: list[Tensor], workers: DataParallel) -> None:
-        """The loop changes gradients, which this step's ascent did not have: begin anew with them, or say so."""
+        """The loop needs gradients, which this step's ascent did not have: begin anew with them, or say so."""
         if workers.replicates or workers.shards:  # not all of which need know of it
             self._ledger.tell(changed, self._names, CHANGED)
             return
         self._ascent.verification.leave_gradients(changed)
+        if self._structure is not None:
+            self._structure.idle.show()
         if self._may_start_over and not self._overlaps:
             self._starts_over = True
         else:
@@ -263,6 +266,7 @@ class TwoPasses(Checked):
             self._ascended = [target.parameter for target in targets]
             self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
             self._looked_for = self._ascent.looked_for(pass_)
+            self._backwards_of_ascent = pass_.backwards
             if self._looked_for:
                 self._states_before = self._ascent.copied_states()
         there = [target.parameter for target in targets if target.parameter in in_forward]

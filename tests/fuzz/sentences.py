@@ -42,7 +42,9 @@ NOT_ADDED = (
     r"(?P<names>.+) got a gradient in the descent, where no layer added its perturbation; exclude it with targets= or "
     r"use placement='weights'\."
 )
-WRITTEN_LATE = r"The model writes (?P<names>.+) in its own forward, which was not seen at first, .*"
+WRITTEN_LATE = (
+    r"The model writes (?P<names>.+) in its own forward, (?:or the loop does .+, )?which was not seen at first, .*"
+)
 SMALL_REACH = r".* perturbs a .* only, which is .*, less than a tenth; opt\.coverage\(\) names the others.*"
 NEVER_PERTURBED = r"The perturbation has not been active in any of .*"
 NEVER_TAKEN = r"passes\(\) has cleared the gradients of passes that no step\(\) had taken yet; .*"

@@ -68,6 +68,7 @@ class LayerPass:
         self._iterations = iterations
         self.records: dict[Tensor, Record] = {}
         self.known: dict[Tensor, TopPair] = {}  # of matrices that others have served in this pass
+        self.backwards = 0  # that accumulated
         self._compiles = compiles
         self.add(jobs)
 
@@ -155,6 +156,7 @@ class LayerPass:
 
     def _see_looks(self) -> None:
         """A backward is over: from here on, see who looks at gradients, which matrices that are served don't have."""
+        self.backwards += 1
         if not self._is_the_loop:
             return
         own = {p: record.looks for p, record in self.records.items() if record.would_have_a_gradient}

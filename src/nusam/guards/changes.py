@@ -1,4 +1,4 @@
-"""Gradients that a loop changes inside a pass: between its backwards, or after the last one."""
+"""Gradients that a loop changes inside a pass, between its backwards or after the last one, or does more by."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +14,24 @@ __all__ = ["Changes"]
 
 
 class Changes:
-    """Watches the gradients of some parameters.
+    """Watches the gradients of some parameters, which an earlier pass of the same loop did not have.
 
     Args:
         parameters: whose gradients.
+        backwards: how many that pass had; where a gradient leads to another one, as in adversarial training that asks
+            whether there is any, it decides over more than itself.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], backwards: int) -> None:
         self._parameters = parameters
         self._left: dict[Tensor, _State] = {}  # gradients after the last backward
-        self.found: dict[Tensor, None] = {}  # parameters whose gradients were changed, in order
+        self._changed: dict[Tensor, None] = {}  # parameters whose gradients were changed, in order
+        self._more = -backwards
+
+    @property
+    def found(self) -> list[Tensor]:
+        """The parameters without whose gradients the pass would be another one."""
+        return list(self._parameters if self._more > 0 else self._changed)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -35,6 +43,7 @@ class Changes:
                     return run(*args, **kwargs)
                 self._compare()
                 result = run(*args, **kwargs)
+                self._more += bool(kwargs.get("accumulate_grad", False))
                 self._left = {p: _state_of(p) for p in self._parameters}
                 return result
 
@@ -47,7 +56,7 @@ class Changes:
     def _compare(self) -> None:
         for parameter, left in self._left.items():
             if left.is_other(_state_of(parameter)):
-                self.found[parameter] = None
+                self._changed[parameter] = None
 
 
 class _State(NamedTuple):

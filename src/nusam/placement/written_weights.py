@@ -129,8 +129,8 @@ class WrittenWeights:
             known = names()
             warnings.warn(
                 f"The model writes {', '.join(sorted(known[parameter] for parameter in late))} in its own forward, "
-                "which was not seen at first, so that an ε taken back after it may have left a difference; from now "
-                "on a copy keeps such weights.",
+                "or the loop does between backwards, which was not seen at first, so that an ε taken back after it may "
+                "have left a difference; from now on a copy keeps such weights.",
                 stacklevel=2,
             )
 
