@@ -258,6 +258,58 @@ class ByHand(nn.Module):
         return self.layer(torch.tanh(nn.functional.linear(x, self.weight)))
 
 
+class TiedAndTwice(nn.Module):
+    """Matrices that no single use of one layer can serve, in whose forwards an ε can live all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.cell = nn.Embedding(30, 32), nn.Linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head = nn.Linear(32, 30, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x + self.cell(self.cell(x).tanh()))
+
+
+FORWARD = {"auto": {}, "forward": {"placement": "forward"}, "gradient": {"placement": "forward", "ascent": "gradient"}}
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+@pytest.mark.parametrize("way", [*FORWARD, "step in backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["layers", "tied"])
+def test_resuming_is_bit_exact_where_perturbations_live_in_forwards_of_layers_that_serve_none(kind, dtype, way, at):
+    def built():
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+        model = (TiedAndTwice() if kind == "tied" else layers).to(dtype)
+        opt = nusam.NuSAM(torch.optim.AdamW(model.parameters(), 1e-3), 0.1, model=model, **FORWARD.get(way, {}))
+        if way not in FORWARD:
+            nusam.step_in_backward(opt)
+        return model, opt
+
+    def train(model, opt, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            x = torch.randint(0, 30, (4, 6)) if kind == "tied" else torch.randn(16, 16).to(dtype) + 0.5
+            for _ in opt.passes():
+                (model(x) - 1).square().mean().backward()
+            opt.step()
+
+    whole, opt = built()
+    train(whole, opt, range(8))
+    half, before = built()
+    train(half, before, range(at))
+    resumed, after = built()
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    train(resumed, after, range(at, 8))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 def test_resuming_is_bit_exact_for_weights_that_no_known_layer_holds(at):
     torch.manual_seed(0)

@@ -149,10 +149,17 @@ class Ascent(Serving):
             self.states, self.measured = states, measured
 
     def _trusts(self, record: Record | None, *found: str) -> bool:
-        """Whether what its layers found counts: always where served, where compared if it was known before too."""
+        """Whether what its layers found counts: always where served, where compared if it would be and was known before.
+
+        So that a step that compares, as the first one after a resume does, has the ε that it would have had without.
+        """
         if record is None or not record.job.checks:
             return True
-        return record.job.known and self.verification.of(record.parameter) in (found or (ONE_USE, SEVERAL_USES))
+        return (
+            record.job.serves
+            and record.job.known
+            and self.verification.of(record.parameter) in (found or (ONE_USE, SEVERAL_USES))
+        )
 
     def _from_here(
         self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, sharded: bool, age: int

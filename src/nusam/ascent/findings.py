@@ -27,6 +27,7 @@ class Job(NamedTuple):
     in_forward: bool  # ε is to live in the layers' forward
     copies: bool = False  # its inputs, which the model overwrites
     apart: bool = False  # its gradient, where it must be formed, is a stand-in's: no hook of the parameter's sees it
+    serves: bool = True  # its layers' products count once they have agreed; else its gradient does in every step
 
 
 def leaf_of(parameter: Tensor) -> Tensor:

@@ -208,7 +208,8 @@ class Serving:
         frees = (frees or frozen) and not keeps and not several and parameter not in self._whole
         kept = keeps or several
         copies = parameter in self._overwritten
-        return Job(self.state_of(target), known, checks, forms, kept, keeps, frees, in_forward, copies, self.apart)
+        state, apart = self.state_of(target), self.apart
+        return Job(state, known, checks, forms, kept, keeps, frees, in_forward, copies, apart, serves)
 
     # ------------------------------------------------------------ after the pass
 
