@@ -149,7 +149,7 @@ class Ascent(Serving):
             self.states, self.measured = states, measured
 
     def _trusts(self, record: Record | None, *found: str) -> bool:
-        """Whether what its layers found counts: always where served, where compared if it would be and was known before.
+        """Whether what its layers found counts: where served, and where compared if it would be and was known before.
 
         So that a step that compares, as the first one after a resume does, has the ε that it would have had without.
         """
