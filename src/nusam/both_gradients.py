@@ -1,6 +1,6 @@
 """The gradient at the weights, kept until the descent has the one at the perturbed weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -51,11 +51,13 @@ class BothGradients:
         workers: DataParallel,
         accumulate: bool,
         state_of: Callable[[Tensor], State],
+        known: Container[Tensor] = (),
     ) -> Iterator[None]:
         """A descent; then ``grad`` is what the combination makes of it, added to earlier micro-batches' if told.
 
         Processes reduce its gradients, as they do those of the ascent: both must be of the same samples. A loop that is
         left has its gradients mixed too, but where processes do that together: an exception may have left one alone.
+        A gradient that is not there counts as zeros, of what had one in the ascent or is ``known`` from earlier steps.
         """
         kept = [workers.kept(p.grad) if accumulate else None for p in parameters]
         if accumulate:
@@ -67,9 +69,9 @@ class BothGradients:
                     yield
             except GeneratorExit:
                 if not (workers.replicates or workers.shards):
-                    self._combine(parameters, state_of)
+                    self._combine(parameters, state_of, known)
                 raise
-            self._combine(parameters, state_of)
+            self._combine(parameters, state_of, known)
         finally:
             self.forget()
             for parameter, earlier in zip(parameters, kept, strict=True):
@@ -77,23 +79,29 @@ class BothGradients:
                     parameter.grad = earlier if parameter.grad is None else _sum(parameter.grad, earlier)
 
     @torch.no_grad()
-    def _combine(self, parameters: Sequence[Tensor], state_of: Callable[[Tensor], State]) -> None:
+    def _combine(
+        self, parameters: Sequence[Tensor], state_of: Callable[[Tensor], State], known: Container[Tensor]
+    ) -> None:
         self.are_apart = False
         combination, is_perturbed = self.combination, bool(self._clean)
         assert combination is not None
         reached = _completed(p for p in parameters if p in self._clean or not is_perturbed)
         if not reached:
             return
-        written = [local(gradient).detach() for gradient in reached.values()]
+        idle = [p for p in parameters if p.grad is None and p.requires_grad and (p in self._clean or p in known)]
+        everything = reached | {p: complete(None, p) for p in idle}
+        written = [local(gradient).detach() for gradient in everything.values()]
         gradients = list(map(_numbers, written))
-        states = [{name: _numbers(x) for name, x in local_state(state_of(p)).items()} for p in reached]
-        together = Ranks(list(map(route, reached.values())))
+        states = [{name: _numbers(x) for name, x in local_state(state_of(p)).items()} for p in everything]
+        together = Ranks(list(map(route, everything.values())))
         if is_perturbed:
-            found = combination.of([self._clean[p] for p in reached], gradients, states, together)
+            clean = [self._clean.get(p) for p in everything]
+            there = [torch.zeros_like(g) if c is None else c for c, g in zip(clean, gradients, strict=True)]
+            found = combination.of(there, gradients, states, together)
         else:
             found = combination.alone(gradients, states, together)
         torch._foreach_copy_(gradients, found)
-        for parameter, old, new in zip(reached, written, gradients, strict=True):
+        for parameter, old, new in zip(reached, written, gradients, strict=False):
             if old.layout != torch.strided:
                 parameter.grad = _as_complex(new, old).to_sparse(old.sparse_dim())
             elif old.is_conj():  # whose numbers are another tensor

@@ -25,6 +25,7 @@ class Direction:
 
     needs_gradient = True  # of the ascent; without it a step has one pass
     sees_shards = True  # whether it can work on the part of a parameter that a process holds
+    sees_zeros = False  # whether a gradient of zeros, which one that is not there counts as, is more than nothing to it
     sees_scale = False  # whether it mixes gradients of several steps, which a loss scaler may have scaled differently
 
     def init_state(self, parameter: Tensor) -> State:
@@ -54,6 +55,7 @@ class Direction:
 class Averaged(Direction):
     """VaSSO (Li & Giannakis 2024): d ← (1−θ)d + θg, from d = 0."""
 
+    sees_zeros = True
     sees_scale = True
 
     def __init__(self, theta: float) -> None:
@@ -77,6 +79,7 @@ class Averaged(Direction):
 class Friendly(Direction):
     """Friendly SAM (Li et al. 2024): d = g − σm, then m ← λm + (1−λ)g; in the first step d = m = g."""
 
+    sees_zeros = True
     sees_scale = True
 
     def __init__(self, sigma: float, lmbda: float) -> None:
@@ -132,6 +135,7 @@ class Sparse(Direction):
     """
 
     sees_shards = False
+    sees_zeros = True
 
     def __init__(self, sparsity: float, refresh: int) -> None:
         self.sparsity, self.refresh = sparsity, int(refresh)

@@ -16,7 +16,7 @@ from nusam.distributed.data_parallel import DataParallel, is_running
 from nusam.distributed.surroundings import Holders
 from nusam.guards.checks import check_both, check_join, check_share, check_surroundings, check_tracking
 from nusam.guards.engine_checks import check_no_engine
-from nusam.guards.weights import check_own, check_parameter, check_sharded
+from nusam.guards.weights import check_formed, check_own, check_parameter, check_sharded
 from nusam.layers.kinds import held
 from nusam.lmo import Nuclear
 from nusam.overlaps import running
@@ -136,6 +136,12 @@ class Checked(Placing):
         if self._is_looked_at():
             self._check_memory(targets, anew=True)
         return targets
+
+    def _check_formed(self, targets: list[Target], pass_: LayerPass | None) -> None:
+        """Refuse what the ascent that begins finds no gradient of."""
+        known = {*(pass_.records if pass_ else ()), *self._ascent.unreachable}
+        unserved = [target.parameter for target in targets if target.parameter not in known]
+        check_formed(unserved, self._ascent.fallbacks, self._names)
 
     def _check_own(self, targets: list[Target]) -> None:
         """Refuse parameters of this process alone where the processes must agree on more: wrappers may have come."""

@@ -1,6 +1,6 @@
 """How a step goes: the ascent finds ε, the descent takes the gradient at x + ε."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -41,8 +41,7 @@ class TwoPasses(Checked):
     _had_pass = False  # whether a descent pass ran since the last step
     _may_repeat = False  # whether a step's loop would come back for another ascent
     _repeats = False  # and whether it must
-    _looked_for: Sequence[Tensor] = ()  # matrices whose gradient the loop looked for in an ascent that left none
-    _backwards_of_ascent = 0  # that one's
+    _looked_for = Changes((), 0)  # of matrices whose gradient the loop looked for in an ascent that left none
     _states_before: dict[Tensor, State] | None = None  # of before that ascent
     _may_start_over = False  # whether a step's loop would come back for both passes
     _starts_over = False  # and whether it must
@@ -75,8 +74,7 @@ class TwoPasses(Checked):
         frees = self._in_backward is not None
         self._ledger.tell(self._ascent.learn_late(), self._names, OTHERWISE_USED)
         pass_ = self._ascent.prepare(self._structure_now(), targets, in_forward, workers, frees, everything)
-        unserved = [t.parameter for t in targets if t.parameter not in (pass_.records if pass_ else ())]
-        check_formed([p for p in unserved if p not in self._ascent.unreachable], self._ascent.fallbacks, self._names)
+        self._check_formed(targets, pass_)
         share_needs(self, pass_, others)
         reduces = workers.reduces_gradients(pass_ is not None)
         kept = [workers.kept(parameter.grad) if accumulate else None for parameter in parameters]
@@ -92,7 +90,7 @@ class TwoPasses(Checked):
 
         self._pending = self._waiting = None
         self._repeats = False
-        self._looked_for, self._states_before = (), None
+        self._looked_for, self._states_before = Changes((), 0), None
         with ExitStack() as apart, always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass, self._layer_pass = "ascent", pass_
             self._in_scaler = False  # a step that the scaler skipped is over
@@ -169,7 +167,7 @@ class TwoPasses(Checked):
             if in_place:
                 workers.reshard()
             self._pass = None
-            self._ascended, self._looked_for = [], ()
+            self._ascended, self._looked_for = [], Changes((), 0)
 
         # ε goes first: what the guard leaves then may be a weight whose copy was restored
         with always(undo), ExitStack() as guards, always(perturbed.remove):
@@ -193,8 +191,8 @@ class TwoPasses(Checked):
             if in_place:
                 workers.reshard()
             watch = watched if self._ascent.sees_calls else watched_outside_graphs
-            changes = Changes(self._looked_for, self._backwards_of_ascent)
-            watch_changes = changes.watched() if self._looked_for and not self._in_backward else nullcontext()
+            changes = self._looked_for
+            watch_changes = changes.watched() if changes.parameters and not self._in_backward else nullcontext()
 
             def close() -> None:
                 if changes.found:
@@ -227,12 +225,11 @@ class TwoPasses(Checked):
     def _combined(self, workers: DataParallel, accumulate: bool) -> AbstractContextManager[None]:
         self._targets()  # so that what is remembered follows the parameters in a step without an ascent too
         seeds = {p: mixed(self.seed, i) for i, p in enumerate(self._parameters())}
-        return self._both.combined(
-            self._parameters(),
-            workers,
-            accumulate,
-            lambda p: self._ascent.state_of(Target(p, 0.0, seeds[p])),
-        )
+
+        def state_of(parameter: Tensor) -> State:
+            return self._ascent.state_of(Target(parameter, 0.0, seeds[parameter]))
+
+        return self._both.combined(self._parameters(), workers, accumulate, state_of, self._ascent.states)
 
     def _draw(self) -> None:
         """ε for a descent without an ascent."""
@@ -265,9 +262,8 @@ class TwoPasses(Checked):
             targets = [target for target in targets if target.parameter not in surprises]
             self._ascended = [target.parameter for target in targets]
             self._ledger.tell(list(surprises), self._names, OTHERWISE_USED)
-            self._looked_for = self._ascent.looked_for(pass_)
-            self._backwards_of_ascent = pass_.backwards
-            if self._looked_for:
+            self._looked_for = Changes(self._ascent.looked_for(pass_), pass_.backwards)
+            if self._looked_for.parameters:
                 self._states_before = self._ascent.copied_states()
         there = [target.parameter for target in targets if target.parameter in in_forward]
         self._refuse_unreachable(there, self._ascent.unreachable)

@@ -149,17 +149,14 @@ class Ascent(Serving):
             self.states, self.measured = states, measured
 
     def _trusts(self, record: Record | None, *found: str) -> bool:
-        """Whether what its layers found counts: where served, and where compared if it would be and was known before.
+        """Whether what its layers found counts: always where served; where compared, if it would be and was before.
 
-        So that a step that compares, as the first one after a resume does, has the ε that it would have had without.
+        So a step that compares, as the first one after a resume does, has the ε that it would have had otherwise.
         """
         if record is None or not record.job.checks:
             return True
-        return (
-            record.job.serves
-            and record.job.known
-            and self.verification.of(record.parameter) in (found or (ONE_USE, SEVERAL_USES))
-        )
+        found = found or (ONE_USE, SEVERAL_USES)
+        return record.job.serves and record.job.known and self.verification.of(record.parameter) in found
 
     def _from_here(
         self, targets: Sequence[Target], pass_: LayerPass | None, seed: int, sharded: bool, age: int
@@ -167,7 +164,9 @@ class Ascent(Serving):
         """All that is needed is in this process."""
         if pass_ is None:
             reached = [target for target in targets if target.parameter.grad is not None]
-            dense = [cast(Tensor, target.parameter.grad) for target in reached]
+            if reached and self.direction.sees_zeros:
+                reached = list(targets)
+            dense = [complete(target.parameter.grad, target.parameter) for target in reached]
             return self._in_the_ball(dense, reached, seed, age, ALONE)
         lmo = cast(Nuclear, self.lmo)
         records = pass_.records

@@ -23,7 +23,7 @@ class Changes:
     """
 
     def __init__(self, parameters: Sequence[Tensor], backwards: int) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         self._left: dict[Tensor, _State] = {}  # gradients after the last backward
         self._changed: dict[Tensor, None] = {}  # parameters whose gradients were changed, in order
         self._more = -backwards
@@ -31,7 +31,7 @@ class Changes:
     @property
     def found(self) -> list[Tensor]:
         """The parameters without whose gradients the pass would be another one."""
-        return list(self._parameters if self._more > 0 else self._changed)
+        return list(self.parameters if self._more > 0 else self._changed)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -44,7 +44,7 @@ class Changes:
                 self._compare()
                 result = run(*args, **kwargs)
                 self._more += bool(kwargs.get("accumulate_grad", False))
-                self._left = {p: _state_of(p) for p in self._parameters}
+                self._left = {p: _state_of(p) for p in self.parameters}
                 return result
 
             return run_watched

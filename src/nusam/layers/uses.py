@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from nusam.lmo import matrix_shape
 __all__ = ["Use", "find_uses", "rerouted"]
 
 
-_TABLE = attrgetter("max_norm", "scale_grad_by_freq", "sparse")
 _PLAIN_TABLE = (None, False, False)
 
 
@@ -47,7 +45,7 @@ class Use(NamedTuple):
 
     def goes_by_the_same(self) -> bool:
         """Whether all that a convolution or a table goes by is as it was found."""
-        return not self.given or self.given == (_TABLE if self.kind is Embedding else given)(self.module)
+        return not self.given or self.given == (_of_table if self.kind is Embedding else given)(self.module)
 
 
 def find_uses(model: nn.Module) -> Iterator[Use]:
@@ -59,7 +57,7 @@ def find_uses(model: nn.Module) -> Iterator[Use]:
             continue
         if forward is linear:
             yield from _uses(module, ("weight",), Linear)
-        elif forward is embedding and _TABLE(module) == _PLAIN_TABLE:
+        elif forward is embedding and _of_table(module) == _PLAIN_TABLE:
             yield from (use._replace(given=_PLAIN_TABLE) for use in _uses(module, ("weight",), Embedding))
         elif forward is attention:
             yield from _uses(module, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), Linear)
@@ -153,6 +151,11 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
         return kind.call(current, x, W, extra)
 
     return forward
+
+
+def _of_table(table: Any) -> tuple[Any, ...]:
+    """All that a table goes by beside its weight and the row without a gradient."""
+    return table.max_norm, table.scale_grad_by_freq, table.sparse
 
 
 def _padding(table: Any) -> int | None:
