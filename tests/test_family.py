@@ -523,3 +523,52 @@ def test_perturbations_of_one_scale_leave_another_alone():
                 found.append([p.detach() / old for p, old in zip(model.parameters(), before, strict=True)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Turns(nn.Module):
+    """Two layers of which a step uses one; the other has no gradient then."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.head = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)]), nn.Linear(5, 3)
+
+    def loss(self, step):
+        x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        return (self.head(self.pair[step % 2](x).tanh()) - 1).square().mean()
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+@pytest.mark.parametrize("method", [name for name in METHODS if "RWP" not in name])
+def test_a_gradient_that_is_not_there_counts_as_zeros(method, with_model):
+    hand, make = METHODS[method]
+    hand = hand()
+    torch.manual_seed(0)
+    model = Turns().double()
+    expected = copy.deepcopy(model)
+    opt = make(BASES["sgd"](model.parameters()), **({"model": model} if with_model else {}))
+    alone = BASES["sgd"](expected.parameters())
+
+    def gradients_with_zeros(step):
+        alone.zero_grad()
+        expected.loss(step).backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in expected.parameters()]
+
+    for step in range(10):
+        for _ in opt.passes():
+            model.loss(step).backward()
+        opt.step()
+        w, g = weights(expected), gradients_with_zeros(step)
+        if hand.is_perturbed(step):
+            with torch.no_grad():
+                for p, e in zip(expected.parameters(), hand.epsilon(w, g, step), strict=True):
+                    p += e
+            g = hand.gradient(g, gradients_with_zeros(step))
+            with torch.no_grad():
+                for p, old in zip(expected.parameters(), w, strict=True):
+                    p.copy_(old)
+        else:
+            g = hand.alone(g)
+        for p, x in zip(expected.parameters(), g, strict=True):
+            p.grad = None if p.grad is None else x
+        alone.step()
+        assert_same(model, expected)
