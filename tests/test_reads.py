@@ -262,3 +262,51 @@ def test_layers_patched_before_the_import_are_no_layers_of_torch():
         patch.setattr(nn.Linear, "forward", lambda layer, x: 2 * F.linear(x, layer.weight, layer.bias))
         assert not list(find_uses(small()))
     assert len(list(find_uses(small()))) == 2
+
+
+def linearized(model, x):
+    y, along = torch.func.linearize(model, x)
+    return (y - 1.5).square().mean() + along(x).square().mean()
+
+
+def recorded(model, x):
+    return (torch.jit.trace(model, x, check_trace=False)(x) - 1.5).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss", [linearized, recorded])
+@pytest.mark.parametrize("options", [{}, {"ascent": "matrix-free"}, {"placement": "forward"}, {"ascent": "gradient"}])
+def test_a_model_may_be_recorded_in_its_passes_or_that_is_refused(loss, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 8)).double()
+    plain = copy.deepcopy(model)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    base = torch.optim.SGD(plain.parameters(), lr=0.05)
+    opt = nusam.NuSAM(
+        torch.optim.SGD(model.parameters(), lr=0.05), rho=0.3, model=model, power_iterations=150, **options
+    )
+    for _ in range(4):
+        if "placement" in options:
+            before = [p.detach().clone() for p in model.parameters()]
+            with pytest.raises(RuntimeError, match=r"use placement='weights'"):
+                for _ in opt.passes():
+                    loss(model, x).backward()
+            assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+            continue
+        for _ in opt.passes():
+            loss(model, x).backward()
+        opt.step()
+        base.zero_grad()
+        loss(plain, x).backward()
+        before = [p.detach().clone() for p in plain.parameters()]
+        for p in plain.parameters():
+            if p.ndim == 2:
+                U, _, Vh = torch.linalg.svd(p.grad, full_matrices=False)
+                p.data += 0.3 * torch.outer(U[:, 0], Vh[0])
+        base.zero_grad()
+        loss(plain, x).backward()
+        for p, old in zip(plain.parameters(), before, strict=True):
+            p.data = old
+        base.step()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-9)

@@ -41,6 +41,10 @@ UNREACHED = (
     "is frozen, got no gradient in the ascent and has no ε as long as that is so; exclude it with targets= where its "
     "layer is never called, or the model reads it as weight.data"
 )
+ALL_UNREACHED = (
+    "are frozen, got no gradient in the ascent and have no ε as long as that is so; exclude them with targets= where "
+    "their layers are never called, or the model reads them as weight.data"
+)
 WRITTEN = "written in the passes themselves"
 
 
@@ -166,7 +170,7 @@ class Checked(Placing):
             thawed = {p for p, record in pass_.records.items() if record.thaws}
             trained = {p: name for p, name in names.items() if p.requires_grad and p not in thawed}
             told = [p for p in pass_.records if p in self._unreached and not _is_replaced(p, names[p], trained)]
-            self._ledger.tell(told, self._names, UNREACHED)
+            self._ledger.tell(told, self._names, ALL_UNREACHED if len(told) > 1 else UNREACHED)
         elif self._unreached:
             self._unreached &= set(pass_.unreached())
         if self._in_backward is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nusam.interrupts import always, remove_hook
 from nusam.layers.forwards import has_foreign_forward
-from nusam.layers.kinds import is_transformed, tapped
+from nusam.layers.kinds import is_recorded, is_transformed, tapped
 
 __all__ = ["IdleLayers"]
 
@@ -115,7 +115,8 @@ class IdleLayers:
             return kind.forward(layer, *args, **kwargs)
 
         def detached(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():
+            followed = torch.compiler.is_compiling() or is_recorded() or is_transformed()
+            if followed or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             own: Any = layer._parameters
             before = dict(own)

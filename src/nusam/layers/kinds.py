@@ -27,6 +27,7 @@ __all__ = [
     "as_published",
     "is_altered",
     "is_plain",
+    "is_recorded",
     "is_transformed",
     "plus",
     "tapped",
@@ -245,6 +246,12 @@ def is_plain(x: Tensor) -> bool:
 
 def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_recorded() -> bool:
+    """Whether torch.jit records what is computed, in which nothing of ours may stand."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
 def is_altered(kind: type[Kind]) -> bool:

@@ -13,7 +13,7 @@ from nusam.interrupts import always
 from nusam.layers.attention import HANDLER, attend, places_of, sharded_attention
 from nusam.layers.convolutions import convolution_of, given
 from nusam.layers.forwards import has_foreign_forward, has_our_forward
-from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own, as_published
+from nusam.layers.kinds import Conv1D, Embedding, Handler, Kind, Linear, Own, as_published, is_recorded
 from nusam.layers.reads import Watched, untold
 from nusam.lmo import matrix_shape
 
@@ -46,6 +46,11 @@ class Use(NamedTuple):
     def goes_by_the_same(self) -> bool:
         """Whether all that a convolution or a table goes by is as it was found."""
         return not self.given or self.given == (_of_table if self.kind is Embedding else given)(self.module)
+
+    def is_followed(self) -> bool:
+        """Whether a call in a pass is one that was known when it began, and not a recording of torch.jit."""
+        same = type(self.module).forward is self.forward and self.goes_by_the_same()
+        return same and not is_recorded()
 
 
 def find_uses(model: nn.Module) -> Iterator[Use]:
@@ -125,7 +130,7 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
             return partial(sharded_attention, module, places_of(module, handlers))
 
         def attention(*args: Any, **kwargs: Any) -> Any:
-            if type(module).forward is not use.forward:
+            if not use.is_followed():
                 return type(module).forward(module, *args, **kwargs)
             weights = (*module._parameters.values(), module.out_proj.weight)
             if torch.compiler.is_compiling() or not any(type(W) is Watched for W in weights):
@@ -137,7 +142,7 @@ def _forward(use: Use, handlers: dict[Tensor, Handler]) -> Callable[..., Any]:
     sharded = is_sharded(parameter)  # then FSDP2 puts what it gathered in its place
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if type(module).forward is not use.forward or not use.goes_by_the_same():  # changed while the pass runs
+        if not use.is_followed():
             return type(module).forward(module, *args, **kwargs)
         W = module.weight
         if len(args) + len(kwargs) != 1 or not (W is parameter or (sharded and isinstance(W, nn.Parameter))):

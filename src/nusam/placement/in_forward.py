@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_tracing
 
 from nusam.distributed.blocks import Block, is_sharded, output_of_blocks
 from nusam.interrupts import entered
@@ -34,6 +35,11 @@ class InForward:
     def __call__(self, kind: type[Kind], x: Tensor, W: Tensor, extra: Any, rows: slice | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
             self.calls += 1
+            if is_fx_tracing():
+                raise RuntimeError(
+                    "A layer whose ε lives in its forward is recorded in the descent, as torch.func.linearize does, which "
+                    "can't follow ε; use placement='weights', or exclude the layer with targets=."
+                )
             if not is_sharded(W) and kind is not Own and (is_altered(kind) or type(x) is Watched or not is_plain(x)):
                 return self._dense(kind, x, W, extra, rows)
             if type(W) is Watched:
