@@ -12,7 +12,7 @@ from nusam.ascent.verification import BESIDE
 from nusam.both_gradients import BothGradients
 from nusam.distributed.data_parallel import DataParallel
 from nusam.guards.changes import Changes
-from nusam.guards.weights import check_formed, check_parameter
+from nusam.guards.weights import check_parameter
 from nusam.interrupts import always
 from nusam.layers.outside_graphs import watched_outside_graphs
 from nusam.layers.reads import Backwards, watched

@@ -37,8 +37,8 @@ class InForward:
             self.calls += 1
             if is_fx_tracing():
                 raise RuntimeError(
-                    "A layer whose ε lives in its forward is recorded in the descent, as torch.func.linearize does, which "
-                    "can't follow ε; use placement='weights', or exclude the layer with targets=."
+                    "A layer whose ε lives in its forward is recorded in the descent, as torch.func.linearize does, "
+                    "which can't follow ε; use placement='weights', or exclude the layer with targets=."
                 )
             if not is_sharded(W) and kind is not Own and (is_altered(kind) or type(x) is Watched or not is_plain(x)):
                 return self._dense(kind, x, W, extra, rows)
