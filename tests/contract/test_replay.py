@@ -133,6 +133,16 @@ def test_what_a_thread_may_change_is_left_alone():
     assert (owner.worker.count, owner.meter.count) == (6, 3)
 
 
+@pytest.mark.parametrize("size", [lambda: 2, (3, 4), None, property(lambda self: 1 / 0)])
+def test_what_others_call_a_size_is_not_read(size):
+    class Keeping(Keeper):
+        pass
+
+    owner = Keeping()
+    owner.group = type("Group", (), {"__module__": "torch.distributed", "size": size})()
+    assert run(3, TWO, owner)[0].calls == 3
+
+
 def test_an_error_in_either_pass_leaves_the_iterators_themselves():
     for fatal in (0, 1):
         owner, replay = Keeper(), Replay("training_step")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from nusam.guards.taking_back import refill, undo_of
+from nusam.guards.taking_back import is_an_array, refill, undo_of
 from nusam.integrations.batches import Kept
 
 __all__ = ["State"]
@@ -101,7 +101,7 @@ class State:
             self._undo.append(partial(value.go_to, value.position))
         elif _home(kind) in self._homes and _is_plain(value):
             self._remember_attributes(value)
-        elif getattr(value, "size", 0) <= LARGE:
+        elif not (is_an_array(value) and value.size > LARGE):
             undo = undo_of(value)
             if undo is not None:
                 self._undo.append(undo)
