@@ -40,6 +40,19 @@ def steps_of(
     return steps
 
 
+def networks() -> dict[str, torch.nn.Module]:
+    """Those that are timed, for images of 32 × 32 pixels."""
+    return {
+        "ViT-S/4": models._vit(384, 12, 6, 4, 32),
+        "Mixer-S/4": timm.models.MlpMixer(num_classes=10, img_size=32, patch_size=4, num_blocks=8, embed_dim=512),
+    }
+
+
+def batch_of(size: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels."""
+    return torch.randn(size, 3, 32, 32, device=device), torch.randint(0, 10, (size,), device=device)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--device", default="cpu")
@@ -50,17 +63,11 @@ def main() -> None:
     keep_freed_memory()
     shares = {name: SHARES[name] for name in options.shares}
     torch.manual_seed(0)
-    networks = {
-        "ViT-S/4": models._vit(384, 12, 6, 4, 32),
-        "Mixer-S/4": timm.models.MlpMixer(num_classes=10, img_size=32, patch_size=4, num_blocks=8, embed_dim=512),
-    }
     synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     table = []
-    for name, network in networks.items():
+    for name, network in networks().items():
         for batch in options.batches:
-            x = torch.randn(batch, 3, 32, 32, device=options.device)
-            y = torch.randint(0, 10, (batch,), device=options.device)
-            steps = steps_of(network.to(options.device), x, y, shares)
+            steps = steps_of(network.to(options.device), *batch_of(batch, options.device), shares)
             medians = alternate(steps, options.rounds, synchronize)
             row: dict[str, object] = {"model": name, "batch": batch, "AdamW, s": f"{medians['AdamW']:.3f}"}
             row |= {step: round(value / medians["AdamW"], 3) for step, value in medians.items() if step != "AdamW"}
