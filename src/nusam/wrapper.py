@@ -17,7 +17,14 @@ __all__ = ["Adjustable", "Defaults", "Given", "OfPasses", "Wrapper", "itself", "
 T = TypeVar("T")
 
 
-class Adjustable(Generic[T]):
+class _Named(Generic[T]):
+    """An attribute that knows its name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+
+class Adjustable(_Named[T]):
     """An argument of the constructor, which checks it; it may be changed between steps, and ``check`` sees the new one.
 
     It is kept among the attributes of the optimizer, under its own name.
@@ -25,9 +32,6 @@ class Adjustable(Generic[T]):
 
     def __init__(self, check: Callable[[Any], None]) -> None:
         self._check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
 
     def __get__(self, opt: Any, owner: type | None = None) -> T:
         if opt is None:
@@ -42,14 +46,11 @@ class Adjustable(Generic[T]):
         vars(opt)[self._name] = value
 
 
-class OfPasses(Generic[T]):
+class OfPasses(_Named[T]):
     """An attribute of what holds the optimizer as its ``_passes``, which has it; it may be changed between steps."""
 
     def __init__(self, doc: str) -> None:
         self.__doc__ = f"{doc} May be changed between steps."
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
 
     def __get__(self, perturbation: Any, owner: type | None = None) -> T:
         return cast(T, self if perturbation is None else getattr(perturbation._passes, self._name))
@@ -58,7 +59,7 @@ class OfPasses(Generic[T]):
         setattr(perturbation._passes, self._name, value)
 
 
-class Given(Generic[T]):
+class Given(_Named[T]):
     """An argument of the constructor that a training goes by from its first step to its last.
 
     Args:
@@ -67,9 +68,6 @@ class Given(Generic[T]):
 
     def __init__(self, kept: bool = True) -> None:
         self._kept = kept
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
 
     def __get__(self, opt: Any, owner: type | None = None) -> T:
         if opt is None:

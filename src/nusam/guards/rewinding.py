@@ -13,7 +13,7 @@ from nusam.guards.batch_copies import BatchCopies
 from nusam.guards.taking_back import can_be_looked_into, is_a_writable_container, is_an_array, refill, slots_of, undo_of
 from nusam.guards.watch import PLAIN as WITH_ENTRIES
 
-__all__ = ["Rewinding"]
+__all__ = ["Rewinding", "are_same"]
 
 
 class Rewinding:
@@ -143,7 +143,7 @@ class _Known:
             return True
         if self._copy is None or self._alias is None:
             return False
-        return _place(self._tensor) != _place(self._alias) or not _are_same(self._alias, self._copy)
+        return _place(self._tensor) != _place(self._alias) or not are_same(self._alias, self._copy)
 
     def write_back(self) -> None:
         if self._copy is not None:
@@ -161,7 +161,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _are_same(a: Tensor, b: Tensor) -> bool:
+def are_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same entries, or none at the same places."""
     return a.is_meta or torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 

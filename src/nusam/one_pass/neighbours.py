@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nusam.batch import first_samples, rebuilt, samples_in
 from nusam.containers import has_rows, leaves_of
+from nusam.guards.rewinding import are_same
 from nusam.one_pass.joint import Rows, leaves
 from nusam.one_pass.looking_ahead import Ahead
 
@@ -92,7 +93,7 @@ def _inside_objects(batch: Any) -> list[Any]:
 
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
-    return a.layout != torch.strided or bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is NaN
+    return a.layout != torch.strided or are_same(a, b)
 
 
 def _share_memory(batch: Any, other: Any) -> bool:
