@@ -29,8 +29,9 @@ if TYPE_CHECKING:
         NuSAMNorm,
         VaSSO,
     )
-    from nusam.optimizer import SharpnessAware, step_in_backward
+    from nusam.optimizer import SharpnessAware
     from nusam.perturbation import Perturbation
+    from nusam.stepping import step_in_backward
     from nusam.tools import memory
     from nusam.tools.memory import perturbation_numel
     from nusam.tools.radius_search import RadiusSearch, find_rho
@@ -78,7 +79,8 @@ _MODULE_OF = {
     **dict.fromkeys(_METHODS, "methods"),
     **dict.fromkeys(("RadiusSearch", "find_rho"), "tools.radius_search"),
     **dict.fromkeys(("Sharpness", "sharpness"), "tools.sharpness"),
-    **dict.fromkeys(("SharpnessAware", "step_in_backward"), "optimizer"),
+    "SharpnessAware": "optimizer",
+    "step_in_backward": "stepping",
     "Coverage": "coverage",
     "Perturbation": "perturbation",
     "perturbation_numel": "tools.memory",

@@ -4,7 +4,6 @@ One object in storeys, a file each: ``wrapper`` (the base optimizer's own), ``ta
 ``placing`` (where ε lives), ``refusals`` (checks), ``two_passes`` (ascent and descent), ``stepping`` (the loop).
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypedDict
@@ -18,12 +17,10 @@ from nusam.base_optimizer import needs_closure
 from nusam.both_gradients import BothGradients
 from nusam.combinations import Combination
 from nusam.directions import Direction
-from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel
 from nusam.distributed.surroundings import Holders
 from nusam.guards.calls import check_loop
 from nusam.guards.checks import (
-    check_alone,
     check_base_optimizer,
     check_both,
     check_closure,
@@ -47,7 +44,7 @@ from nusam.stepping import Stepping
 from nusam.targets import Progress, Targets
 from nusam.wrapper import itself
 
-__all__ = ["Options", "SharpnessAware", "step_in_backward"]
+__all__ = ["Options", "SharpnessAware"]
 
 WORTH_SERVING = 2**16  # entries of a matrix from which a matrix-free ascent is faster than its gradient
 
@@ -276,28 +273,6 @@ class SharpnessAware(Stepping):
             **{f"fallback/{names[parameter]}: {reason}": 1.0 for parameter, reason in self._ascent.fallbacks.items()},
         }
 
-    def detach(self) -> None:
-        """Let go of the model for good: the ascent computes gradients, nothing of the model is guarded.
-
-        Between passes the model carries no trace of the optimizer anyway, except the hooks of
-        :func:`step_in_backward`, which are removed.
-
-        Raises:
-            RuntimeError: inside a pass, or if parameters outside the optimizer are perturbed.
-        """
-        self = itself(self)
-        self._refuse_inside_pass("detach()")
-        sharded = any(is_sharded(parameter) for parameter in self._parameters())
-        if self.targets != "trainable" or self.placement == "forward" or self.m_sam is not False or sharded:
-            raise RuntimeError(
-                "detach() would leave targets, placement, m_sam or sharded parameters without the model they need; "
-                "build an optimizer with targets='trainable', placement='auto' and m_sam=False instead."
-            )
-        if self._in_backward is not None:
-            self._in_backward.remove()
-        self._in_backward = self._model = self._ascent.serve_from = None
-        self._guard = ModelGuard(None)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own ``"rho"`` if it names one."""
         self._refuse_inside_pass("add_param_group()")
@@ -312,39 +287,3 @@ class SharpnessAware(Stepping):
         except Exception:
             groups.pop()
             raise
-
-
-def step_in_backward(opt: SharpnessAware) -> None:
-    """Let each parameter's update run inside the descent's backward, as soon as its gradient is complete.
-
-    Gradients are freed at once, so that with a matrix-free ascent a step needs the weights, the optimizer's state,
-    one gradient and Σ(n+m) floats: less than the base optimizer alone. ``opt.step()`` is still called once a step,
-    for schedules and the count. ε then lives in the forward (``placement="forward"``), since weights change
-    while it is in use; stacks of experts, which have none there, are left out.
-
-    What needs whole gradients at once can't be had with it: clipping by a global norm finds none and does nothing;
-    accumulation, several backwards to a parameter in a pass, and a GradScaler are refused. ``opt.detach()`` undoes it.
-
-    Raises:
-        ValueError: if some perturbed matrix has no layer in whose forward ε could live, or under DDP.
-        TypeError: if the base optimizer wraps another.
-    """
-    opt = itself(opt)
-    opt._refuse_inside_pass("step_in_backward()")
-    check_served("step_in_backward()", opt.lmo, opt.model)
-    check_closure(opt.base_optimizer, needs_closure(opt.base_optimizer))
-    check_alone(opt.base_optimizer)
-    if opt._workers().replicates:
-        raise ValueError(
-            "step_in_backward() would step before DistributedDataParallel has reduced the gradients; use fully_shard "
-            "(FSDP2), or leave it out."
-        )
-    before, vars(opt)["placement"] = opt.placement, "forward"
-    try:
-        opt._check_targets()
-    except ValueError:
-        vars(opt)["placement"] = before
-        raise
-    if opt._in_backward is None:
-        opt._in_backward = StepInBackward(opt.base_optimizer)
-        weakref.finalize(opt, opt._in_backward.remove)

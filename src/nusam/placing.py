@@ -48,6 +48,28 @@ class Placing(Resumable):
         check_model(model, [] if self._apart else self._parameters())
         self._model, self._guard = model, ModelGuard(model)
 
+    def detach(self) -> None:
+        """Let go of the model for good: the ascent computes gradients, nothing of the model is guarded.
+
+        Between passes the model carries no trace of the optimizer anyway, except the hooks of
+        :func:`step_in_backward`, which are removed.
+
+        Raises:
+            RuntimeError: inside a pass, or if parameters outside the optimizer are perturbed.
+        """
+        self = itself(self)
+        self._refuse_inside_pass("detach()")
+        sharded = any(is_sharded(parameter) for parameter in self._parameters())
+        if self.targets != "trainable" or self.placement == "forward" or self.m_sam is not False or sharded:
+            raise RuntimeError(
+                "detach() would leave targets, placement, m_sam or sharded parameters without the model they need; "
+                "build an optimizer with targets='trainable', placement='auto' and m_sam=False instead."
+            )
+        if self._in_backward is not None:
+            self._in_backward.remove()
+        self._in_backward = self._model = self._ascent.serve_from = None
+        self._guard = ModelGuard(None)
+
     def _check_targets(self) -> None:
         """Refuse what can't be perturbed, before anything is."""
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """What a training loop calls: the passes over a batch, and the base optimizer's step."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
@@ -11,14 +12,15 @@ from nusam.base_optimizer import needs_closure, step_knowing
 from nusam.batch import first_samples
 from nusam.coverage import warn_of_small_reach
 from nusam.guards.calls import check_micro_batches
-from nusam.guards.checks import check_batch, check_closure
+from nusam.guards.checks import check_alone, check_batch, check_closure, check_served
 from nusam.guards.rewinding import Rewinding
 from nusam.lmo import Nuclear, Unnormalized
+from nusam.placement.step_in_backward import StepInBackward
 from nusam.two_passes import TwoPasses
 from nusam.uncompiled import Uncompiled
 from nusam.wrapper import itself
 
-__all__ = ["Stepping"]
+__all__ = ["Stepping", "step_in_backward"]
 
 
 class Stepping(TwoPasses):
@@ -247,3 +249,39 @@ class Stepping(TwoPasses):
             )
         self._in_scaler = True
         return False
+
+
+def step_in_backward(opt: Stepping) -> None:
+    """Let each parameter's update run inside the descent's backward, as soon as its gradient is complete.
+
+    Gradients are freed at once, so that with a matrix-free ascent a step needs the weights, the optimizer's state,
+    one gradient and Σ(n+m) floats: less than the base optimizer alone. ``opt.step()`` is still called once a step,
+    for schedules and the count. ε then lives in the forward (``placement="forward"``), since weights change
+    while it is in use; stacks of experts, which have none there, are left out.
+
+    What needs whole gradients at once can't be had with it: clipping by a global norm finds none and does nothing;
+    accumulation, several backwards to a parameter in a pass, and a GradScaler are refused. ``opt.detach()`` undoes it.
+
+    Raises:
+        ValueError: if some perturbed matrix has no layer in whose forward ε could live, or under DDP.
+        TypeError: if the base optimizer wraps another.
+    """
+    opt = itself(opt)
+    opt._refuse_inside_pass("step_in_backward()")
+    check_served("step_in_backward()", opt.lmo, opt.model)
+    check_closure(opt.base_optimizer, needs_closure(opt.base_optimizer))
+    check_alone(opt.base_optimizer)
+    if opt._workers().replicates:
+        raise ValueError(
+            "step_in_backward() would step before DistributedDataParallel has reduced the gradients; use fully_shard "
+            "(FSDP2), or leave it out."
+        )
+    before, vars(opt)["placement"] = opt.placement, "forward"
+    try:
+        opt._check_targets()
+    except ValueError:
+        vars(opt)["placement"] = before
+        raise
+    if opt._in_backward is None:
+        opt._in_backward = StepInBackward(opt.base_optimizer)
+        weakref.finalize(opt, opt._in_backward.remove)
