@@ -122,7 +122,8 @@ def loss_of(model, x):
 
 
 def kernels(model):
-    return [p for p in model.parameters() if p.ndim > 1]
+    """All matrices but gains: (o, 1, …) is a vector."""
+    return [p for p in model.parameters() if p.ndim > 1 and sum(length > 1 for length in p.shape) > 1]
 
 
 def by_svd(model, x, loss=loss_of, rho=RHO, norm=False):
@@ -601,6 +602,47 @@ def test_kernels_of_the_models_convolutions_are_perturbed_and_nothing_else():
         nusam.NuSAM(sgd(model), model=model)
     blind = nusam.NuSAM(sgd(model), convolutions=True).coverage()  # nobody tells kernels from others
     assert blind.perturbed == sum(p.numel() for p in model.parameters() if p.ndim > 2)
+
+
+class WithGain(nn.Conv2d):
+    """Scales each filter, as timm's ScaledStdConv2d does."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, x):
+        return self._conv_forward(x, self.gain * self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("conv", "kernel", "gain"),
+    [
+        (lambda: WithGain(3, 4, 3), "weight", "gain"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+            "parametrizations.weight.original1",
+            "parametrizations.weight.original0",
+        ),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3), dim=1),
+            "parametrizations.weight.original1",
+            "parametrizations.weight.original0",
+        ),
+    ],
+    ids=["own", "weight norm", "weight norm by columns"],
+)
+def test_the_gains_of_a_kernels_rows_are_no_kernel(conv, kernel, gain):
+    model = conv()
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, convolutions=True)
+    assert gain in opt.coverage().left_out
+    assert kernel not in opt.coverage().left_out
+
+
+def test_a_kernel_of_one_entry_a_row_is_one():
+    model = nn.Conv2d(4, 4, 1, groups=4)
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, convolutions=True)
+    assert "weight" not in opt.coverage().left_out
 
 
 def test_what_is_a_kernel_stays_one_when_the_model_is_let_go():

@@ -214,11 +214,20 @@ def given(module: Any) -> tuple[Any, ...]:
 
 
 def kernels_of(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that a model's convolutions multiply patches with, or make such kernels of."""
+    """The parameters that a model's convolutions multiply patches with, or make such kernels of.
+
+    A gain (o, 1, …), as weight norm has one for every filter, is a vector and none of them.
+    """
     for module in model.modules():
         if isinstance(module, LAYERS):
-            dimensions = 2 + len(module.kernel_size)
-            yield from (p for p in module.parameters() if not is_lazy(p) and len(unpacked_shape(p)) == dimensions)
+            rows = module.out_channels, module.in_channels // module.groups
+            kernel = torch.Size((*rows, *module.kernel_size))
+            for parameter in module.parameters():
+                if is_lazy(parameter):
+                    continue
+                shape = unpacked_shape(parameter)
+                if shape == kernel or (len(shape) == len(kernel) and sum(length > 1 for length in shape) > 1):
+                    yield parameter
 
 
 @cache
