@@ -346,6 +346,21 @@ def divides(model, batch):
     return (model(x) - y).square().mean()
 
 
+def divides_untold(model, batch):
+    batch["x"].data.div_(4)
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def divides_by_numpy(model, batch):
+    batch["x"].numpy()[...] /= 4
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def gives_other_memory(model, batch):
+    batch["x"].data = batch["x"].data / 4
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
 def pops(model, batch):
     y = batch["y"]["inner"].pop("y")
     return (model(batch["x"]) - y).square().mean()
@@ -378,6 +393,9 @@ def plain(model, batch):
 
 HANDED = {
     "written": (lambda x, y: {"x": x, "y": y}, divides, 4),
+    "written through .data": (lambda x, y: {"x": x, "y": y}, divides_untold, 4),
+    "written by numpy": (lambda x, y: {"x": x, "y": y}, divides_by_numpy, 4),
+    "other memory": (lambda x, y: {"x": x, "y": y}, gives_other_memory, 4),
     "taken out": (lambda x, y: {"x": x, "y": {"inner": {"y": y}}}, pops, 1),
     "bound": (Sample, binds, 4),
     "bound inside": (lambda x, y: ({"x": x}, y), binds_inside, 4),

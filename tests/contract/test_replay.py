@@ -2,6 +2,7 @@
 
 import random
 import threading
+import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -319,6 +320,20 @@ def test_a_tensor_that_is_written_into_out_of_the_blue_is_refused_and_served_fro
         step(True)
     step(True)
     step(True)
+
+
+@pytest.mark.parametrize("first", [1, 2, 7])
+def test_a_write_that_no_tensor_tells_is_seen_from_the_first_step_on_and_else_in_the_steps_4_8_and_so_on(first):
+    replay = Replay("training_step")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(1, 12):
+            for name, batch in replay.passes(iter(TWO), [], {"x": torch.zeros(3)}):
+                is_as_it_was = batch["x"].sum() == 0
+                assert is_as_it_was or (name == "descent" and step < {1: 1, 2: 4, 7: 8}[first])
+                if step >= first:
+                    batch["x"].data.add_(1)
+    assert ["through .data or numpy" in str(warning.message) for warning in told] == [True] * (first > 1)
 
 
 def test_a_gradient_of_the_inputs_stays_with_its_pass():

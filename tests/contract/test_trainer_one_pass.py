@@ -200,7 +200,7 @@ class Keeping(NuSAMTrainerMixin, Trainer):
         self.calls += 1
         self.average.mul_(0.5).add_(0.5 * self.calls)
         self.seen.append((number, self.random.random()))
-        inputs["ids"].add_(1)
+        self.add_one(inputs["ids"])
         self.log({"calls": self.calls})
         value = cross_entropy(model(**inputs)["logits"], labels)
         assert self.current == number  # though another batch had its turn meanwhile
@@ -208,7 +208,16 @@ class Keeping(NuSAMTrainerMixin, Trainer):
         return value
 
 
-def test_what_a_loss_keeps_counts_once(tmp_path):
+def add_by_numpy(ids):
+    ids.numpy()[...] += 1
+
+
+WRITES = {"told": lambda ids: ids.add_(1), "through .data": lambda ids: ids.data.add_(1), "by numpy": add_by_numpy}
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_what_a_loss_keeps_counts_once(tmp_path, monkeypatch, way):
+    monkeypatch.setattr(Keeping, "add_one", staticmethod(WRITES[way]), raising=False)
     dataset = [{**sample, "ids": sample["ids"] - 1} for sample in samples()]
     dataset = [{**sample, "ids": sample["ids"].clamp(min=0)} for sample in dataset]
     ours = trained(tmp_path, Keeping, dataset=dataset)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -124,6 +125,43 @@ def test_every_pass_finds_the_batch_as_the_first_one_did(what):
             model(x).square().mean().backward()
         opt.step()
         assert torch.equal(*seen)
+
+
+UNTOLD = {"through .data": through_data, "through numpy": through_numpy}
+
+
+@pytest.mark.parametrize("what", UNTOLD)
+@pytest.mark.parametrize("first", range(1, 20, 3))
+def test_a_write_that_no_tensor_tells_and_that_begins_late_is_found_soon_and_told_once(what, first):
+    """In the steps 4, 8, 16, …: from then on every pass finds the batch as the first one did."""
+    model = nn.Linear(6, 3).double()
+    opt = nusam.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    are_same = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(1, 34):
+            seen = []
+            for x in opt.passes(tensor()):
+                if step >= first:
+                    UNTOLD[what](x)
+                seen.append(x.clone())
+                model(x).square().mean().backward()
+            opt.step()
+            are_same.append(torch.equal(*seen))
+    found = first if first == 1 else next(2**k for k in range(2, 7) if 2**k >= first)
+    assert are_same == [not first <= step < found for step in range(1, 34)]
+    assert ["through .data or numpy" in str(warning.message) for warning in told] == [True] * (first > 1)
+
+
+def test_other_memory_is_taken_back_whenever_it_comes():
+    model = nn.Linear(6, 3).double()
+    opt = nusam.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    for step in range(12):
+        for x in opt.passes(tensor()):
+            assert (x == 4).all()
+            x = rebind_data(x) if step > 4 else x
+            model(x).square().mean().backward()
+        opt.step()
 
 
 @pytest.mark.parametrize("what", ["an array", "an array in a dictionary", "a tensor through .data"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nusam.containers import DEEP, rebuilt
-from nusam.guards.batch_copies import BatchCopies
+from nusam.guards.batch_copies import BatchCopies, Entries
 from nusam.guards.taking_back import can_be_looked_into, slots_of
 
 __all__ = ["Handing", "copied", "in_own_containers"]
@@ -18,7 +18,7 @@ __all__ = ["Handing", "copied", "in_own_containers"]
 class Handing:
     """Hands batches to code that may take entries out of them, bind others, or write into their tensors.
 
-    Containers are made anew for every call. Tensors are copied until a step has been seen to leave them alone.
+    Containers are made anew for every call. Tensors are copied as :class:`BatchCopies` has it.
 
     Args:
         whose: what users call the code.
@@ -34,21 +34,25 @@ class Handing:
         Raises:
             Written: if it wrote into a tensor where no copy had been made.
         """
-        given: dict[int, Tensor] = {}
+        given: dict[int, tuple[Tensor, Tensor]] = {}  # of every tensor: itself, and what the call gets
         fresh = self._fresh(batch, given)
-        versions = [(tensor, tensor._version) for tensor in given.values() if not tensor.is_inference()]
+        entries = [
+            Entries(handed, tensor if self._copies.are_made else None)
+            for tensor, handed in given.values()
+            if not handed.is_inference()
+        ]
         yield fresh
-        self._copies.note(any(tensor._version != version for tensor, version in versions))
+        self._copies.note(entries)
 
     def learn(self) -> None:
         """A step is over."""
         self._copies.step_is_over()
 
-    def _fresh(self, batch: Any, given: dict[int, Tensor]) -> Any:
+    def _fresh(self, batch: Any, given: dict[int, tuple[Tensor, Tensor]]) -> Any:
         def tensor_of(tensor: Tensor) -> Tensor:
             if id(tensor) not in given:  # one that is there twice stays one
-                given[id(tensor)] = copied(tensor) if self._copies.are_made else tensor
-            return given[id(tensor)]
+                given[id(tensor)] = tensor, copied(tensor) if self._copies.are_made else _again(tensor)
+            return given[id(tensor)][1]
 
         return in_own_containers(batch, tensor_of)
 
@@ -93,3 +97,8 @@ def copied(tensor: Tensor) -> Tensor:
     """The same numbers in memory of their own, for autograd the same tensor."""
     with torch.set_grad_enabled(tensor.requires_grad):
         return tensor.clone()
+
+
+def _again(tensor: Tensor) -> Tensor:
+    """The same numbers in the same memory, in whose place this tensor may be given another."""
+    return tensor.detach() if type(tensor) is Tensor and not tensor.requires_grad else tensor

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from nusam.containers import DEEP, PLAIN, entries_of, is_list, is_list_of_plain
-from nusam.guards.batch_copies import BatchCopies
+from nusam.guards.batch_copies import BatchCopies, Entries
 from nusam.guards.taking_back import can_be_looked_into, is_a_writable_container, is_an_array, refill, slots_of, undo_of
-from nusam.guards.watch import PLAIN as WITH_ENTRIES
 
-__all__ = ["Rewinding", "are_same"]
+__all__ = ["Rewinding"]
 
 
 class Rewinding:
     """Takes back what a pass did to its batch: what it took out or bound anew, and what it wrote.
 
-    Tensors are copied until a step has been seen to leave them alone; arrays of numpy, which don't tell, always.
+    Tensors are copied as :class:`BatchCopies` has it; arrays of numpy always.
     """
 
     def __init__(self) -> None:
@@ -51,11 +50,10 @@ class Rewinding:
         """
         self._looked = True
         for known in self._tensors:
-            is_written = known.is_written()
+            is_written = self._copies.note([known.entries])  # which raises if there is no copy
             known.put_back()
             if is_written:
-                self._copies.note(wrote=True)  # which raises if there is no copy
-                known.write_back()
+                known.entries.write_back()
         for undo in self._undo:
             undo()
 
@@ -114,13 +112,11 @@ class _Known:
     """
 
     def __init__(self, tensor: Tensor, copied: bool) -> None:
-        self._tensor, self._version = tensor, tensor._version
+        self._tensor = tensor
         self._is_leaf, self._requires_grad = tensor.is_leaf, tensor.requires_grad
         self.attributes = dict(vars(tensor))
         self.grad = tensor.grad if self._is_leaf else None
-        self._copy = tensor.clone() if copied else None
-        has_entries = copied and type(tensor) in WITH_ENTRIES and tensor.layout is torch.strided
-        self._alias = tensor.detach() if has_entries and not tensor.is_nested else None
+        self.entries = Entries(tensor, tensor.clone() if copied else None)
 
     def put_back(self) -> None:
         """All but its entries."""
@@ -132,22 +128,9 @@ class _Known:
                 tensor.requires_grad_(self._requires_grad)
             if tensor.grad is not self.grad:
                 tensor.grad = self.grad
-        if self._alias is not None and _place(tensor) != _place(self._alias):
-            tensor.data = self._alias
+        self.entries.put_back()
         if vars(tensor) or self.attributes:
             refill(vars(tensor), self.attributes)
-
-    def is_written(self) -> bool:
-        """Whether its entries changed; where there is a copy also through ``.data`` or numpy, which waits for it."""
-        if self._tensor._version != self._version:
-            return True
-        if self._copy is None or self._alias is None:
-            return False
-        return _place(self._tensor) != _place(self._alias) or not are_same(self._alias, self._copy)
-
-    def write_back(self) -> None:
-        if self._copy is not None:
-            self._tensor.copy_(self._copy)
 
 
 def _entries_of(part: Any) -> Iterable[Any]:
@@ -155,15 +138,6 @@ def _entries_of(part: Any) -> Iterable[Any]:
     if isinstance(part, set | frozenset | deque):
         return part
     return part.flat if is_an_array(part) and part.dtype.hasobject else entries_of(part)
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def are_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same entries, or none at the same places."""
-    return a.is_meta or torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _rebind(thing: Any, before: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nusam.batch import rebuilt
+from nusam.guards.batch_copies import Entries
 
 __all__ = ["Kept"]
 
@@ -19,28 +20,28 @@ class Kept:
         self.has_graph = False
         self.objects: list[object] = []  # whose attributes are looked after as those of owners are
         self._clones = clones
-        self._versions: list[tuple[Tensor, int]] = []
+        self.entries: list[Entries] = []  # of what the first pass gets
         self._batch = self._own(batch, {}, self._look_at)
 
-    @property
-    def changed(self) -> bool:
-        """Whether a tensor was written into."""
-        return any(tensor._version != version for tensor, version in self._versions)
+    def again(self, entries: list[Entries] | None = None) -> Any:
+        """The batch, in containers and tensors that are this pass's own; ``entries`` gets those of its tensors."""
 
-    def again(self) -> Any:
-        """The batch, in containers and tensors that are this pass's own."""
-        return self._own(self._batch, {}, lambda tensor: None)
+        def look_at(tensor: Tensor, own: Tensor) -> None:
+            if entries is not None and not own.is_inference():
+                entries.append(Entries(own, tensor if self._clones else None))
 
-    def _look_at(self, tensor: Tensor) -> None:
+        return self._own(self._batch, {}, look_at)
+
+    def _look_at(self, tensor: Tensor, own: Tensor) -> None:
         self.has_graph |= tensor.grad_fn is not None
         if not tensor.is_inference():
-            self._versions.append((tensor, tensor._version))
+            self.entries.append(Entries(tensor, own if self._clones else None))
 
-    def _own(self, part: Any, made: dict[int, Tensor], look_at: Callable[[Tensor], None]) -> Any:
+    def _own(self, part: Any, made: dict[int, Tensor], look_at: Callable[[Tensor, Tensor], None]) -> Any:
         if isinstance(part, Tensor):
             if id(part) not in made:  # one that is there twice stays one
-                look_at(part)
                 made[id(part)] = self._own_tensor(part)
+                look_at(part, made[id(part)])
             return made[id(part)]
         try:
             fresh = rebuilt(part, partial(self._own, made=made, look_at=look_at))

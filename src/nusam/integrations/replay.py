@@ -171,7 +171,7 @@ class Replay:
         return kept
 
     def _learn(self, before: "State") -> None:
-        self._copies.note(any(kept.changed for kept in self._kept or ()))
+        self._copies.note(entries for kept in self._kept or () for entries in kept.entries)
         self._copies.step_is_over()
         self._kept = None
         name = before.lost()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nusam.guards.batch_copies import BatchCopies
+from nusam.guards.batch_copies import BatchCopies, Entries
 from nusam.integrations.batches import Kept
 from nusam.integrations.state import State
 from nusam.one_pass.looking_ahead import Ahead
@@ -90,20 +90,21 @@ class Riding:
         owners = [*owners, *seen[0].objects, *seen[1].objects]
         before = State(owners, draws=True)
         theirs: State | None = None
-        is_new, writes = True, False
+        is_new = True
+        written: list[Entries] = []
 
         def loss(part: Any) -> Tensor:
-            nonlocal theirs, result, is_new, writes
+            nonlocal theirs, result, is_new
             behind = self._behind
             self.counts = steps.counts and not behind
             if not behind:
                 if not is_new:
                     before.restore()
                 theirs, is_new = None, False
-            given = Kept(part, self._copies.are_made).again()
-            watched = Kept(given, False)
+            entries: list[Entries] = []
+            given = Kept(part, self._copies.are_made).again(entries)
             value, found = run(given, behind)
-            writes |= watched.changed
+            written.extend(each for each in entries if each.are_written())
             if value is None:
                 raise Skipped(found, behind)
             if not behind:
@@ -132,14 +133,14 @@ class Riding:
                     raise
                 opt._waiting = waiting
                 steps.step(batch, None, loss, backward, True, aside)
-            self._learn(before, writes)
+            self._learn(before, written)
             return result
         finally:
             self.counts = True
             before.release()
 
-    def _learn(self, before: State, writes: bool) -> None:
-        self._copies.note(writes)
+    def _learn(self, before: State, written: list[Entries]) -> None:
+        self._copies.note(written)
         self._copies.step_is_over()
         name = before.lost()
         if name is not None:

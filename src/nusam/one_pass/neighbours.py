@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nusam.batch import first_samples, rebuilt, samples_in
 from nusam.containers import has_rows, leaves_of
-from nusam.guards.rewinding import are_same
+from nusam.guards.batch_copies import are_same
 from nusam.one_pass.joint import Rows, leaves
 from nusam.one_pass.looking_ahead import Ahead
 
