@@ -401,8 +401,39 @@ UNCLEAR = {
     "two views": (torch.zeros(16, 3), Y),
     "time first": (torch.zeros(12, 8, 3), Y),
     "one row for all": {"ids": torch.zeros(1, 35).long(), "y": Y},
+    # as many positions as samples
+    "positions": (torch.zeros(8, 8).long(), torch.arange(8)),
+    "positions, of numpy": {"x": np.zeros((8, 8, 3)), "at": np.arange(8), "y": np.zeros(8)},
+    "a causal mask": (torch.zeros(8, 8).long(), torch.ones(8, 8).tril().bool()),
+    "a causal mask, of what is hidden": {"x": torch.zeros(8, 8, 3), "mask": torch.ones(8, 8).triu(1).bool()},
+    "a causal mask that is added": (torch.zeros(8, 8, 3), torch.full((8, 8), -torch.inf).triu(1)),
+    # a row alone
     "one row": {"input_ids": torch.zeros(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
 }
+
+
+SQUARE = {
+    "tokens": torch.randint(9, (8, 8)),
+    "a padding mask": torch.arange(8) < torch.tensor([3, 8, 1, 5, 8, 2, 7, 4])[:, None],
+    "a full mask": torch.ones(8, 8).long(),
+    "an even mask": (torch.arange(64) % 2).view(8, 8),
+    "labels": torch.tensor([3, 1, 2, 0, 4, 5, 6, 7]),
+    "targets": torch.linspace(0, 1, 8),
+    "one-hot targets": torch.eye(8),
+}
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_samples_are_cut_where_there_are_as_many_positions(name):
+    tokens, part = first_samples((SQUARE["tokens"], SQUARE[name]), 1 / 4)
+    assert torch.equal(tokens, SQUARE["tokens"][:2])
+    assert torch.equal(part, SQUARE[name][:2])
+
+
+@pytest.mark.parametrize("part", [torch.arange(8), torch.ones(8, 8).tril()])
+def test_what_could_be_positions_is_of_samples_where_no_other_tensor_has_as_many(part):
+    x, cut = first_samples((torch.zeros(8, 5), part), 1 / 4)
+    assert len(x) == len(cut) == 2
 
 
 @pytest.mark.parametrize("name", UNCLEAR)

@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-from torch import Tensor
-
 from nusam.containers import (
     NUMBERS,
     PLAIN,
     attributes_beside,
+    described,
     entries_of,
     first_rows,
     has_rows,
@@ -25,7 +24,14 @@ from nusam.containers import (
     leaves_of,
     rebuilt,
 )
-from nusam.packed import may_say_how_long, may_say_whose, named_weights_in, packed_in, packed_rows_in
+from nusam.packed import (
+    may_be_of_positions,
+    may_say_how_long,
+    may_say_whose,
+    named_weights_in,
+    packed_in,
+    packed_rows_in,
+)
 
 __all__ = ["first_samples", "rebuilt", "samples_in"]
 
@@ -64,10 +70,10 @@ def first_samples(batch: Any, share: float) -> Any:
     try:
         reading = _read(batch)
     except _Unclear as reason:
-        raise ValueError(f"ascent_share={share:g} can't cut {_described(batch)}, {reason}; {INSTEAD}") from None
+        raise ValueError(f"ascent_share={share:g} can't cut {described(batch)}, {reason}; {INSTEAD}") from None
     if reading is None:
         raise ValueError(
-            f"ascent_share={share:g} needs a batch with a first dimension to cut, got {_described(batch)}; hand over "
+            f"ascent_share={share:g} needs a batch with a first dimension to cut, got {described(batch)}; hand over "
             "the tensors of the batch, or use ascent_share=1."
         )
     packed = next(packed_rows_in(batch), None) if reading.size == 1 else None
@@ -89,7 +95,7 @@ def samples_in(batch: Any) -> int:
     except _Unclear:
         size = next(_rows(batch), None)
     if size is None:
-        raise ValueError(f"A batch needs a first dimension, got {_described(batch)}; hand over its tensors.")
+        raise ValueError(f"A batch needs a first dimension, got {described(batch)}; hand over its tensors.")
     return size
 
 
@@ -123,6 +129,8 @@ class _Reading:
         self._numbered: dict[tuple[int, bool], bool] = {}
         tensors = [part for part in leaves_of(batch) if has_rows(part) and part.shape[:1] == (size,)]
         self._widths = {1}.union(*(part.shape[1:] for part in tensors))
+        squares = (part for part in tensors if part.shape[:2] == (size, size))
+        self._sequences = [part for part in squares if part.ndim > 2 or not is_fractional(part)]  # as long as there are
         self.cuts = self._visit(batch, type(batch) is not list)
 
     def cut(self, part: Any, count: int) -> Any:
@@ -162,6 +170,8 @@ class _Reading:
 
     def _visit_tensor(self, part: Any) -> bool:
         if part.shape[:1] == (self.size,):
+            if any(one is not part for one in self._sequences) and may_be_of_positions(part):
+                raise _Misfit(f"which holds a tensor of shape {tuple(part.shape)} of as many positions as samples")
             return True
         if not self._is_shared(part):
             raise _Misfit(f"which holds a tensor of shape {tuple(part.shape)} beside {self.size} samples")
@@ -332,14 +342,6 @@ def _is_tuple_of_flat(part: Any) -> bool:
 
 def _packed(part: Any) -> ValueError:
     return ValueError(
-        f"A share of {_described(part)}, whose samples are packed into one sequence, can't be cut off; use "
+        f"A share of {described(part)}, whose samples are packed into one sequence, can't be cut off; use "
         "ascent_share=1, or batches that are padded."
     )
-
-
-def _described(part: Any) -> str:
-    if isinstance(part, Mapping):
-        return f"a {type(part).__name__} of {', '.join(map(str, part)) or 'nothing'}"
-    if isinstance(part, Tensor):
-        return f"a tensor of shape {tuple(part.shape)}" if not part.is_nested else "a nested tensor"
-    return f"a {type(part).__name__}"

@@ -15,6 +15,7 @@ __all__ = [
     "NUMBERS",
     "PLAIN",
     "attributes_beside",
+    "described",
     "entries_of",
     "first_rows",
     "has_rows",
@@ -203,3 +204,12 @@ def _holds_tensors(part: Any, deep: int, known: Container[int] = ()) -> bool:
         return False
     entries = part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ()
     return any(_holds_tensors(one, deep - 1, known) for one in (*_attributes(part).values(), *entries))
+
+
+def described(part: Any) -> str:
+    """What something is, in a few words."""
+    if isinstance(part, Mapping):
+        return f"a {type(part).__name__} of {', '.join(map(str, part)) or 'nothing'}"
+    if isinstance(part, Tensor):
+        return f"a tensor of shape {tuple(part.shape)}" if not part.is_nested else "a nested tensor"
+    return f"a {type(part).__name__}"

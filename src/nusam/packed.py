@@ -1,4 +1,4 @@
-"""Batches whose samples stand in one sequence, one behind the other, so that rows are no samples."""
+"""Batches in which rows are no samples: these stand in one sequence, one behind the other, or rows are positions."""
 
 from collections.abc import Iterator, Mapping
 from numbers import Integral
@@ -10,7 +10,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from nusam.containers import entries_of, has_rows, is_list, is_list_of_plain
 
-__all__ = ["may_say_how_long", "may_say_whose", "named_weights_in", "packed_in", "packed_rows_in"]
+__all__ = [
+    "may_be_of_positions",
+    "may_say_how_long",
+    "may_say_whose",
+    "named_weights_in",
+    "packed_in",
+    "packed_rows_in",
+]
 
 # what begins the names of entries that say where packed sequences end
 ENDS = ("cu_seq_lens", "cu_seqlens", "seq_idx")
@@ -80,6 +87,21 @@ def may_say_whose(part: Any, rows: int, samples: int, each: bool = False) -> boo
         inside = len(part) == rows and all(_is_whole(one) and 0 <= one < samples for one in part)
         return inside and (not each or len(set(part)) == samples)
     return any(may_say_whose(entry, rows, samples, each) for entry in entries_of(part))
+
+
+def may_be_of_positions(part: Any) -> bool:
+    """Whether rows may be positions, which all samples share: 0, 1, 2, …, or a causal mask."""
+    entries = torch.as_tensor(part)
+    if entries.layout != torch.strided or len(entries) < 3 or entries.shape != entries.shape[:1] * entries.ndim:
+        return False
+    rows = torch.arange(len(entries), device=entries.device)
+    if entries.ndim == 1:
+        return _is_of_integers(entries) and bool((entries == rows).all())
+    if entries.ndim > 2:
+        return False
+    above, below = entries[0, -1], entries[-1, 0]
+    masks = (torch.where(rows[:, None] < columns, above, below) for columns in (rows, rows + 1))
+    return bool(above != below) and any(bool((entries == mask).all()) for mask in masks)
 
 
 def _is_whole(one: Any) -> bool:
