@@ -142,6 +142,22 @@ def test_what_all_else_follows_from_is_given_once(method):
             setattr(opt, name, 1)
 
 
+@pytest.mark.parametrize("name", ["ascent", "descent", "passes", "step", "one_pass", "metrics", "state_dict"])
+def test_what_loops_call_stays_something_that_can_be_called(name):
+    model = network()
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    for value in ("gradient", None):
+        with pytest.raises(AttributeError, match=rf"{name}\(\) of NuSAM .*ascent= are given once, when NuSAM is built"):
+            setattr(opt, name, value)
+    calls = []
+    wrapped = getattr(opt, name)
+    setattr(opt, name, lambda *args, **options: (calls.append(name), wrapped(*args, **options))[1])
+    for _ in opt.passes():
+        model(torch.randn(4, 6).double()).square().mean().backward()
+    opt.step()
+    assert calls in ([], [name])
+
+
 @pytest.mark.parametrize("name", sorted(SETTABLE - {"rho"}))
 def test_nothing_changes_inside_a_pass(name):
     model = network()

@@ -254,3 +254,35 @@ def test_an_error_that_comes_of_travelling_together_is_told_and_takes_two_passes
         run(opt, model, batches, plainly)
     two_passes(plain, twin, batches, plainly)
     assert_same(model, twin)
+
+
+class TwoHeads(nn.Module):
+    """One for each task, both of which run."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return torch.stack([head(h) for head in self.heads], 1)
+
+
+def stepped(opt, steps):
+    for _ in steps:
+        opt.step()
+
+
+def test_a_matrix_that_a_batch_is_the_first_to_reach_is_told_of_in_the_words_of_one_pass():
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    opt = nusam.NuSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model, ascent_share=1 / 4)
+    batches = [(torch.randn(8, 6, dtype=torch.float64), task) for task in (0, 0, 0, 0, 1, 1, 0, 1)]
+    steps = opt.one_pass(batches, lambda batch: model(batch[0])[:, batch[1]].square().mean())
+    with pytest.warns(UserWarning, match="step before") as told:
+        stepped(opt, steps)
+    said = [str(warning.message) for warning in told if "got a gradient" in str(warning.message)]
+    assert said == [
+        "heads.1.weight got a gradient in the descent and none where its ε would have been found, with the step "
+        "before, and was not perturbed in this step; it is perturbed from the next step on."
+    ]

@@ -72,6 +72,7 @@ class Checked(Placing):
     _holders: Holders
     _both: BothGradients
     _instead = "placement='weights'"  # of an ε in the forward
+    _is_carried = False  # whether this ε came with the step before
     _told_rounding = False  # whether a dense ε in weights below float32 was told of
     _join: tuple[object, ...] = ()  # of the last pass, see DataParallel.join
     _overlaps = False  # whether another optimizer was inside a pass in those since the last step
@@ -287,7 +288,7 @@ class Checked(Placing):
     def _close_ledger(self, forward: Mapping[Tensor, Counted]) -> None:
         """Hold what got a gradient in the descent against what had an ε there."""
         stepped = self._in_backward.stepped if self._in_backward else set()
-        passed_over = self._ledger.close(stepped, self._names)
+        passed_over = self._ledger.close(stepped, self._names, self._is_carried)
         workers = self._workers()
         alone = not (workers.replicates or workers.shards)
         if alone and any(self._ascent.verification.of(parameter) is None for parameter in passed_over):

@@ -89,7 +89,7 @@ class TwoPasses(Checked):
             self._pass = self._layer_pass = None
 
         self._pending = self._waiting = None
-        self._repeats = False
+        self._is_carried = self._repeats = False
         self._looked_for, self._states_before = Changes((), 0), None
         with ExitStack() as apart, always(undo), workers.ascent(reduces), pass_.running() if pass_ else nullcontext():
             self._pass, self._layer_pass = "ascent", pass_

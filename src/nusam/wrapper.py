@@ -126,6 +126,15 @@ class Wrapper(Optimizer):
 
             return outside_of_passes
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not callable(value) and callable(getattr(type(self), name, None)):
+                raise AttributeError(
+                    f"{name}() of {type(self).__name__} is what loops call, and can't become {value!r:.40}; arguments "
+                    f"such as ascent= are given once, when {type(self).__name__} is built: build another one with it, "
+                    "and load the state_dict() of this one."
+                )
+            super().__setattr__(name, value)
+
     @contextmanager
     def _in_closure(self) -> Iterator[None]:
         """Passes inside end with a loss, which the base optimizer may ask for."""

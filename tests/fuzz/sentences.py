@@ -35,8 +35,9 @@ OTHERWISE = (
     r"not perturbed in this step; its gradient is formed from now on\."
 )
 DESCENT_ONLY = (
-    r"(?P<names>.+) got a gradient in the descent and none in the ascent, and was not perturbed in this step; run the "
-    r"same computation in both passes\."
+    r"(?P<names>.+) got a gradient in the descent and none (in the ascent|where its ε would have been found, with the "
+    r"step before), and was not perturbed in this step; (run the same computation in both passes|it is perturbed from "
+    r"the next step on)\."
 )
 NOT_ADDED = (
     r"(?P<names>.+) got a gradient in the descent, where no layer added its perturbation; exclude it with targets= or "

@@ -75,7 +75,7 @@ def perturb_by(opt: Stepping, waiting: dict[Tensor, RankOne]) -> None:
         parameter: RankOne(epsilon.u, v, epsilon.sigma, norm)
         for (parameter, _, epsilon), v, norm in zip(found, vs, norms, strict=True)
     }
-    opt._ascended = [target.parameter for target in targets]
+    opt._ascended, opt._is_carried = [target.parameter for target in targets], True
     opt._ascent.measure(opt._pending)
     opt._guard.forget_ascent()
     opt._written.forget_ascent()

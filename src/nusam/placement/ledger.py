@@ -62,16 +62,29 @@ class Ledger:
         """The descent begins, in which these targets have no ε."""
         self._without = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in without]
 
-    def close(self, stepped: set[Tensor], names: Callable[[], dict[Tensor, str]]) -> list[Tensor]:
-        """What got a gradient and no ε in the descent, which is over; ``stepped``: those whose gradients are spent."""
+    def close(
+        self, stepped: set[Tensor], names: Callable[[], dict[Tensor, str]], is_carried: bool = False
+    ) -> list[Tensor]:
+        """What got a gradient and no ε in the descent, which is over.
+
+        ``stepped``: those whose gradients are spent; ``is_carried``: whether ε came with the step before.
+        """
         missed = [
             p
             for p, gradient, version in self._without
             if p in stepped or (p.grad is not None and (p.grad is not gradient or p.grad._version != version))
         ]
         self._without = []
-        self.tell(missed, names, "got a gradient in the descent and none in the ascent, and was not perturbed in this "
-                  "step; run the same computation in both passes")  # fmt: skip
+        where, then = (
+            ("where its ε would have been found, with the step before", "it is perturbed from the next step on")
+            if is_carried
+            else ("in the ascent", "run the same computation in both passes")
+        )
+        self.tell(
+            missed,
+            names,
+            f"got a gradient in the descent and none {where}, and was not perturbed in this step; {then}",
+        )
         return missed
 
     def tell(self, parameters: Sequence[Tensor], names: Callable[[], dict[Tensor, str]], what: str) -> None:
