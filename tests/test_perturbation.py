@@ -575,6 +575,43 @@ def test_a_model_that_is_frozen_later_or_in_the_passes_of_another_is_refused_for
         next(perturbation.passes())
 
 
+class Between(nn.Module):
+    """A matrix that may be frozen, between two others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.between, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.between(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize(
+    "targets", ["frozen", lambda name, p: p.requires_grad and name.startswith("between")], ids=["frozen", "predicate"]
+)
+def test_a_step_in_which_nothing_is_left_to_perturb_has_the_plain_gradient(targets):
+    torch.manual_seed(0)
+    model = Between().double()
+    model.between.requires_grad_(targets != "frozen")
+    perturbation = nusam.Perturbation(model, RHO, targets=targets)
+    for step in range(7):
+        model.between.requires_grad_((targets == "frozen") == (step == 4))
+        x = torch.randn(8, 6, dtype=torch.float64)
+        model.zero_grad()
+        names = []
+        for name in perturbation.passes():
+            names.append(name)
+            model(x).square().mean().backward()
+        if step == 4:
+            assert names == ["descent"]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            plain = torch.autograd.grad(model(x).square().mean(), trained)
+            for p, gradient in zip(trained, plain, strict=True):
+                torch.testing.assert_close(p.grad, gradient, rtol=0, atol=1e-12)
+        else:
+            assert names == ["ascent", "descent"]
+
+
 def test_a_frozen_base_under_adapters_is_perturbed_without_a_gradient():
     class Adapted(nn.Module):
         def __init__(self):

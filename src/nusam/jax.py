@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 try:
     import jax
     import jax.numpy as jnp
     import optax
-    from optax.contrib import sam
+    from optax.contrib import SAMState, sam
 except ImportError as error:
     raise ImportError('nusam.jax needs jax and optax, which are not both there; pip install "nusam[jax]".') from error
 
@@ -36,7 +37,7 @@ def nusam(
     rho: float = 0.05,
     *,
     power_iterations: int = 1,
-    as_matrix: AsMatrix = matrices,
+    as_matrix: AsMatrix | None = None,
     seed: int = 0,
     opaque_mode: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -83,11 +84,21 @@ def nusam(
                 )
         return around.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, around.update)
+    def in_two_calls(gradients: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        # optax picks by sums, through which what counts not in this call would be seen if it is NaN
+        pick = partial(jax.tree.map, partial(jnp.where, state.steps_since_sync == 0))
+        negative, adv_state = ascent.update(gradients, state.adv_state, params)
+        step, opt_state = optimizer.update(gradients, state.opt_state, state.cache)
+        back = jax.tree.map(lambda was, now, step: was - now + step, state.cache, params, step)
+        in_ascent = jax.tree.map(jnp.negative, negative), state.opt_state, adv_state, params
+        updates, *others = pick(in_ascent, (back, opt_state, state.adv_state, state.cache))
+        return updates, SAMState(1 - state.steps_since_sync, *others)
+
+    return optax.GradientTransformationExtraArgs(init, around.update if opaque_mode else in_two_calls)
 
 
 def nuclear(
-    rho: float, *, power_iterations: int = 1, as_matrix: AsMatrix = matrices, seed: int = 0
+    rho: float, *, power_iterations: int = 1, as_matrix: AsMatrix | None = None, seed: int = 0
 ) -> optax.GradientTransformation:
     """The ascent alone: gradients to −ρ·u·vᵀ, by one warm-started power iteration for each matrix (Lemma 3.1).
 
@@ -100,7 +111,7 @@ def nuclear(
     known = not isinstance(rho, jax.core.Tracer)
     if known and (isinstance(rho, bool | str) or jnp.ndim(rho) or not (math.isfinite(float(rho)) and rho >= 0)):
         raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}.")
-    if not callable(as_matrix):
+    if not (as_matrix is None or callable(as_matrix)):
         raise TypeError(f"as_matrix must be a function of a leaf's path and the leaf, got {as_matrix!r}.")
     if isinstance(power_iterations, bool) or not isinstance(power_iterations, int) or power_iterations < 1:
         raise ValueError(f"power_iterations must be a whole number of at least 1, got {power_iterations!r}.")
@@ -143,14 +154,12 @@ def nuclear(
     return optax.GradientTransformation(init, update)
 
 
-def _matrices(tree: Any, as_matrix: AsMatrix) -> dict[str, tuple[Any, Shape]]:
+def _matrices(tree: Any, as_matrix: AsMatrix | None) -> dict[str, tuple[Any, Shape]]:
     """The leaves that are perturbed, by their path, each with its shape as a matrix."""
-    found = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        path = jax.tree_util.keystr(keys)
-        if not hasattr(leaf, "dtype"):  # a number of Python's
-            continue
-        shape = as_matrix(path, leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size else None
+    found, leaves = {}, jax.tree_util.tree_flatten_with_path(tree)[0]
+    for path, leaf in ((jax.tree_util.keystr(keys), leaf) for keys, leaf in leaves):
+        is_array = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size
+        shape = (as_matrix or matrices)(path, leaf) if is_array else None
         if shape is None:
             continue
         if not isinstance(shape, tuple | list) or len(shape) != 2 or min(shape) < 1 or math.prod(shape) != leaf.size:
@@ -165,10 +174,10 @@ def _matrices(tree: Any, as_matrix: AsMatrix) -> dict[str, tuple[Any, Shape]]:
 def _power_iteration(G: Any, warm_start: Any, iterations: int) -> tuple[Any, Any]:
     """T rounds of v = Gᵀu/‖Gᵀu‖, u = Gv/‖Gv‖ (Algorithm 2); the warm start and v = 0 if G is zero or not finite.
 
-    Vectors are divided by their largest entry first, so that no scale of G is too large or too small. Random
+    G and its vectors are divided by their largest entry first, so that no scale is too large or too small. Random
     numbers that u rounds away, no two of one size, let the iteration begin anew where G has no row that u lives on.
     """
-    n = G.shape[0]
+    n, G = G.shape[0], _by_its_largest(G)
     r = jax.random.normal(jax.random.key(n), (n,), G.dtype)
     u = warm_start + r * (jnp.finfo(G.dtype).eps ** 2 * n**-0.5)
     for _ in range(iterations):

@@ -1,10 +1,10 @@
 """νSAM for loops whose step belongs to an engine: the passes, and no optimizer to wrap."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from nusam.ascent.silence import INSTEAD
@@ -12,8 +12,8 @@ from nusam.ascent.verification import is_code
 from nusam.coverage import Coverage
 from nusam.distributed.blocks import is_sharded
 from nusam.distributed.data_parallel import DataParallel, unwrapped
-from nusam.guards.checks import check_count, check_radius
-from nusam.guards.engine_checks import check_engine, check_uncompiled
+from nusam.guards.checks import check_radius
+from nusam.guards.engine_checks import check_engine, check_saved, check_uncompiled
 from nusam.layers.module_tree import same
 from nusam.layers.reads import is_in_a_pass
 from nusam.lmo import Nuclear
@@ -123,7 +123,7 @@ class Perturbation:
         self._passes.follow()
         before: int | None = None
         try:
-            with closing(passes):
+            with self._passes.no_steps(), closing(passes):
                 for part in passes:
                     before = count_backwards() if self._passes._pass == "descent" else None
                     yield part
@@ -199,32 +199,6 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return trained
 
 
-def _check_saved(saved: Any) -> None:
-    """Whether a state dict is one of ours, as far as the model need not be asked."""
-    if not isinstance(saved, Mapping):
-        raise ValueError(
-            f"The state dict must be one that nusam.Perturbation's state_dict() gave, got {type(saved).__name__}."
-        )
-    missing = [key for key in ("rho", "steps", "matrices", "found") if key not in saved]
-    if missing:
-        raise ValueError(
-            f"The state dict has no {missing[0]!r}, which those of nusam.Perturbation have; load one that its "
-            "state_dict() gave."
-        )
-    check_radius(saved["rho"])
-    check_count("The state dict's 'steps'", saved["steps"])
-    for key, is_one in (("matrices", _is_state), ("found", is_code)):
-        entries = saved[key]
-        if not isinstance(entries, Mapping) or not all(map(is_one, entries.values())):
-            raise ValueError(
-                f"The state dict has a {key!r} that state_dict() did not give, {entries!r:.80}; load one that it gave."
-            )
-
-
-def _is_state(state: Any) -> bool:
-    return isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
-
-
 class _Held(Optimizer):
     """The parameters that an engine steps."""
 
@@ -245,6 +219,11 @@ class _Passes(SharpnessAware):
     def _name(self) -> str:
         return Perturbation.__name__
 
+    @property
+    def _is_on(self) -> bool:
+        """Also whether anything is left to perturb: an ascent without targets would leave its gradients."""
+        return super()._is_on and (self._pass is not None or bool(self._targets(factor=1.0)))
+
     def follow(self) -> None:
         """Hold the parameters that the model trains now."""
         self._refuse_inside_pass("passes()")
@@ -257,6 +236,11 @@ class _Passes(SharpnessAware):
         everything = list(unwrapped(model).parameters())
         if not same(everything, self._everything):
             self._everything, self._structure = everything, None  # their layers may be new too
+
+    def no_steps(self) -> AbstractContextManager[None]:
+        """Inside, no engine steps."""
+        engine = self._workers().engine
+        return nullcontext() if engine is None else engine.passes()
 
     def count_step(self) -> None:
         """The engine is about to step."""
@@ -294,7 +278,7 @@ class _Passes(SharpnessAware):
 
     def load(self, saved: Mapping[str, Any]) -> None:
         self._refuse_inside_pass("load_state_dict()")
-        _check_saved(saved)
+        check_saved(saved, is_code)
         parameters = {name: parameter for parameter, name in self._names().items()}
         unknown = [name for name in saved["matrices"] if name not in parameters]
         if unknown:

@@ -247,3 +247,33 @@ def test_one_pass_refuses_what_passes_refuses(prepared):
         next(one_pass(torch.optim.SGD(model.parameters(), lr=0.1), model, [], model.loss, accelerator))
     with pytest.raises(ValueError, match="rank-one"):
         next(one_pass(nusam.SAM(opt.base_optimizer, model=model), model, [], model.loss, accelerator))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_perturbation_runs_where_no_engine_steps_as_a_script_is_launched_either_way(accumulation):
+    def trained(kind):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        batches = [torch.randn(8, 6, dtype=torch.float64) for _ in range(8)]
+        if kind == "NuSAM":
+            opt = nusam.NuSAM(base, model=model, ascent="matrix-free", placement="forward", ascent_share=1 / 2)
+            model, opt = accelerator.prepare(model, opt)
+            perturbed = opt
+        else:
+            model, opt = accelerator.prepare(model, base)
+            perturbed = nusam.Perturbation(model, ascent_share=1 / 2)
+        for x in batches:
+            with accelerator.accumulate(model):
+                for part in passes(perturbed, model, x):
+                    accelerator.backward(model(part).square().mean())
+                opt.step()
+                opt.zero_grad()
+        if kind == "Perturbation":
+            assert perturbed.state_dict()["steps"] == len(batches) // accumulation
+        return [parameter.detach() for parameter in model.parameters()]
+
+    for mine, expected in zip(trained("Perturbation"), trained("NuSAM"), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)

@@ -329,6 +329,22 @@ def refusals() -> dict:
         perturbation = perturbation or nusam.Perturbation(engine, RHO)
         next(perturbation.passes(x, y))
 
+    def step_inside_the_passes(stage, accumulation, delay):
+        engine = engine_of((stage, accumulation, "float32", False))
+        for xs, ys in nusam.Perturbation(engine, RHO, delay=delay).passes(x, y):
+            engine.backward(F.cross_entropy(engine(xs), ys))
+            engine.step()
+
+    steps = {
+        f"a step inside, ZeRO {stage}, {accumulation}, delay {delay}": refused_of(
+            lambda stage=stage, accumulation=accumulation, delay=delay: step_inside_the_passes(
+                stage, accumulation, delay
+            )
+        )
+        for stage in (0, 2, 3)
+        for accumulation in (1, 2)
+        for delay in (0, 5)
+    }
     compiles = {
         f"compiled, ZeRO {stage}{', late' if late else ''}": refused_of(
             lambda stage=stage, late=late: compiled(stage, late)
@@ -343,7 +359,7 @@ def refusals() -> dict:
         for stage in (0, 2, 3)
         for known in (False, True)
     }
-    return {**handed_over, **compiles, "a fused head": refused_of(use_beside_its_layer)}
+    return {**handed_over, **compiles, **steps, "a fused head": refused_of(use_beside_its_layer)}
 
 
 def run_the_page(folder) -> int:

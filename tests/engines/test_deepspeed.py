@@ -88,6 +88,10 @@ def test_steps_that_the_scaler_skips_do_not_count(said):
 def test_what_can_not_be_had_is_refused_in_a_sentence(said):
     refusals = dict(said["refusals"])
     assert refusals.pop("a fused head").startswith("head.weight is reached in pieces or by another way, where an ε in")
+    inside = {case: refusals.pop(case) for case in list(refusals) if case.startswith("a step inside")}
+    assert len(inside) == 12
+    for refused in inside.values():
+        assert refused.startswith("engine.step() was called inside the passes over a micro-batch")
     assert len(refusals) == 12
     for case, refused in refusals.items():
         steps = "DeepSpeed steps inside its engine"

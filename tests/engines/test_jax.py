@@ -76,6 +76,43 @@ def test_a_gradient_without_a_direction_leaves_the_weights_and_the_warm_start(va
     assert (after.u["['W']"] == state.u["['W']"]).all()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e37])
+def test_no_scale_is_too_small_or_too_large(scale):
+    G = jnp.asarray(np.random.default_rng(0).standard_normal((50, 50)), jnp.float32)
+    ascent = nj.nuclear(RHO)
+    epsilons, _ = epsilon_of(ascent, {"W": scale * G}, ascent.init({"W": G}))
+    expected, _ = epsilon_of(ascent, {"W": G}, ascent.init({"W": G}))
+    np.testing.assert_allclose(epsilons["W"], expected["W"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e30])
+@pytest.mark.parametrize("base", ["sgd", "adamw", "by norm"])
+def test_an_ascent_without_a_direction_leaves_nothing_in_two_calls(value, base):
+    """Not in the weights, and not in the base optimizer's state, to which the first call's gradient is shown."""
+    bases = {
+        "sgd": optax.sgd(RATE, momentum=0.9),
+        "adamw": optax.adamw(RATE),
+        "by norm": optax.chain(optax.contrib.normalize(), optax.sgd(RATE)),
+    }
+    params = {"W": jnp.ones((3, 2), jnp.float32), "b": jnp.ones(2, jnp.float32)}
+    good = {"W": jnp.asarray([[1.0, 2.0], [0.5, 1.0], [0.0, 1.0]], jnp.float32), "b": jnp.ones(2, jnp.float32)}
+    bad = {"W": jnp.full((3, 2), value, jnp.float32), "b": jnp.full(2, value, jnp.float32)}
+    optimizer, plain = nj.nusam(bases[base], RHO), bases[base]
+    state, plain_state, expected = optimizer.init(params), plain.init(params), params
+    for step in range(4):
+        before = params
+        updates, state = optimizer.update(bad if step == 2 else good, state, params)
+        moved = optax.apply_updates(params, updates)
+        if step == 2 and not np.isfinite(value):
+            assert (moved["W"] == before["W"]).all()
+        updates, state = optimizer.update(good, state, moved)
+        params = optax.apply_updates(moved, updates)
+        updates, plain_state = plain.update(good, plain_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    for name, leaf in params.items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-5)
+
+
 def test_rows_that_the_warm_start_does_not_meet_begin_anew():
     params = {"table": jnp.zeros((50, 4))}
     ascent = nj.nuclear(RHO)
@@ -178,7 +215,7 @@ def blocks_of_the_page():
 def test_the_page_runs():
     weights, biases, batches = network(2)
     params = {f"W{i}": jnp.asarray(W) for i, W in enumerate(weights)} | {"b0": biases[0], "b1": biases[1]}
-    first, other = blocks_of_the_page()
+    first, other, scheduled = blocks_of_the_page()
     names = {"params": params, "loss": loss, "batches": batches}
     exec(first, names)
     assert loss(names["params"], batches[0]) < loss(params, batches[0])
@@ -190,6 +227,12 @@ def test_the_page_runs():
     heads = {"query": {"kernel": jnp.ones((8, 2, 3)), "bias": jnp.ones((2, 3))}, "out": {"kernel": jnp.ones((2, 3, 8))}}
     us = names["optimizer"].init(heads).adv_state.u
     assert {path: len(u) for path, u in us.items()} == {"['query']['kernel']": 8, "['out']['kernel']": 6}
+    exec(scheduled, names)
+    state = names["optimizer"].init(params)
+    for rho in (0.0, 0.05 / 1000):
+        assert state.hyperparams["rho"] == pytest.approx(rho) or rho == 0
+        gradient = jax.grad(lambda moved, _=None: loss(moved, batches[0]))
+        _, state = names["optimizer"].update(gradient(params), state, params, grad_fn=gradient)
 
 
 def test_the_example_learns(monkeypatch, capsys):
@@ -273,6 +316,21 @@ def test_numbers_of_any_kind_may_be_radii_and_leaves(rho):
     U, _, Vh = np.linalg.svd(gradient["W"])
     moved = {"W": params["W"] + float(rho) * np.outer(U[:, 0], Vh[0]), "scale": 2.0}
     np.testing.assert_allclose(updates["W"], -RATE * jax.grad(linear_loss)(moved, batch)["W"], rtol=1e-3)
+
+
+def test_clipping_goes_inside():
+    params = {"W": jnp.eye(3, 2)}
+    clipped = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
+    for opaque in (False, True):
+        optimizer = nj.nusam(clipped, RHO, opaque_mode=opaque)
+        updates, state = optimizer.update(
+            params, optimizer.init(params), params, **({"grad_fn": lambda moved, _: moved} if opaque else {})
+        )
+        if not opaque:
+            moved = optax.apply_updates(params, updates)
+            updates, _ = optimizer.update(moved, state, moved)
+            updates = jax.tree.map(lambda u, m, p: u + m - p, updates, moved, params)
+        assert np.linalg.norm(updates["W"]) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_schedule_of_the_radius_goes_through_optax():

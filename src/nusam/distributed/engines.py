@@ -92,6 +92,27 @@ class Engine:
                 own[name] = _nothing
             yield
 
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Inside, the engine refuses to step, unless somebody has put off its steps already."""
+        own = vars(self._engine)
+        if "step" in own:
+            yield
+            return
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise RuntimeError(
+                "engine.step() was called inside the passes over a micro-batch, of which it would count each as one; "
+                "call it once, after the loop over them."
+            )
+
+        def undo() -> None:
+            own.pop("step", None)
+
+        with always(undo):
+            own["step"] = refuse
+            yield
+
 
 def _is_a(model: Any, *names: str) -> bool:
     """By the names of its classes, since nobody here imports them."""

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from nusam.distributed.engines import is_engine
 from nusam.guards.calls import check_loop
 from nusam.integrations.deepspeed import before_the_step
 from nusam.one_pass.looking_ahead import Ahead
@@ -64,6 +65,7 @@ def passes(optimizer: Optimizer | Perturbation, model: nn.Module, *batch: Any) -
     Args:
         optimizer: a :class:`nusam.SharpnessAware`, as ``Accelerator.prepare`` gave it back; under DeepSpeed a
             :class:`nusam.Perturbation` of the model that it gave back, and the engine steps when the passes are over.
+            A perturbation is taken without DeepSpeed as well.
         model: as ``Accelerator.prepare`` gave it back. If the optimizer was built with ``model=``, it learns here by
             what that model is wrapped now, so that under DDP all processes share one perturbation.
         batch: what comes back once a pass, in the ascent cut to ``ascent_share``; without any the passes' names come.
@@ -73,8 +75,8 @@ def passes(optimizer: Optimizer | Perturbation, model: nn.Module, *batch: Any) -
         NotImplementedError: under FSDP1 and Megatron-LM, on several XLA devices, and of an optimizer under DeepSpeed.
     """
     if isinstance(optimizer, Perturbation):
-        in_engine = optimizer.passes(*batch, ends_step=GradientState().sync_gradients)
-        yield from before_the_step(model, optimizer, in_engine)
+        parts = optimizer.passes(*batch, ends_step=GradientState().sync_gradients)
+        yield from before_the_step(model, optimizer, parts) if is_engine(model) else parts
     else:
         yield from reaching(optimizer, model).passes(*batch, accumulate=True)
 
