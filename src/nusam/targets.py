@@ -283,8 +283,8 @@ class Progress:
             self._warned = True
             warnings.warn(
                 f"The perturbation has not been active in any of {self.steps} steps: the base optimizer trained alone. "
-                "If that is not meant, check delay, rho and rho_schedule, and that the loop runs over opt.passes() "
-                "or calls opt.step(closure).",
+                "If that is not meant, check delay, rho and rho_schedule, and that the loop runs over passes(), "
+                "or calls step(closure) of an optimizer.",
                 stacklevel=2,
             )
 

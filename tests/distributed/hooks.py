@@ -1,6 +1,7 @@
 """Communication hooks of DDP, whose state the ascent must not move."""
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 
@@ -75,6 +76,27 @@ for method, accumulate, unused in product(METHODS, (False, True), (False, True))
         CHECKS[2][f"hooks: {method} {ascent} {accumulate=} {unused=}"] = partial(
             moves_in_the_descent_alone, method, accumulate, unused, ascent=ascent
         )
+
+
+@check(2, among=CHECKS)
+def a_perturbation_beside_gradients_that_are_views_of_buckets():
+    """DDP gives parameters other such views when it has seen a backward, in a forward that may be an ascent's."""
+    found = []
+    for views, bucket, waits in ((False, 25, False), (True, 25, False), (True, 1e-5, False), (True, 25, True)):
+        model = DistributedDataParallel(built(Net), gradient_as_bucket_view=views, bucket_cap_mb=bucket)
+        base = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+        perturbation = nusam.Perturbation(model, 0.1)
+        for step in range(8):
+            x, y = sample(step, dist.get_rank())
+            with model.no_sync() if waits and step % 2 == 0 else nullcontext():
+                for xs, ys in perturbation.passes(x, y, ends_step=step % 2 == 1):
+                    F.cross_entropy(model(xs), ys).backward()
+            if step % 2:
+                base.step()
+                base.zero_grad()
+        found.append(model.module)
+    for model in found[1:]:
+        assert_same(model, found[0], 1e-10)
 
 
 def power_sgd(feedback):

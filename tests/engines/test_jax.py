@@ -229,10 +229,10 @@ def test_the_page_runs():
     assert {path: len(u) for path, u in us.items()} == {"['query']['kernel']": 8, "['out']['kernel']": 6}
     exec(scheduled, names)
     state = names["optimizer"].init(params)
-    for rho in (0.0, 0.05 / 1000):
-        assert state.hyperparams["rho"] == pytest.approx(rho) or rho == 0
-        gradient = jax.grad(lambda moved, _=None: loss(moved, batches[0]))
+    gradient = jax.grad(lambda moved, _=None: loss(moved, batches[0]))
+    for _ in range(2):
         _, state = names["optimizer"].update(gradient(params), state, params, grad_fn=gradient)
+    assert float(state.hyperparams["rho"]) == pytest.approx(0.05 / 1000, rel=1e-3)
 
 
 def test_the_example_learns(monkeypatch, capsys):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nusam.interrupts import always
@@ -51,7 +52,7 @@ class Silence:
                 contexts.enter_context(watched(others, Switched))
                 contexts.enter_context(told_of_functions())
             yield
-            written = [p for p, gradient in before if p.grad is not None and p.grad is not gradient]
+            written = [p for p, gradient in before if p.grad is not gradient and not _is_moved(p.grad, gradient)]
             if written:
                 for parameter, gradient in before:
                     parameter.grad = gradient
@@ -143,3 +144,8 @@ class _Told:
         if self._watcher is not None:
             self._watcher.is_aside = not on
         return True
+
+
+def _is_moved(now: Tensor | None, before: Tensor | None) -> bool:
+    """Whether a gradient is gone, or the same in other memory, as DistributedDataParallel moves it to new buckets."""
+    return now is None or (before is not None and now.shape == before.shape and torch.equal(now, before))
