@@ -371,3 +371,77 @@ def test_no_method_may_be_called_as_the_base_optimizer_is():
 )
 def test_a_gain_is_rounded_to_its_error(gain, text):
     assert str(gain) == text
+
+
+@pytest.mark.parametrize("harm", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_a_method_that_does_nothing_has_no_gain_whatever_more_steps_do(harm, share, clock):
+    """Twice the steps are worse where training overfits: the method must also beat the base in as many steps."""
+
+    def worth(taken):
+        return -harm * math.log2(taken / 4)
+
+    def idle(base, rho, delay, model, **rest):
+        model.rho = rho
+        return nusam.SAM(base, rho=rho, delay=delay, model=model)
+
+    found = truth(
+        lambda rho: 0.0, worth, methods=(idle,), rhos=(1e-7, 1e-6), noise=1e-6, ascent_share=share, confirm=6,
+        clock=clock,
+    )  # fmt: skip
+    assert found.at_equal_seconds["idle", share].steps == 8
+    assert found.verdict.base.steps == (8 if harm < 0 else 4) or harm == 0
+    assert found.verdict.gain.mean == pytest.approx(min(0.0, harm), abs=1e-4)
+    assert found.gain(found.trials[0]).mean == pytest.approx(min(0.0, harm), abs=1e-4)
+    assert ("in as many steps, which did worse in as many seconds, for 100%" in str(found.verdict)) == (
+        found.verdict.base.steps == 4
+    )
+    assert truth(peak(1.0, 0.5), worth, noise=1e-3, rhos=(1.0,), confirm=4, clock=clock).verdict.helps == (harm >= 0)
+
+
+def test_weights_that_overfit_are_not_kept(clock):
+    """Those to go on from are of the base optimizer that the method was compared with."""
+    found = truth(lambda rho: -float(rho), lambda taken: -taken, rhos=(1.0,), confirm=2, clock=clock)
+    assert not found.verdict.helps
+    moved = (1 - found.verdict.weights["weight"]).sum()
+    longer = truth(lambda rho: -float(rho), lambda taken: taken, rhos=(1.0,), confirm=2, clock=clock)
+    assert 0 < moved < 0.75 * (1 - longer.verdict.weights["weight"]).sum()
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("scores", "base", "mean"),
+    [
+        ((1.0, -INF), (-INF, 1.0), -INF),
+        ((-INF, 1.0, 2.0), (1.0, -INF, 2.0), -INF),
+        ((-INF, -INF), (-INF, 1.0), -INF),
+        ((-INF, 2.0), (-INF, 1.0), 0.5),
+        ((1.0, 2.0), (-INF, 1.0), INF),
+    ],
+)
+def test_a_gain_of_what_diverged_is_no_error(scores, base, mean):
+    gain = gain_over(Trial("A", 0.1, scores), Trial("base optimizer", 0.0, base))
+    assert gain.mean == mean
+    assert not gain.helps
+    assert str(gain)
+
+
+@pytest.mark.parametrize("bad", [{1, 4}, {2, 3}, {5, 8}, {7, 10}, {8, 9, 11}, {1, 4, 5, 8}])
+def test_a_search_in_which_each_diverges_on_another_seed_ends_in_a_verdict(bad):
+    """Judged are, on two seeds each: the base, the method, the base for longer; and method and base on new seeds."""
+    judged = []
+
+    def score(model):
+        judged.append(model)
+        return math.nan if len(judged) in bad else float(len(judged))
+
+    batches = DataLoader(torch.rand(6, 2, 2), 2, shuffle=True)
+    found = nusam.find_rho(
+        Pair(), sgd, lambda model, batch: (model.weight * batch).sum(), batches, batches, methods=(nusam.SAM,),
+        rhos=(0.1,), steps=2, confirm=2, score=score,
+    )  # fmt: skip
+    assert str(found.verdict)
+    assert not found.verdict.helps
+    assert str(found.gain(found.trials[0]))

@@ -68,12 +68,16 @@ class RadiusSearch:
         best = {trial.method: self.suggestion(trial.method) for trial in self.trials}
         return {method: trial.rho if trial.score > self.base.score else 0.0 for method, trial in best.items()}
 
+    def rival(self, trial: Trial) -> Trial:
+        """The better of the base optimizer alone in as many steps, and in as many seconds if that was tried."""
+        return _best((self.base, self.at_equal_seconds.get((trial.method, trial.ascent_share), self.base)))
+
     def gain(self, trial: Trial) -> Gain:
-        """Over the base optimizer at equal seconds, or in as many steps if that was not tried.
+        """Over the base optimizer alone, in as many steps or in as many seconds: whichever serves it better.
 
         The seeds are those by which the best trial is picked: of that one it says too much.
         """
-        return gain_over(trial, self.at_equal_seconds.get((trial.method, trial.ascent_share), self.base))
+        return gain_over(trial, self.rival(trial))
 
     def bracketed(self, trial: Trial) -> bool:
         """Whether a smaller and a larger ρ of the same method and share did worse."""
@@ -107,10 +111,11 @@ def find_rho(
     and the global generator of the CPU, are left as they were found. It costs about
     ``2 · len(methods) · len(rhos) · seeds · steps`` passes, and memory for one more model with its optimizer.
 
-    With ``confirm`` it ends in a verdict. The base optimizer alone is given as many seconds as each method takes. The
-    trial that gains most over it is trained again on so many new seeds, and so is the base optimizer, at equal
-    seconds; ``str(found.verdict)`` says in one sentence what came out. That costs a training of each method and share
-    and ``2 · confirm`` more, and keeps the weights and the optimizer of two trainings in the CPU's memory.
+    With ``confirm`` it ends in a verdict. The base optimizer alone is also given as many seconds as each method takes.
+    The trial that gains most over the better of the two is trained again on so many new seeds, and so is the base
+    optimizer, in as many steps and in as many seconds; ``str(found.verdict)`` says in one sentence what came out.
+    That costs ``seeds`` trainings for each method and share and ``3 · confirm`` more, and keeps the weights and the
+    optimizer of three trainings in the CPU's memory.
 
     Read the scores beside the suggestion: neighbouring radii often differ by less than two seeds do, and the best ρ of
     a short training is not always that of a long one. Where several are equally good, take a small one.
@@ -140,7 +145,7 @@ def find_rho(
         confirm: further seeds, for a verdict; at least 2, and 4 or more for an interval that is of use.
         score: judges a trained model, in evaluation mode and without gradients; more is better. The negative mean
             of the loss over the batches of ``validation`` unless given.
-        report: told of every trial as it ends.
+        report: told of every trial as it ends; on the new seeds, of the better of the base optimizer's two.
 
     Raises:
         TypeError, ValueError: if there is no radius, method or batch, a number is out of range, the model, the base
@@ -260,20 +265,24 @@ class _Search:
     def confirm(
         self, picked: Trial, line: Sequence[Trial], bases: Sequence[Trial], seeds: range, tried: int
     ) -> Verdict:
-        kept: dict[str, tuple[float, tuple[dict[str, Any], dict[str, Any]]]] = {}
+        kept: dict[tuple[str, int], tuple[float, tuple[dict[str, Any], dict[str, Any]]]] = {}
         sizes = set()
 
-        def keep(name: str, trained: Trained, score: float) -> None:
-            sizes.add((name, trained.size()))
-            if name not in kept or score > kept[name][0]:
-                kept[name] = score, trained.states()
+        def keep(trial: tuple[str, int], trained: Trained, score: float) -> None:
+            sizes.add((trial, trained.size()))
+            if trial not in kept or score > kept[trial][0]:
+                kept[trial] = score, trained.states()
 
-        steps = self.steps_at_equal_seconds(line, bases)
         trial = self.trial(picked.method, picked.rho, seeds, picked.ascent_share, keep=keep)
-        base = self.trial(ALONE, 0.0, seeds, steps=steps, keep=keep)
-        alike = len(sizes) == 2 and len(set(trial.scores)) == len(set(base.scores)) == 1
+        self.report(trial)
+        # More steps can also do harm, as where training overfits: that is no gain of the method.
+        both = sorted({picked.steps, self.steps_at_equal_seconds(line, bases)})
+        base = _best([self.trial(ALONE, 0.0, seeds, steps=steps, keep=keep) for steps in both])
+        self.report(base)
+        alike = len(sizes) == len(kept) and len(set(trial.scores)) == len(set(base.scores)) == 1
         helps = not alike and gain_over(trial, base).helps
-        weights, state = kept[picked.method if helps else ALONE][1]
+        taken = trial if helps else base
+        weights, state = kept[taken.method, taken.steps][1]
         below, above = _open(picked, line)
         return Verdict(
             trial,
@@ -294,7 +303,7 @@ class _Search:
         seeds: range,
         share: float = 1.0,
         steps: int = 0,
-        keep: Callable[[str, Trained, float], None] | None = None,
+        keep: Callable[[tuple[str, int], Trained, float], None] | None = None,
     ) -> Trial:
         scores, seconds = [], []
         steps = steps or self.trainings.steps
@@ -305,9 +314,10 @@ class _Search:
             scores.append(found if math.isfinite(found) else -math.inf)
             seconds.append(trained.seconds)
             if keep:
-                keep(name, trained, scores[-1])
+                keep((name, steps), trained, scores[-1])
         tried = Trial(name, rho, tuple(scores), share, steps, tuple(seconds))
-        self.report(tried)
+        if not keep:
+            self.report(tried)
         return tried
 
 

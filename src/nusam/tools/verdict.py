@@ -1,4 +1,4 @@
-"""Whether a method helps: the trials of a search, and the best of them against the base optimizer at equal seconds."""
+"""Whether a method helps: the best trial of a search against the base optimizer in as many steps, and seconds."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -67,7 +67,8 @@ class Trial:
 class Verdict:
     """The best trial of a search once more, on seeds that took no part in the choice; ``str()`` is one sentence.
 
-    The base optimizer got as many seconds as the method took, which are more steps. The interval is over seeds: orders
+    The base optimizer was trained twice: for as many steps as the method, and for as many seconds as the method took,
+    which are more steps. The better of the two is what the method is compared with. The interval is over seeds: orders
     of the batches and dropout masks. It knows nothing of other initial weights, or of other held-out data than those
     by which ρ was chosen.
     """
@@ -75,7 +76,7 @@ class Verdict:
     trial: Trial
     """The method, on the new seeds."""
     base: Trial
-    """The base optimizer alone, at equal seconds on the same seeds."""
+    """The base optimizer alone on the same seeds: the better of as many steps and as many seconds."""
     price: float
     """Seconds of a training with the method, over those of as many steps of the base optimizer alone."""
     tried: int
@@ -94,7 +95,7 @@ class Verdict:
 
     @property
     def gain(self) -> Gain:
-        """Of the method over the base optimizer at equal seconds."""
+        """Of the method over the better of the base optimizer in as many steps and in as many seconds."""
         gain = gain_over(self.trial, self.base)
         return gain._replace(half_width=math.inf) if self.alike else gain
 
@@ -140,7 +141,9 @@ class Verdict:
                 "chance; give a loader that shuffles."
             )
         open_end = "" if self.beyond is None else f"; not bracketed, try ρ = {self.beyond:g} too"
-        told = f"{self.gain} for {_time(self.price)}{open_end}"
+        shorter = self.price > 1 and self.base.steps == self.trial.steps
+        over = " over the base optimizer in as many steps, which did worse in as many seconds," if shorter else ""
+        told = f"{self.gain}{over} for {_time(self.price)}{open_end}"
         if self.helps:
             return f"{self.trial.label}: {told}."
         seen = "A loss" if -self.gain.mean > self.gain.half_width else "No gain seen"
@@ -151,7 +154,8 @@ def gain_over(trial: Trial, base: Trial) -> Gain:
     """Of one trial over another on the same seeds."""
     pairs = zip(trial.scores, base.scores, strict=True)
     differences = [0.0 if a == b else a - b for a, b in pairs]  # also of two trainings that diverged
-    mean = fmean(differences)
+    diverged = -math.inf in differences  # then the method can't make up for it where the other one does
+    mean = -math.inf if diverged else fmean(differences)
     if len(differences) < 2 or not math.isfinite(mean):
         return Gain(mean, math.inf)
     return Gain(mean, _quantile(len(differences) - 1) * stdev(differences) / math.sqrt(len(differences)))

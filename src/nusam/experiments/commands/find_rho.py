@@ -62,7 +62,8 @@ class FindRho:
     seeds: int = 2
     """Trainings of every method and radius."""
     confirm: int = 4
-    """Further seeds, on which the best is compared with the base optimizer at equal seconds; 0 is no verdict."""
+    """Further seeds, on which the best is compared with the base optimizer in as many steps and in as many seconds; 0
+    is no verdict."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ...; where the model of a setup lies is its own business."""
     out: Path = Path("runs/find-rho")

@@ -89,8 +89,8 @@ class RhoSearch:
             if _raised_in_nusam(error):
                 raise Refused(str(error)) from error
             raise  # out of the setup's own loss or model, where only a traceback helps
-        console.print(_table(found))
         self._save(found)
+        console.print(_table(found))
         if found.verdict:
             console.print(f"\n{found.verdict}\n\n{_basis(found.verdict)}", highlight=False)
         best = f", rho.json and best.pt, from which {self._kept(found.verdict)} goes on" if found.verdict else ""
@@ -144,7 +144,8 @@ def _told(verdict: Verdict) -> dict[str, Any]:
 def _basis(verdict: Verdict) -> str:
     return (
         f"Over {len(verdict.trial.scores)} seeds that took no part in the choice, in pairs, with the 95% interval; the "
-        f"base optimizer took {verdict.base.steps} steps in the seconds of {verdict.trial.steps}."
+        f"base optimizer had the better of as many steps and as many seconds, {verdict.base.steps} steps beside "
+        f"{verdict.trial.steps}."
     )
 
 
@@ -155,8 +156,7 @@ def _raised_in_nusam(error: Exception) -> bool:
 
 def _table(found: RadiusSearch) -> Table:
     table = Table(title="Score of short trainings", box=HORIZONTALS, pad_edge=False)
-    gain = "gain at equal seconds" if found.verdict else "gain"
-    for column in ("method", "best ρ", "score", "base alone", gain, "take"):
+    for column in ("method", "best ρ", "score", "base alone", "gain", "take"):
         table.add_column(column)
     for trials in found.lines:
         best = max(trials, key=lambda trial: trial.score)
@@ -167,6 +167,6 @@ def _table(found: RadiusSearch) -> Table:
             take = f"ρ = {best.rho:g}" + ("" if found.bracketed(best) else ", not bracketed")
         else:
             take = "none of these"
-        name, scores = best.label.partition(",")[0], (f"{best.score:.4f}", f"{found.base.score:.4f}")
+        name, scores = best.label.partition(",")[0], (f"{best.score:.4f}", f"{found.rival(best).score:.4f}")
         table.add_row(name, f"{best.rho:g}", *scores, str(over), take)
     return table

@@ -19,8 +19,8 @@ def draw(found: RadiusSearch, path: Path | str) -> None:
     """Draw scores over ρ, a line for each method and share; the suffix of ``path`` says in which format.
 
     Without a verdict these are the scores, with the base optimizer alone as a level and a dot for each seed. With one
-    they are gains over the base optimizer at equal seconds, and the best has its gain on the new seeds beside it, with
-    the 95% interval.
+    they are gains over the base optimizer in as many steps or seconds, and the best has its gain on the new seeds
+    beside it, with the 95% interval.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     axes = figure.subplots()
@@ -33,7 +33,7 @@ def draw(found: RadiusSearch, path: Path | str) -> None:
         for seed in range(len(found.base.scores)):
             axes.plot(rhos, [_drawn(_height(found, t, seed)) for t in trials], ".", color=colour, alpha=0.6)
     if found.verdict:
-        axes.axhline(0, color=_ALONE, linestyle=(0, (1, 1)), label="base optimizer alone, equal seconds")
+        axes.axhline(0, color=_ALONE, linestyle=(0, (1, 1)), label="base optimizer alone")
         _confirmed(found, axes)
         axes.set_ylabel("gain in score on held-out data")
     else:
@@ -54,7 +54,7 @@ def draw(found: RadiusSearch, path: Path | str) -> None:
 
 def _height(found: RadiusSearch, trial: Trial, seed: int | None = None) -> float:
     """Of a point: a score, or a gain where there is a verdict; of one seed or the mean."""
-    base = found.at_equal_seconds[trial.method, trial.ascent_share] if found.verdict else None
+    base = found.rival(trial) if found.verdict else None
     if seed is None:
         return trial.score - (base.score if base else 0.0)
     return trial.scores[seed] - (base.scores[seed] if base else 0.0)
