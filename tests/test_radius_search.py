@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 import threading
 import warnings
 from functools import partial
@@ -381,3 +382,159 @@ def test_a_partial_with_a_name_is_a_method(setup):
     twice.__name__ = "NuSAM, two iterations"
     found = nusam.find_rho(**setup, methods=(twice,), rhos=(0.1,), steps=2, seeds=1)
     assert found.trials[0].method == "NuSAM, two iterations"
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Adds what ``draw`` gives to every sample."""
+
+    def __init__(self, data, draw, holds=None):
+        self.data, self.draw, self.holds = data, draw, holds
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return x + float(self.draw()), y
+
+
+class Wrapped:
+    """A loader of one's own around another."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+def of_a_loader(data):
+    return DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+def of_a_sampler(data):
+    sampler = torch.utils.data.RandomSampler(data, generator=torch.Generator().manual_seed(3))
+    return DataLoader(data, 8, sampler=sampler)
+
+
+def of_a_batch_sampler(data):
+    sampler = torch.utils.data.RandomSampler(data, generator=torch.Generator().manual_seed(3))
+    return Wrapped(DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(sampler, 8, drop_last=False)))
+
+
+def of_python(data):
+    return DataLoader(Augmented(data, random.random), 8)
+
+
+def of_numpy(data):
+    return DataLoader(Augmented(data, np.random.rand), 8)
+
+
+def of_a_data_set(make, reached):
+    def loader(data):
+        own = make(3)
+        draw = own.normal if hasattr(own, "normal") else own.random
+        return DataLoader(Augmented(data, *(reached(draw, own))), 8)
+
+    return loader
+
+
+def in_a_list(draw, own):
+    return lambda: own.normal() if hasattr(own, "normal") else own.random(), {"transforms": [own]}
+
+
+def in_a_closure(draw, own):
+    return lambda: draw() / 2, None
+
+
+def in_a_partial(draw, own):
+    return partial(lambda given: given(), draw), None
+
+
+LOADERS = [
+    of_a_loader,
+    of_a_sampler,
+    of_a_batch_sampler,
+    of_python,
+    of_numpy,
+    *(
+        of_a_data_set(make, reached)
+        for make in (np.random.default_rng, np.random.RandomState, random.Random)
+        for reached in (in_a_list, in_a_closure, in_a_partial)
+    ),
+]
+
+
+@pytest.mark.parametrize("make", LOADERS)
+def test_every_training_of_a_seed_sees_the_same_batches(setup, make):
+    """Whatever draws them; trainings of another seed see others, and what comes after the search is as without it."""
+    seen = []
+
+    def watched(model, batch):
+        if model.training:
+            seen.append(batch[0].clone())
+        return loss(model, batch)
+
+    loader = make(setup["loader"].dataset)
+
+    def begin():
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+
+    begin()
+    options = {"methods": (nusam.RWP,), "rhos": (0.1,), "steps": 7, "seeds": 2, "delay": 0.99}
+    expected = [x for x, _ in make(setup["loader"].dataset)]
+    begin()
+    nusam.find_rho(**{**setup, "loader": loader, "loss": watched, "score": lambda model: 0.0}, **options)
+    trainings = [torch.cat(seen[i : i + 7]) for i in range(0, 28, 7)]  # two seeds alone, two with the method
+    assert len(seen) == 28
+    assert torch.equal(trainings[0], trainings[2])
+    assert torch.equal(trainings[1], trainings[3])
+    assert not torch.equal(trainings[0], trainings[1])
+    assert all(map(torch.equal, expected, [x for x, _ in loader]))
+
+
+class Averaged(torch.optim.SGD):
+    """Takes its steps in training mode, and shows its average in evaluation mode, as schedule-free optimizers do."""
+
+    training = False
+
+    def train(self):
+        self._turn(True)
+
+    def eval(self):
+        self._turn(False)
+
+    def _turn(self, training):
+        if self.training != training:
+            self.training = training
+            for weight in self.param_groups[0]["params"]:
+                weight.data.mul_(0.5 if training else 2.0)
+
+    def step(self, closure=None):
+        if not self.training:
+            raise RuntimeError("not in train mode")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_base_with_modes_trains_in_one_and_is_judged_in_the_other(setup, one_pass):
+    model = nn.Sequential(nn.Linear(5, 3))
+    sizes = []
+
+    def scored(model):
+        sizes.append(float(model[0].weight.detach().norm()))
+        return 0.0
+
+    given = {**setup, "model": model, "score": scored}
+    options = {"methods": (nusam.NuSAM,), "rhos": (0.1,), "steps": 2, "seeds": 1, "confirm": 2, "one_pass": one_pass}
+    nusam.find_rho(**{**given, "base": lambda copy: Averaged(copy.parameters(), lr=0.0)}, **options)
+    assert sizes == pytest.approx([float(model[0].weight.detach().norm())] * len(sizes))
+    schedulefree = pytest.importorskip("schedulefree")
+    given["base"] = lambda copy: schedulefree.AdamWScheduleFree(copy.parameters(), lr=1e-2)
+    found = nusam.find_rho(**given, **options)
+    opt = found.verdict.go_on(model, given["base"])
+    opt.train()
+    loss(model, next(iter(setup["loader"]))).backward()
+    opt.step()

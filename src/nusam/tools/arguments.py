@@ -1,7 +1,7 @@
 """What the tools are given: each refusal is one sentence, and comes before anything is computed."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from nusam.guards.checks import check_radius
 from nusam.optimizer import SharpnessAware
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "check_takes_options",
     "check_several",
     "check_takes",
+    "checked_radii",
     "first_sentence",
+    "listed",
     "shortly",
 ]
 
@@ -112,6 +115,24 @@ def check_takes(what: str, function: Any, *takes: str) -> None:
         return
     except TypeError as error:
         raise TypeError(f"{what} must be a function of {arguments}, got one that takes others: {error}.") from None
+
+
+def checked_radii(rhos: Sequence[float] | float, methods: Sequence[Any]) -> list[float]:
+    """Sorted; each a radius, and positive."""
+    rhos = listed(rhos)
+    if not methods or not rhos:
+        raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
+    for rho in rhos:
+        check_radius(rho)
+        if rho == 0:
+            raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
+    return sorted(map(float, rhos))
+
+
+def listed(numbers: Any) -> list[Any]:
+    """One or several, also as an array or a tensor."""
+    numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    return list(numbers) if isinstance(numbers, Iterable) else [numbers]
 
 
 def first_sentence(error: Exception) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nusam.guards.checks import check_count, check_radius, check_share
+from nusam.guards.checks import check_count, check_share
 from nusam.methods import SAM, NuSAM
 from nusam.tools.arguments import (
     check_batches,
@@ -22,7 +22,10 @@ from nusam.tools.arguments import (
     check_method,
     check_network,
     check_several,
+    checked_radii,
+    listed,
 )
+from nusam.tools.generators import Generators
 from nusam.tools.trainings import Method, Trained, Trainings, first, values
 from nusam.tools.verdict import Gain, Trial, Verdict, gain_over, per_step
 
@@ -107,8 +110,9 @@ def find_rho(
 
     A trial takes ``steps`` steps with the learning rate of ``base``, raised linearly over the first ``warm_up`` share
     of them and lowered by a cosine to 0, perturbed after the first ``delay`` share (§5.1.1 of the paper). All trials
-    of a seed see the same batches in the same order, if the loader shuffles by torch's global generator. The model,
-    and the global generator of the CPU, are left as they were found. It costs about
+    of a seed see the same batches in the same order: the global generators of torch, numpy and Python are seeded for
+    each, and so are those that a loader, its sampler, its data set or its transforms hold. All of these, and the model,
+    are left as they were found. It costs about
     ``2 · len(methods) · len(rhos) · seeds · steps`` passes, and memory for one more model with its optimizer.
 
     With ``confirm`` it ends in a verdict. The base optimizer alone is also given as many seconds as each method takes.
@@ -166,8 +170,8 @@ def find_rho(
     methods = list(methods)
     for method in methods:
         check_method("methods", method)
-    radii = _checked_radii(RHOS if rhos is None else rhos, methods)
-    shares = _listed(ascent_share)
+    radii = checked_radii(RHOS if rhos is None else rhos, methods)
+    shares = listed(ascent_share)
     if not shares or len(set(shares)) < len(shares):
         raise ValueError(f"ascent_share must be a number or several different ones, got {ascent_share!r}.")
     for share in shares:
@@ -188,31 +192,15 @@ def find_rho(
     def judge(trained: nn.Module) -> float:
         return -fmean(values(trained, loss, validation))
 
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    generators = Generators(loader, validation)
+    with generators.put_back(), torch.enable_grad():
         like = None if score else first(validation)
-        trainings = Trainings(model, base, loss, loader, steps, delay, warm_up, one_pass, like)
+        trainings = Trainings(model, base, loss, loader, steps, delay, warm_up, one_pass, generators, like)
         search = _Search(trainings, named, score or judge, report or (lambda trial: None))
         for method in methods:
             for share in shares:
                 trainings.prepared(method, radii[0], share)  # what is refused is refused before anything is trained
         return search.run(radii, shares, range(seeds), range(seeds, seeds + confirm), bracket=rhos is None)
-
-
-def _checked_radii(rhos: Sequence[float] | float, methods: Sequence[Method]) -> list[float]:
-    rhos = _listed(rhos)
-    if not methods or not rhos:
-        raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
-    for rho in rhos:
-        check_radius(rho)
-        if rho == 0:
-            raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
-    return sorted(map(float, rhos))
-
-
-def _listed(numbers: Any) -> list[Any]:
-    """One or several, also as an array or a tensor."""
-    numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
-    return list(numbers) if isinstance(numbers, Iterable) else [numbers]
 
 
 @dataclass(frozen=True)

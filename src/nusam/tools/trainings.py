@@ -19,6 +19,7 @@ from nusam.lmo import Nuclear
 from nusam.one_pass.looking import checked
 from nusam.optimizer import SharpnessAware
 from nusam.tools.arguments import check_takes_options, first_sentence, shortly
+from nusam.tools.generators import Generators
 
 __all__ = ["Method", "Trained", "Trainings", "first", "values"]
 
@@ -55,6 +56,7 @@ class Trainings:
     delay: float
     warm_up: float
     one_pass: bool
+    generators: Generators
     like: Any = None
     """A batch that the loss also gets, or None."""
 
@@ -112,13 +114,16 @@ class Trainings:
     def run(self, method: Method | None, rho: float, share: float, seed: int, steps: int) -> Trained:
         """Train for so many steps."""
         trained, optimizer = self.prepared(method, rho, share)
-        torch.manual_seed(seed)
+        _switched(optimizer, "train")
+        self.generators.seed(seed)
         batches = self.alike(_repeated(self.loader, steps))
         taken = _in_one_pass if self.one_pass and method is not None else _step_by_step
         gradients = taken(trained, optimizer, self.loss, batches)
         began = _now(trained)
         _train(optimizer, gradients, max(1, int(self.warm_up * steps)), steps)
-        return Trained(trained, optimizer, _now(trained) - began)
+        seconds = _now(trained) - began
+        _switched(optimizer, "eval")
+        return Trained(trained, optimizer, seconds)
 
     def alike(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, if the first is of the kind of those to validate on: else one of them is no batch."""
@@ -144,6 +149,13 @@ def _radius_of(method: Method) -> str:
     except ValueError:  # of what has none
         return "rho"
     return "sigma" if "sigma" in parameters and "rho" not in parameters else "rho"
+
+
+def _switched(optimizer: Optimizer, mode: str) -> None:
+    """To train or eval, where an optimizer has these modes, as the schedule-free ones do."""
+    switch = getattr(optimizer, mode, None)
+    if callable(switch):
+        switch()
 
 
 def _now(model: nn.Module) -> float:
