@@ -14,6 +14,10 @@ import pytest
 from PIL import Image
 
 from nusam.experiments.commands import main as command
+from nusam.experiments.recipes import demo as recipe
+from nusam.experiments.recipes.demo import CONTENDERS, collapsed
+from nusam.experiments.training.data import load
+from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
 
 NUSAM = Path(sysconfig.get_path("scripts")) / "nusam"
 
@@ -113,6 +117,40 @@ def test_images_of_ones_own_keep_their_labels(tmp_path):
     assert "drawn anew" not in done.stdout
     recipes = [row["cell"]["recipe"]["wrong_labels"] for row in runs_of(tmp_path / "out").values()]
     assert set(recipes) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("guessing", "good", "bad"), [(50.0, 57.0, 53.0), (33.4, 65.0, 36.0), (90.0, 91.5, 90.0), (10.0, 20.0, 11.0)]
+)
+def test_what_is_near_chance_is_told_in_one_line(guessing, good, bad):
+    """Of two classes or three too, where twice the accuracy of guessing would be perfect."""
+    labels = [contender.label for contender in CONTENDERS]
+    every = {label: [good, good] for label in labels}
+    assert collapsed("ViT", every, guessing) == []
+    (line,) = collapsed("ViT", {**every, "AdamW": [bad, good], "AdamW, best epoch": [bad, bad]}, guessing)
+    assert line == f"- ViT: 1 of 2 of AdamW ended near chance, which is {guessing:.0f}%: too few epochs."
+    (line,) = collapsed("ViT", {**every, "SAM": [bad, bad], "νSAM": [bad, good]}, guessing)
+    assert "- ViT: 2 of 2 of SAM and 1 of 2 of νSAM ended near chance" in line
+    assert line.endswith("too few epochs, or ρ is too large.")
+
+
+def test_nobody_knows_whether_labels_of_ones_own_are_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe.Contest, "outcomes", lambda self, store, label: [OUTCOME])
+    monkeypatch.setattr(recipe.Contest, "radius", lambda self, store, label: 0.1)
+    monkeypatch.setattr(recipe.Bench, "hold", lambda self, contests: None)
+    monkeypatch.setattr(recipe, "_seconds", lambda contest, bench, source: dict.fromkeys(contest.contenders, 1.0))
+    bench = recipe.Bench(None, "", "", tmp_path, 1, "cpu", None)
+    source = load("digits", tmp_path)
+    for data, wrong, said in (
+        ("folder", 0.0, "797 test images, after"),
+        ("folder", 0.4, "whose labels are as they were given, after"),
+        ("digits", 0.4, "whose labels are right, after"),
+    ):
+        result = recipe.Demo(data, Recipe(1, wrong_labels=wrong), 1, None).run(bench, source)
+        assert said in result.notes[0]
+
+
+OUTCOME = Outcome(Run("mixer", "adamw", 0.0, 0), [Epoch(0.1, 0.9, 0.9)], 0.9, 0, 0, 1.0)
 
 
 @pytest.fixture

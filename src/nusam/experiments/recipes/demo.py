@@ -1,9 +1,11 @@
 """What SAM is for, on two processor cores: images of which some labels are wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from nusam.experiments.pages.result import Curve, Result
 from nusam.experiments.recipes.experiment import Bench
@@ -12,19 +14,20 @@ from nusam.experiments.runs.contest import Contender, Contest, Setting, mean_and
 from nusam.experiments.training.data import Source, with_wrong_labels
 from nusam.experiments.training.methods import METHODS
 from nusam.experiments.training.models import SMALL, TITLES
-from nusam.experiments.training.own import content_of
+from nusam.experiments.training.own import OWN, content_of
 from nusam.experiments.training.spec import Recipe, Run
 
-__all__ = ["CONTENDERS", "Demo", "price"]
+__all__ = ["CONTENDERS", "Demo", "collapsed", "price"]
 
 SHARE = 1 / 8
 TUNING = (0,)  # the seed on which ρ is chosen, and which is reported too
 AT_BEST = Contender("AdamW, best epoch", "adamw", at_best=True)
 AT_A_SHARE = Contender("νSAM at 1/8", "nusam", {"ascent_share": SHARE})
+ALONE = (ADAMW.label, AT_BEST.label)
 CONTENDERS = (ADAMW, AT_BEST, SAM, NUSAM, AT_A_SHARE)
 COLUMNS = ["model", "method", "ρ", "accuracy", "over AdamW", "work", "time", "floats of ε"]
 SCORED_EVERY = 2  # epochs: scoring takes a third of the time otherwise
-NEAR_CHANCE = 2  # times the accuracy of guessing
+NEAR_CHANCE = 10  # the part of the way from guessing to no error that is near
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,22 @@ class Demo:
         contests = [Contest(replace(setting, model=model, radii=self.radii(model)), CONTENDERS) for model in SMALL]
         bench.hold(contests)
         source = with_wrong_labels(source, recipe.wrong_labels)
-        rows, curves, collapsed = [], [], []
+        rows, curves, near_chance = [], [], []
         for contest in contests:
             seconds = _seconds(contest, bench, source)
             rows += [_row(contest, bench, label, seconds) for label in contest.contenders]
             curves += _over_epochs(contest, bench) + _over_price(contest, bench)
-            collapsed += _collapsed(contest, bench, source.classes)
+            accuracies = {label: contest.accuracies(bench.store, label) for label in contest.contenders}
+            near_chance += collapsed(TITLES[contest.setting.model], accuracies, _guessing(source))
         sizes = source.sizes
         title = f"{source.title}: {sizes['train']} training images, {recipe.epochs} epochs"
-        chosen = "; ρ on the first seed."
+        chosen, labels = "; ρ on the first seed.", ""
         if recipe.wrong_labels:
+            labels = ", whose labels are right" if self.data not in OWN else ", whose labels are as they were given"
             chosen = f", whose labels are as wrong as those for training{chosen}"
         notes = [
-            f"Accuracy: in % on {sizes['test']} test images, whose labels are right, after the last epoch; ± standard "
-            f"error of {self.seeds} seeds. Over AdamW: of the differences seed by seed.",
+            f"Accuracy: in % on {sizes['test']} test images{labels}, after the last epoch; ± standard error "
+            f"of {self.seeds} seeds. Over AdamW: of the differences seed by seed.",
             f"ρ, and the epoch of “{AT_BEST.label}”, were chosen on {sizes['validation']} validation images{chosen}",
             "Work: operations of a step over AdamW's, which is what a large model's step takes. Time: of a "
             "step, measured here over AdamW's; a model this small spends most of it on launching operations, twice for "
@@ -73,7 +78,7 @@ class Demo:
             "tuning_seeds": list(TUNING),
             "train_size": sizes["train"],
         }
-        return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(collapsed), notes, made_of)
+        return Result("demo", title, "", self.data, COLUMNS, rows, curves, "\n".join(near_chance), notes, made_of)
 
     def radii(self, model: str) -> Mapping[str, tuple[float, ...]]:
         """The candidates by contender: larger where labels are wrong, and where the ascent sees a share."""
@@ -137,16 +142,26 @@ def _over_price(contest: Contest, bench: Bench) -> list[Curve]:
     return curves
 
 
-def _collapsed(contest: Contest, bench: Bench, classes: int) -> list[str]:
-    lines = []
-    for label in contest.contenders:
-        accuracies = contest.accuracies(bench.store, label)
-        bad = sum(accuracy < 100 * NEAR_CHANCE / classes for accuracy in accuracies)
-        if bad:
-            rho = contest.radius(bench.store, label)
-            reason = f", or ρ = {rho:g} is too large" if rho else ""
-            lines.append(
-                f"- {bad} of {len(accuracies)} runs of {TITLES[contest.setting.model]}, {label}, ended near chance: "
-                f"too few epochs{reason}."
-            )
-    return lines
+def collapsed(model: str, accuracies: Mapping[str, Sequence[float]], guessing: float) -> list[str]:
+    """A line for a model of which runs ended near chance: a tenth of the way, or less, from guessing to no error.
+
+    Args:
+        model: its title.
+        accuracies: in %, by contender.
+        guessing: the accuracy of naming the most frequent class, in %.
+    """
+    level = guessing + (100 - guessing) / NEAR_CHANCE
+    bad = {label: sum(accuracy < level for accuracy in seeds) for label, seeds in accuracies.items()}
+    if bad[ADAMW.label]:
+        bad[AT_BEST.label] = 0  # the same trainings
+    told = [f"{count} of {len(accuracies[label])} of {label}" for label, count in bad.items() if count]
+    if not told:
+        return []
+    reason = ", or ρ is too large" if any(count for label, count in bad.items() if label not in ALONE) else ""
+    runs = f"{', '.join(told[:-1])} and {told[-1]}" if told[1:] else told[0]
+    return [f"- {model}: {runs} ended near chance, which is {guessing:.0f}%: too few epochs{reason}."]
+
+
+def _guessing(source: Source) -> float:
+    counts = np.bincount(source.test_labels)
+    return 100 * float(counts.max() / counts.sum())
