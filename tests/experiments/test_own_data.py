@@ -168,6 +168,26 @@ def test_a_link_to_nowhere_is_named(odd):
         load("folder", odd, image_size=32)
 
 
+@pytest.mark.parametrize("place", ["train", "train/fox", "test/fox", "train/eel/deeper", "test/rare/notes.txt"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_every_link_that_leads_nowhere_is_named(odd, place, target):
+    """That of a class, of a folder in it or of what is no image by its name: it might have been one."""
+    if place == "train":
+        (odd / "train").rename(odd.parent / "gone")
+    link = odd / place
+    link.symlink_to(link if target == "itself" else odd / "nowhere")
+    with pytest.raises(Refused) as refusal:
+        load("folder", odd, image_size=32)
+    said = str(refusal.value)
+    assert said == f"{link} could not be read as an image or a folder (the link leads nowhere); mend or remove it."
+
+
+def test_a_hidden_link_that_leads_nowhere_is_passed_over(odd):
+    (odd / "train" / ".lock").symlink_to(odd / "nowhere")
+    (odd / "train" / "eel" / "._link.png").symlink_to(odd / "nowhere")
+    load("folder", odd, image_size=32)
+
+
 def test_an_image_too_large_to_open_is_named(odd, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(Refused, match=r"could not be read as an image .*limit"):
@@ -212,6 +232,49 @@ def test_a_photo_stands_as_it_was_taken(odd):
     (seen,) = image_folders.pixels("folder", odd, [path], 20)
     standing = np.asarray(image.rotate(-90, expand=True).crop((0, 10, 20, 30)))
     assert np.abs(seen.transpose(1, 2, 0).astype(int) - standing).mean() < 12
+
+
+def bitmap(bits, compression=0, masks=b""):
+    """4 × 4 pixels of noise, which Pillow reads and can't write."""
+    data = np.random.default_rng(0).integers(0, 256, 2 * bits, np.uint8).tobytes()
+    start = 54 + len(masks)
+    header = struct.pack("<IHHI", start + len(data), 0, 0, start)
+    header += struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, bits, compression, len(data), 0, 0, 0, 0)
+    return b"BM" + header + masks + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bitmap(16), bitmap(16, 3, struct.pack("<III", 0xF800, 0x7E0, 0x1F)), bitmap(32), b"P6 2 2 100\n" + bytes(12)],
+)
+def test_bits_of_all_colours_together_are_no_bits_of_one(odd, content):
+    """5, 6 and 5 bits are not 16 of a colour."""
+    path = odd / "train" / "eel" / ("few.bmp" if content.startswith(b"BM") else "few.ppm")
+    path.write_bytes(content)
+    assert image_folders.pixels("folder", odd, [path], None).shape[:2] == (1, 3)
+
+
+@pytest.mark.parametrize("largest", [256, 1023, 65535])
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+def test_a_large_value_of_white_is_named(odd, kind, largest):
+    count = 4 if kind in ("P2", "P5") else 12
+    body = bytes(2 * count) if kind in ("P5", "P6") else b"1 " * count
+    path = odd / "train" / "eel" / ("deep.pgm" if count == 4 else "deep.ppm")
+    path.write_bytes(f"{kind} 2 2 {largest}\n".encode() + body)
+    with pytest.raises(Refused, match=r"deep\.p.m has more than 8 bits for a colour"):
+        load("folder", odd, image_size=32)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+def test_a_file_of_several_pages_is_named(odd, suffix, mode):
+    pages = [picture(number, (8, 8), mode) for number in range(3)]
+    path = odd / "train" / "eel" / f"scan{suffix}"
+    write(path, pages[0], format="TIFF", save_all=True, append_images=pages[1:])
+    with pytest.raises(Refused, match=r"scan\..* has 3 pages, of which one would be seen; save that alone"):
+        load("folder", odd, image_size=32)
+    write(path, pages[0], format="TIFF")
+    load("folder", odd, image_size=32)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])

@@ -20,7 +20,8 @@ SMALL = 32  # pixels on a side, which the small models are quick with
 UNREAD = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".nef")
 # More than a byte for a colour, of which a conversion would keep what fits: as a mode, and as its decoder has it.
 DEEP, DEEP_RAW = ("I", "F"), (";16", ";12", ";32")
-ANIMATED = ("PNG", "WEBP", "GIF")  # a JPEG of several images is one photo, as telephones make it
+ALL_OF_16 = "'BGR;16'"  # 5, 6 and 5 bits
+PHOTOS = ("JPEG", "MPO")  # of which several images are one photo, as telephones make it
 HIDDEN = (".", "__MACOSX")
 
 
@@ -31,6 +32,8 @@ class Folder(NamedTuple):
     classes: list[str]
     files: list[Path]
     targets: list[int]
+    others: list[Path]
+    """Files that are no images, and are passed over."""
 
 
 def require_train_and_test(name: str, root: Path, or_fetch: str = "") -> None:
@@ -41,6 +44,8 @@ def require_train_and_test(name: str, root: Path, or_fetch: str = "") -> None:
         root: the folder.
         or_fetch: the end of the sentence, where they can be fetched.
     """
+    for part in (root / "train", root / "test"):
+        _require_target(part)
     if (root / "train").is_dir() and (root / "test").is_dir():
         return
     others = " or cifar-10-batches-py" if name.startswith("cifar10") else ""
@@ -68,16 +73,21 @@ def found(name: str, path: Path) -> Folder:
         path: the folder with a folder for each class.
 
     Raises:
-        Refused: if there is no class, or one without images, or an image of a kind that is not read.
+        Refused: if there is no class, or one without images, or an image of a kind that is not read, or a link that
+            leads nowhere.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS as READ
 
     kinds = ", ".join(READ)
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    visible = sorted(entry for entry in path.iterdir() if not entry.name.startswith(HIDDEN))
+    for entry in visible:
+        _require_target(entry)
+    classes = [entry.name for entry in visible if entry.is_dir()]
     if not classes:
         raise Refused(f"--data {name} needs a folder of images for each class in {path}, and found none; add them.")
-    for entry in sorted(path.iterdir()):
-        if entry.is_file() and entry.suffix.lower() in (*READ, *UNREAD) and not entry.name.startswith(HIDDEN):
+    others = [entry for entry in visible if entry.is_file()]
+    for entry in others:
+        if entry.suffix.lower() in (*READ, *UNREAD):
             raise Refused(f"{entry} lies beside the folders of the classes; move it into one of them, or remove it.")
     files: list[Path] = []
     targets: list[int] = []
@@ -90,11 +100,19 @@ def found(name: str, path: Path) -> Folder:
             if suffix in READ:
                 files.append(file)
                 targets.append(target)
+            else:
+                others.append(file)
         if len(files) == before:
             raise Refused(
                 f"--data {name} found no image ({kinds}) in the class {path / label}; add some, or remove the folder."
             )
-    return Folder(path, classes, files, targets)
+    return Folder(path, classes, files, targets, others)
+
+
+def _require_target(path: Path) -> None:
+    """Refuse a link that leads nowhere: nobody can tell what it would add."""
+    if path.is_symlink() and not path.exists():
+        raise Refused(f"{path} could not be read as an image or a folder (the link leads nowhere); mend or remove it.")
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -109,8 +127,10 @@ def _visible(folder: Path) -> Iterator[Path]:
         if here.resolve() in (*above, *folder.resolve().parents):
             raise Refused(f"{here} is a link to a folder that it lies in; remove it.")
         folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-        visible = (here / name for name in sorted(names) if not name.startswith(HIDDEN))
-        yield from (path for path in visible if path.is_file() or path.is_symlink())
+        for path in (here / name for name in sorted(names) if not name.startswith(HIDDEN)):
+            _require_target(path)
+            if path.is_file():
+                yield path
 
 
 def pixels(name: str, root: Path, files: list[Path], image_size: int | None) -> NDArray[np.uint8]:
@@ -153,11 +173,12 @@ def _opened(file: Path) -> "Image.Image":
 
     try:
         with Image.open(file) as image:
-            raw = str([tile[3] for tile in getattr(image, "tile", [])])
-            if image.mode.startswith(DEEP) or any(kind in raw for kind in DEEP_RAW):
+            if _is_deep(image):
                 raise Refused(f"{file} has more than 8 bits for a colour, which would be cut off; save it with 8 bits.")
-            if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
-                raise Refused(f"{file} has {image.n_frames} frames, of which one would be seen; save that alone.")
+            count = getattr(image, "n_frames", 1)
+            if count > 1 and image.format not in PHOTOS:
+                parts = "pages" if image.format == "TIFF" else "frames"
+                raise Refused(f"{file} has {count} {parts}, of which one would be seen; save that alone.")
             image = ImageOps.exif_transpose(image)
             if "transparency" in image.info:
                 image = image.convert("RGBA")  # as PIL asks for on the way to RGB
@@ -166,5 +187,15 @@ def _opened(file: Path) -> "Image.Image":
     except Refused:
         raise
     except Exception as error:  # whatever a decoder finds wrong with a file
-        reason = str(error).split(f" {str(file)!r}")[0].splitlines()[0].removesuffix(".") or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error).split(f" {str(file)!r}")[0] or type(error).__name__
+        reason = said.splitlines()[0].removesuffix(".")
         raise Refused(f"{file} could not be read as an image ({reason}); replace it, or remove it.") from error
+
+
+def _is_deep(image: "Image.Image") -> bool:
+    """Whether a colour has more than 8 bits, by the mode, or by what the decoder is told of the file."""
+    told = [tile[3] for tile in getattr(image, "tile", [])]
+    if image.format == "PPM":  # (mode, largest value)
+        return any(isinstance(args, tuple) and args[1] > 255 for args in told) or image.mode.startswith(DEEP)
+    raw = str(told).replace(ALL_OF_16, "")
+    return image.mode.startswith(DEEP) or any(kind in raw for kind in DEEP_RAW)
