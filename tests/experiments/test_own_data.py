@@ -402,6 +402,42 @@ def test_an_order_is_changed_only_where_a_class_is_missing(seed):
             assert (np.bincount(labels[found[:count]], minlength=classes) >= wanted).all()
 
 
+def test_files_of_other_kinds_are_counted_and_sizes_are_told(odd, tmp_path, monkeypatch, capsys):
+    line = ("train", "--data", "folder", "--data-root", odd, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "o")
+    code, said = run(monkeypatch, capsys, *line, "--train-size", 20)
+    assert code == 0
+    said = " ".join(said.split())
+    assert "6 files that are no images are passed over (.db, .md, .txt)." in said
+    assert "my pictures: 13 images to train with, 13 for validation, 8 for the test." in said
+    assert "--train-size 20 can't be met, as some are kept for validation; 13 are taken." in said
+    outcome = json.loads((tmp_path / "o" / "outcome.json").read_text())
+    assert outcome["sizes"] == {"train": 13, "validation": 13, "test": 8}
+    assert outcome["data"]["train_size"] == 13
+    for part in ("train", "test"):
+        for other in (f"{part}/README.md", f"{part}/eel/notes.txt", f"{part}/eel/Thumbs.db"):
+            (odd / other).unlink()
+    assert load("folder", odd, 13, image_size=8).notes == ()
+
+
+@pytest.mark.parametrize("data", ["digits", "sentences"])
+def test_a_size_that_can_not_be_met_is_said_of_any_data(data, tmp_path):
+    source = load(data, tmp_path, 5000)
+    (note,) = source.notes
+    assert note.startswith("--train-size 5000 can't be met")
+    assert note.endswith(f"{source.train_size} are taken.")
+    assert note in source.told
+    assert load(data, tmp_path, 20).notes == load(data, tmp_path, 0).notes == load(data, tmp_path).notes == ()
+
+
+def test_a_folder_that_was_renamed_is_gone_on_with(odd, tmp_path, monkeypatch, capsys):
+    line = ("train", "--data", "folder", "--image-size", 8, "--epochs", 1, "--out", tmp_path / "o")
+    assert run(monkeypatch, capsys, *line, "--data-root", odd)[0] == 0
+    odd.rename(tmp_path / "other")
+    code, said = run(monkeypatch, capsys, *line, "--data-root", tmp_path / "other", "--resume")
+    assert code == 0, said
+    assert json.loads((tmp_path / "o" / "outcome.json").read_text())["data"]["title"] == "other"
+
+
 def test_image_size_is_for_images_of_ones_own(odd, tmp_path, monkeypatch, capsys):
     for command in ("train", "find-rho"):
         line = (command, "--data", "digits", "--image-size", 16, "--out", tmp_path / "out")

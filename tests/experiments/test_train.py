@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import pairwise
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 from nusam.experiments.errors import Refused
-from nusam.experiments.files import save_whole
+from nusam.experiments.files import alone_in, save_whole
 from nusam.experiments.runs.progress import Bars, describe
 from nusam.experiments.runs.store import Cell
 from nusam.experiments.training.checkpoint import Checkpoint, _generators, _set_generators
@@ -39,9 +40,9 @@ CPU = torch.device("cpu")
 IDENTITY = {"run": {"seed": 0}}
 
 
-def trained(*arguments):
+def trained(*arguments, check=True):
     """What the command says of a run."""
-    return nusam("train", *SMALL, *arguments)
+    return nusam("train", *SMALL, *arguments, check=check)
 
 
 def in_a_process(*arguments):
@@ -262,6 +263,38 @@ def test_outcome_says_on_what_it_was_trained(undisturbed):
     device = outcome["machine"].pop("device")
     assert outcome["machine"] == expected
     assert re.fullmatch(r"cpu \(.+\)", device)  # with the processor's model
+
+
+@pytest.mark.parametrize("command", [["train", *SMALL], ["find-rho", "--rhos", "0.1"]])
+def test_two_processes_do_not_fill_one_folder(command, tmp_path):
+    pytest.importorskip("fcntl")
+    with alone_in(tmp_path):
+        done = nusam(*command, "--out", tmp_path, check=False)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert f"--out {tmp_path} is being filled by another process; wait for it, or name another folder." in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "lower"), [("none", "lower the learning rate."), ("sam", "lower the learning rate or rho.")]
+)
+def test_a_run_that_diverges_says_so(method, lower, tmp_path):
+    options = ("--method", method, "--base", "sgd", "--learning-rate", "1e20", "--epochs", "2", "--out", tmp_path)
+    done = trained(*options, check=False)
+    assert done.returncode == 1
+    assert f"The run diverged: its loss is not finite from epoch 1 on; {lower}" in " ".join(done.stdout.split())
+    outcome = json.loads((tmp_path / "outcome.json").read_text(), parse_constant=pytest.fail)
+    assert outcome["epochs"][-1]["train_loss"] is None
+    assert outcome["test_accuracy"] is not None
+
+
+@pytest.mark.parametrize("options", [[], ["--delay", "0.9"]])
+def test_the_delay_of_the_command_is_no_reason_for_a_warning(options, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained("--epochs", "11", "--train-size", "32", *options, "--out", tmp_path)
+    assert not [warning for warning in caught if "active" in str(warning.message)]
 
 
 @pytest.mark.parametrize(

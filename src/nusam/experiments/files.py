@@ -1,14 +1,21 @@
 """Files that are whole whenever they are read, also if the program was stopped while it wrote them."""
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nusam.experiments.errors import Refused
 
-__all__ = ["save_whole", "write_whole", "writing_to"]
+try:
+    import fcntl
+except ImportError:  # Windows: folders are then not guarded
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["alone_in", "save_whole", "write_json", "write_whole", "writing_to"]
 
 
 @contextmanager
@@ -19,6 +26,45 @@ def writing_to(out: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise Refused(f"--out {out} can't be written to ({why}); make room there, or name another folder.") from error
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Inside, no other process fills the folder that --out names; the lock vanishes with the process.
+
+    Raises:
+        Refused: if another one does.
+    """
+    if fcntl is None:
+        yield
+        return
+    with writing_to(out):
+        folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused(
+                f"--out {out} is being filled by another process; wait for it, or name another folder."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As :func:`write_whole`; a number that is not finite, which JSON does not have, becomes null."""
+    write_whole(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import tyro
 
 from nusam.experiments.commands.setups import imported
 from nusam.experiments.errors import Refused
-from nusam.experiments.files import writing_to
+from nusam.experiments.files import alone_in, writing_to
 from nusam.experiments.limits import at_least, not_negative, pixels_on_a_side, some_of
 from nusam.experiments.training.data import Source, load
 from nusam.experiments.training.devices import require_device
@@ -78,6 +78,7 @@ class FindRho:
         from nusam.experiments.commands.rho_search import RhoSearch, built_in
 
         if isinstance(given, Source):
+            print(given.told)
             given = built_in(given, self.model, self.base, self.learning_rate, self.device)
         search = RhoSearch(
             self.methods,
@@ -89,7 +90,8 @@ class FindRho:
             self.confirm,
             self.out,
         )
-        return search.run(given)
+        with alone_in(self.out):
+            return search.run(given)
 
     def _source(self) -> Source:
         """What --model learns from, where that is possible."""

@@ -1,6 +1,5 @@
 """The search for ρ that ``nusam find-rho`` asks for: its trainings, its table, its figure and what it leaves."""
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nusam
 from nusam.experiments.errors import Refused
-from nusam.experiments.files import save_whole, write_whole
+from nusam.experiments.files import save_whole, write_json
 from nusam.experiments.pages.radius_figure import draw
 from nusam.experiments.training.building import build
 from nusam.experiments.training.data import Source
@@ -107,10 +106,10 @@ class RhoSearch:
                 "command": " ".join(["nusam", *sys.argv[1:]]),
                 "suggestions": found.suggestions,
                 "verdict": found.verdict and _told(found.verdict),
-                "trials": [_plain(trial) for trial in (found.base, *found.trials)],
-                "base at equal seconds": [_plain(trial) for trial in found.at_equal_seconds.values()],
+                "trials": [asdict(trial) for trial in (found.base, *found.trials)],
+                "base at equal seconds": [asdict(trial) for trial in found.at_equal_seconds.values()],
             }
-            write_whole(self.out / "rho.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+            write_json(self.out / "rho.json", content)
             draw(found, self.out / "rho.png")
             if found.verdict:
                 states = {"model": found.verdict.weights, "optimizer": found.verdict.optimizer_state}
@@ -119,25 +118,16 @@ class RhoSearch:
             raise Refused(f"--out {self.out} can't be written to ({error.strerror}); name another folder.") from error
 
 
-def _finite(number: float) -> float | None:
-    """JSON has no infinity, which the score of a diverged training is."""
-    return number if math.isfinite(number) else None
-
-
-def _plain(trial: Trial) -> dict[str, Any]:
-    return {**asdict(trial), "scores": [_finite(score) for score in trial.scores]}
-
-
 def _told(verdict: Verdict) -> dict[str, Any]:
     return {
         "sentence": str(verdict),
         "helps": verdict.helps,
         "bracketed": verdict.bracketed,
-        "gain": _finite(verdict.gain.mean),
-        "half of its 95% interval": _finite(verdict.gain.half_width),
+        "gain": verdict.gain.mean,
+        "half of its 95% interval": verdict.gain.half_width,
         "price": verdict.price,
-        "trial": _plain(verdict.trial),
-        "base": _plain(verdict.base),
+        "trial": asdict(verdict.trial),
+        "base": asdict(verdict.base),
     }
 
 

@@ -91,7 +91,7 @@ class Train:
     """Go on from the checkpoint in --out, if there is one; the options must be the same."""
 
     def __call__(self) -> int:
-        """Run it; the exit code: 0 done, 130 stopped and saved."""
+        """Run it; the exit code: 0 done, 1 done and diverged, 130 stopped and saved."""
         self._check()
         run, recipe = self._wanted()
         require_device(self.device)
@@ -128,12 +128,14 @@ class Train:
     def _identity(self, run: Run, recipe: Recipe, source: Source) -> dict[str, dict[str, object]]:
         """What a checkpoint must be of to be gone on from."""
         own: dict[str, object] = {"image_size": self.image_size or "as it is"} if self.data == "folder" else {}
-        if self.data in OWN:
+        if self.data in OWN:  # their title is the folder's name, which may change
             own["files"] = content_of(self.data, source)
+        else:
+            own["title"] = source.title
         return {
             "run": asdict(run),
             "recipe": asdict(recipe),
-            "data": {"data": self.data, "title": source.title, "train_size": self.train_size, **own},
+            "data": {"data": self.data, "train_size": self.train_size, **own},
             "machine": {"precision": self.precision, "compile": self.compile, "parallel": self.parallel},
         }
 

@@ -55,6 +55,8 @@ def fill(
             wanted = deque(group)
             source = with_wrong_labels(load(data, data_root, size, download), recipe.wrong_labels)
             require_images(recipe.augment, data, source.channels)
+            for note in source.notes:
+                console.print(note, highlight=False)
             for cell in wanted:
                 require_fit(cell.run.model, source.image_size, source.channels)
             import torch

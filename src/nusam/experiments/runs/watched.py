@@ -1,7 +1,8 @@
 """One run that is watched: bars, TensorBoard's events, a checkpoint to go on from, and what it came to."""
 
-import json
+import math
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from rich.console import Console
 
-from nusam.experiments.files import write_whole, writing_to
+from nusam.experiments.files import alone_in, write_json, writing_to
 from nusam.experiments.runs.progress import Bars
 from nusam.experiments.training.checkpoint import Checkpoint
 from nusam.experiments.training.data import Source
@@ -40,18 +41,22 @@ class Watched:
     resume: bool
 
     def train(self, device: str) -> int:
-        """Train it; the exit code: 0 done, 130 stopped and saved.
+        """Train it; the exit code: 0 done, 1 done and diverged, 130 stopped and saved.
 
         Raises:
-            Refused: if the run is not for such data, or the folder can't be read or written.
+            Refused: if the run is not for such data, or the folder can't be read or written, or another process
+                fills it.
         """
         how = self.identity["machine"]
-        with launched(device) as mine:
+        with launched(device) as mine, ExitStack() as stack:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                stack.enter_context(alone_in(self.out))
             return self._on(Machine(mine, how["precision"], how["compile"], how["parallel"]))
 
     def _on(self, machine: Machine) -> int:
         first = not dist.is_initialized() or dist.get_rank() == 0
         console = Console(markup=False, quiet=not first)
+        console.print(self.source.told, highlight=False)
         checkpoint = Checkpoint(self.out / "checkpoint.pt", self.identity, self.resume)
         bars = Bars(console, 1, self.recipe.epochs, self.recipe.base)
 
@@ -81,17 +86,33 @@ class Watched:
             f"{outcome.validation_accuracy:.2%}{judged}; {self.out / 'outcome.json'} has every epoch.",
             highlight=False,
         )
-        return 0
+        diverged = next((n for n, epoch in enumerate(outcome.epochs, 1) if not math.isfinite(epoch.train_loss)), None)
+        if diverged is None:
+            return 0
+        lower = "the learning rate or rho" if self.run.rho else "the learning rate"
+        console.print(
+            f"The run diverged: its loss is not finite from epoch {diverged} on; lower {lower}.", highlight=False
+        )
+        return 1
 
     def _save(self, outcome: Outcome, machine: Machine) -> None:
         where = {"device": device_name(machine.device), "processes": machine.processes}
         content = {
             **self.identity,
+            "data": self._learned_from(),
             "machine": {**self.identity["machine"], **where},
+            "sizes": self.source.sizes,
             "command": " ".join(["nusam", *sys.argv[1:]]),
             "test_accuracy": outcome.test_accuracy,
             "validation_accuracy": outcome.validation_accuracy,
             "seconds": round(outcome.seconds, 2),
             "epochs": [asdict(epoch) for epoch in outcome.epochs],
         }
-        write_whole(self.out / "outcome.json", json.dumps(content, indent=1) + "\n")
+        write_json(self.out / "outcome.json", content)
+
+    def _learned_from(self) -> dict[str, Any]:
+        """The data as asked for, but for a size that could not be met."""
+        data = {**self.identity["data"], "title": self.source.title}
+        if data["train_size"] is not None:
+            data["train_size"] = self.source.train_size
+        return data

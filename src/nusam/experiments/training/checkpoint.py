@@ -1,6 +1,7 @@
 """The state of a run on disk: whole or not at all, and the same for any number of processes."""
 
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,9 @@ class Checkpoint:
         Raises:
             Refused: in every process, if there is no room; the file is the old one then.
         """
-        weights, optimizer = get_state_dict(state.model, state.optimizer, options=_WHOLE)
+        with warnings.catch_warnings():  # the delay is a share of the run's own steps, which are not over
+            warnings.filterwarnings("ignore", "The perturbation has not been active")
+            weights, optimizer = get_state_dict(state.model, state.optimizer, options=_WHOLE)
         drawn = _by_process(_generators(state.model))
         refusal = [""]
         if not dist.is_initialized() or dist.get_rank() == 0:

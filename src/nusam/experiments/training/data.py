@@ -50,6 +50,7 @@ class Source:
     test_labels: Labels
     metric: str = "accuracy"
     always_split: bool = False  # whether every seed has the same images for training
+    notes: tuple[str, ...] = ()  # sentences on what was not done as one may think
 
     @property
     def channels(self) -> int:
@@ -66,6 +67,14 @@ class Source:
         """Images or sentences in each split."""
         validation = len(self.pool_labels) - self.train_size
         return {"train": self.train_size, "validation": validation, "test": len(self.test_labels)}
+
+    @property
+    def told(self) -> str:
+        """What is learned from, in sentences."""
+        kind = "images" if self.channels else "sentences"
+        train, validation, test = (f"{size:,}" for size in self.sizes.values())
+        sizes = f"{self.title}: {train} {kind} to train with, {validation} for validation, {test} for the test."
+        return "\n".join((sizes, *self.notes))
 
 
 def load(
@@ -93,9 +102,8 @@ def load(
     if image_size and name != "folder":
         raise Refused(f"--image-size is for images of your own (--data folder), got {name}; leave it out.")
     try:
-        if name == "folder":
-            return _folder(root, train_size, download, image_size)
-        return DATASETS[name](root, train_size, download)
+        sized = {"image_size": image_size} if name == "folder" else {}
+        source = DATASETS[name](root, train_size, download, **sized)
     except _UNREACHABLE as error:
         raise Refused(
             f"--data {name} could not be downloaded ({error}); connect to the network, or put its files into "
@@ -111,6 +119,12 @@ def load(
             f"--data {name} was found but could not be read: {reason}; put complete files there"
             f"{_or_fetch(name, download)}."
         ) from error
+    if train_size and source.train_size < train_size:
+        note = (
+            f"--train-size {train_size} can't be met, as some are kept for validation; {source.train_size} are taken."
+        )
+        source = replace(source, notes=(*source.notes, note))
+    return source
 
 
 def _or_fetch(name: str, download: bool | None) -> str:
@@ -248,7 +262,8 @@ def _folders(
         (pixels[: len(drawn)], targets[drawn]),
         (pixels[len(drawn) :], np.array(test.targets, np.int64)[tested]),
     )
-    return _subset(title, train_size, *parts, classes=len(train.classes), held_out=held_out)
+    source = _subset(title, train_size, *parts, classes=len(train.classes), held_out=held_out)
+    return replace(source, notes=image_folders.passed_over(train.others + test.others))
 
 
 def _sentences(name: str, title: str, root: Path, train_size: int | None, download: bool | None) -> Source:
@@ -319,7 +334,7 @@ def with_wrong_labels(source: Source, share: float) -> Source:
     return replace(source, title=f"{source.title}, {share:.0%} of the labels drawn anew", pool_labels=labels)
 
 
-DATASETS: dict[str, Callable[[Path, int | None, bool | None], Source]] = {
+DATASETS: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,

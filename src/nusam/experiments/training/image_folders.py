@@ -13,7 +13,7 @@ from nusam.experiments.errors import Refused
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Folder", "found", "pixels", "require_train_and_test"]
+__all__ = ["Folder", "found", "passed_over", "pixels", "require_train_and_test"]
 
 SMALL = 32  # pixels on a side, which the small models are quick with
 # What people call an image and torchvision does not look for.
@@ -131,6 +131,15 @@ def _visible(folder: Path) -> Iterator[Path]:
             _require_target(path)
             if path.is_file():
                 yield path
+
+
+def passed_over(others: list[Path]) -> tuple[str, ...]:
+    """A note on files that are no images, if there are any."""
+    if not others:
+        return ()
+    kinds = ", ".join(sorted({path.suffix or path.name for path in others})[:5])
+    are = "file that is no image is" if len(others) == 1 else "files that are no images are"
+    return (f"{len(others)} {are} passed over ({kinds}).",)
 
 
 def pixels(name: str, root: Path, files: list[Path], image_size: int | None) -> NDArray[np.uint8]:
