@@ -264,6 +264,14 @@ def test_a_batch_is_not_taken_for_batches(setup, which, as_list):
     assert len(found.trials) == 1
 
 
+@pytest.mark.parametrize("rhos", [(0.1, 0.1), (0.2, 0.1, 0.2), np.array([0.1, 0.1, 0.1])])
+def test_a_radius_that_is_named_twice_is_tried_once(setup, rhos):
+    told = []
+    found = nusam.find_rho(**setup, methods=(nusam.SAM,), rhos=rhos, steps=1, seeds=1, report=told.append)
+    assert [trial.rho for trial in found.trials] == sorted(set(map(float, rhos)))
+    assert len(told) == 1 + len(found.trials)
+
+
 def test_what_only_the_score_reads_may_be_of_another_kind(setup):
     given = {**setup, "validation": torch.ones(3, 2), "score": lambda model: 0.0}
     found = nusam.find_rho(**given, methods=(nusam.SAM,), rhos=0.1, steps=1, seeds=1)

@@ -14,7 +14,7 @@ import pytest
 from nusam.experiments.commands.report import Report
 from nusam.experiments.errors import Refused
 from nusam.experiments.pages.page import page
-from nusam.experiments.pages.result import Curve, Result, as_certain
+from nusam.experiments.pages.result import Curve, Result, as_certain, read_all
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -212,6 +212,79 @@ def test_results_come_in_reading_order(html):
     assert anchors == ["figure1-full-imagenet", "table2-cpu-cifar-10-2-000-images", "table10-smoke"]
     assert re.findall(r'<li data-for="([^"]+)"', html) == anchors
     assert re.findall(r'name="scale" value="(\w+)"', html) == ["smoke", "cpu", "full"]
+
+
+STUDY = Result("study", "A study", "desk", "cifar10", ["method"], [{"method": "SAM"}])
+DEMO = Result("demo", "A demo", "", "digits", ["method"], [{"method": "SAM"}])
+
+
+@pytest.mark.parametrize("scale", ["smoke", "desk", "full"])
+def test_the_study_comes_first(tmp_path, scale):
+    """On the page, whatever else there is and in whatever order it is given."""
+    study = replace(STUDY, scale=scale)
+    for results in ([*RESULTS, DEMO, study], [study, DEMO, *RESULTS]):
+        html = page(results)
+        anchors = re.findall(r'<section id="([^"]+)"', html)
+        assert anchors[0] == f"study-{scale}-cifar10"
+        assert re.findall(r'<li data-for="([^"]+)"', html) == anchors
+        assert len(anchors) == 5
+    for result in results:
+        result.write(tmp_path)
+    assert read_all(tmp_path)[0] == study
+    assert re.findall(r'name="scale" value="(\w+)"', page([*RESULTS, STUDY])) == ["smoke", "cpu", "desk", "full"]
+
+
+def test_every_checkbox_has_a_label_and_no_scale_is_not_named():
+    html = page([*RESULTS, STUDY, DEMO])
+    labels = re.findall(r"<label>.*?>(.*?)</label>", html)
+    assert [label.strip() for label in labels] == ["smoke", "cpu", "desk", "full", "without a scale"]
+    assert '<p class="quiet">demo, data digits</p>' in html
+    assert '<span class="quiet">digits</span>' in html
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-7, 3e-9])
+@pytest.mark.parametrize("value", [-1.0, 0.5, 12345.678])
+def test_a_number_whose_error_is_tiny_has_no_tail_of_zeros(value, error):
+    shown = cells(**{"slope": value, "s.e.": error})[-2:]
+    if error:
+        assert float(shown[0]) == pytest.approx(value, abs=1e-9)
+        assert float(shown[1]) == pytest.approx(error, rel=0.05)
+    else:
+        assert shown == cells(slope=value, other=0.0)[-2:]
+
+
+def test_the_command_looks_where_results_are_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match="must be a folder of saved results, got docs/results"):
+        Report()()
+    STUDY.write(tmp_path / "runs" / "results")
+    assert Report()() == 0
+    assert capsys.readouterr().out == "1 result in runs/report.html.\n"
+    for result in RESULTS:
+        result.write(tmp_path / "docs" / "results")
+    Report()()
+    assert "3 results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda saved: saved.pop("curves") and saved.pop("title"), "it lacks title"),
+        (lambda saved: saved.pop("scale"), "it lacks scale"),
+        (lambda saved: saved.update(extra=1), "it has extra, which is unknown"),
+        (lambda saved: saved["curves"][0].pop("label"), "a curve lacks label"),
+        (lambda saved: saved["curves"][0].update(z=1), "a curve has z, which is unknown"),
+        (lambda saved: saved.update(curves=["a"]), "a curve is no JSON object"),
+        (lambda saved: saved.update(curves=3), "curves is no list"),
+    ],
+)
+def test_what_a_file_lacks_is_named(tmp_path, change, sentence):
+    path = RESULTS[2].write(tmp_path)
+    saved = json.loads(path.read_text("utf-8"))
+    change(saved)
+    path.write_text(json.dumps(saved))
+    said = _refusal(tmp_path, tmp_path / "report.html")
+    assert f"{path} is no saved result ({sentence}); repair or remove it" in said
 
 
 def test_the_command_reads_a_folder_and_writes_a_page(tmp_path, capsys):

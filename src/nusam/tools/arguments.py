@@ -118,7 +118,7 @@ def check_takes(what: str, function: Any, *takes: str) -> None:
 
 
 def checked_radii(rhos: Sequence[float] | float, methods: Sequence[Any]) -> list[float]:
-    """Sorted; each a radius, and positive."""
+    """Sorted, and each once; all are positive."""
     rhos = listed(rhos)
     if not methods or not rhos:
         raise ValueError("find_rho needs at least one method and one rho, got none; name some.")
@@ -126,7 +126,7 @@ def checked_radii(rhos: Sequence[float] | float, methods: Sequence[Any]) -> list
         check_radius(rho)
         if rho == 0:
             raise ValueError("rhos must be positive, got 0; the base optimizer alone is tried in any case.")
-    return sorted(map(float, rhos))
+    return sorted(set(map(float, rhos)))
 
 
 def listed(numbers: Any) -> list[Any]:

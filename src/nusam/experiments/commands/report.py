@@ -9,6 +9,8 @@ from nusam.experiments.pages.result import Result, read_all
 
 __all__ = ["Report"]
 
+USUAL = (Path("docs/results"), Path("runs/results"))  # of a clone, and where nusam reproduce saves
+
 
 @dataclass(frozen=True)
 class Report:
@@ -17,14 +19,14 @@ class Report:
     The page needs no network and can be sent as a single file, read on a phone and printed.
     """
 
-    results: Path = Path("docs/results")
-    """Folder of saved results, JSON files."""
+    results: Path | None = None
+    """Folder of saved results, JSON files; docs/results unless given, or runs/results where there is none."""
     out: Path = Path("runs/report.html")
     """The page to write."""
 
     def __call__(self) -> int:
         """Write it; the exit code."""
-        results = _read(self.results)
+        results = _read(self.results or next(filter(Path.is_dir, USUAL), USUAL[0]))
         from nusam.experiments.pages.page import page
 
         _write(self.out, page(results))

@@ -17,12 +17,12 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 import nusam
 from nusam.experiments.pages.looks import LOOKS
-from nusam.experiments.pages.result import Curve, Result, as_certain, rounded
+from nusam.experiments.pages.result import STUDY, Curve, Result, as_certain, rounded
 from nusam.experiments.training.methods import METHODS
 
 __all__ = ["page"]
 
-SCALES = ("smoke", "cpu", "full")
+SCALES = ("smoke", "cpu", "desk", "full")
 WIDTH = 2  # of a line, in pixels
 FEW_POINTS = 25  # up to here each gets a marker
 GREY = "#777777"  # in place of black, which a dark page would swallow
@@ -91,10 +91,10 @@ class Look:
     symbol: str
 
 
-def _in_reading_order(result: Result) -> tuple[list[tuple[int, str]], int, str]:
-    """Table 2 before table 10, and what ran at full scale first."""
+def _in_reading_order(result: Result) -> tuple[bool, list[tuple[int, str]], int, str]:
+    """The study before all others, table 2 before table 10, and what ran at full scale first."""
     parts = [(int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", result.name)]
-    return parts, -SCALES.index(result.scale) if result.scale in SCALES else 0, result.data
+    return result.name != STUDY, parts, -SCALES.index(result.scale) if result.scale in SCALES else 0, result.data
 
 
 def _looks(curves: Sequence[Curve]) -> dict[str, Look]:
@@ -215,8 +215,9 @@ def _cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
     shown = [_shown(row.get(name)) for name in columns]
     for index, (name, following) in enumerate(pairwise(columns)):
         value, error = row.get(name), row.get(following)
-        if following.endswith("s.e.") and _is_number(value) and _is_number(error):
-            shown[index : index + 2] = as_certain(f"{value:.6f} ± {error:.6f}").split(" ± ")
+        if following.endswith("s.e.") and _is_number(value) and _is_number(error) and error > 0:
+            places = max(6, 2 - math.floor(math.log10(error)))
+            shown[index : index + 2] = as_certain(f"{value:.{places}f} ± {error:.{places}f}").split(" ± ")
     return shown
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from nusam.experiments.errors import Refused
 from nusam.experiments.files import write_whole
 
-__all__ = ["Curve", "Result", "as_certain", "read_all", "rounded"]
+__all__ = ["STUDY", "Curve", "Result", "as_certain", "read_all", "rounded"]
+
+STUDY = "study"  # the name of the result that comes first
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Result:
     Attributes:
         name: as the command names it, such as "table2".
         title: a sentence.
-        scale: smoke, cpu or full.
+        scale: smoke, cpu, desk or full, or "" where there is none.
         data: the data's title, or "" where there is none.
         columns: of the table, in order; the keys of ``rows``.
         findings: Markdown: what agrees with the paper, what doesn't, what the noise allows one to say.
@@ -124,19 +126,35 @@ def read_all(folder: Path) -> list[Result]:
         Refused: if a file is no result.
     """
     results = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: (not path.name.startswith("study-"), path)):
+    for path in sorted(folder.glob("*.json"), key=lambda path: (not path.name.startswith(f"{STUDY}-"), path)):
         try:
-            content = json.loads(path.read_text("utf-8"))
-            result = Result(**{**content, "curves": [Curve(**curve) for curve in content["curves"]]})
+            result = _made(Result, json.loads(path.read_text("utf-8")), "it")
+            if not isinstance(result.curves, list):
+                raise ValueError("curves is no list")
+            curves = [_made(Curve, curve, "a curve") for curve in result.curves]
+            result = replace(result, curves=curves)
             _check(result)
         except OSError as error:
             raise Refused(f"{path} can't be read ({error.strerror}); name another folder.") from error
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise Refused(
                 f"{path} is no saved result ({error}); repair or remove it, or name another folder."
             ) from error
         results.append(result)
     return results
+
+
+def _made(kind: type[Any], content: Any, what: str) -> Any:
+    """Of what a file has; a field that is missing or unknown is named."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} is no JSON object")
+    known = {field.name: field for field in fields(kind)}
+    for name, field_ in known.items():
+        if name not in content and field_.default is field_.default_factory is MISSING:
+            raise ValueError(f"{what} lacks {name}")
+    if unknown := [name for name in content if name not in known]:
+        raise ValueError(f"{what} has {unknown[0]}, which is unknown")
+    return kind(**content)
 
 
 def _check(result: Result) -> None:
