@@ -407,6 +407,8 @@ UNCLEAR = {
     "a causal mask": (torch.zeros(8, 8).long(), torch.ones(8, 8).tril().bool()),
     "a causal mask, of what is hidden": {"x": torch.zeros(8, 8, 3), "mask": torch.ones(8, 8).triu(1).bool()},
     "a causal mask that is added": (torch.zeros(8, 8, 3), torch.full((8, 8), -torch.inf).triu(1)),
+    "a mask of a window": (torch.zeros(8, 8).long(), torch.ones(8, 8).tril(2).triu(-2).bool()),
+    "a bias by distance": (torch.zeros(8, 8, 3), -(torch.arange(8.0)[:, None] - torch.arange(8.0)).abs()),
     # a row alone
     "one row": {"input_ids": torch.zeros(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
 }

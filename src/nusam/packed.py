@@ -90,18 +90,16 @@ def may_say_whose(part: Any, rows: int, samples: int, each: bool = False) -> boo
 
 
 def may_be_of_positions(part: Any) -> bool:
-    """Whether rows may be positions, which all samples share: 0, 1, 2, …, or a causal mask."""
+    """Whether rows may be positions, which all samples share: 0, 1, 2, …, or a mask that goes by their distance."""
     entries = torch.as_tensor(part)
     if entries.layout != torch.strided or len(entries) < 3 or entries.shape != entries.shape[:1] * entries.ndim:
         return False
-    rows = torch.arange(len(entries), device=entries.device)
     if entries.ndim == 1:
-        return _is_of_integers(entries) and bool((entries == rows).all())
+        return _is_of_integers(entries) and bool((entries == torch.arange(len(entries), device=entries.device)).all())
     if entries.ndim > 2:
         return False
-    above, below = entries[0, -1], entries[-1, 0]
-    masks = (torch.where(rows[:, None] < columns, above, below) for columns in (rows, rows + 1))
-    return bool(above != below) and any(bool((entries == mask).all()) for mask in masks)
+    aside = torch.cat([entries[0, 1:], entries[1:, 0]])  # of the diagonal, where one-hot targets have ones
+    return bool((aside != aside[0]).any() & (entries[1:, 1:] == entries[:-1, :-1]).all())
 
 
 def _is_whole(one: Any) -> bool:
