@@ -145,7 +145,8 @@ class VaSSO(SharpnessAware):
     """VaSSO (Li & Giannakis 2024): ε = ρd/‖d‖ with d ← (1−θ)d + θg, which damps the noise of a batch in ε.
 
     Two passes, and d: a float for every weight. d starts at 0, as in the paper; the authors' code starts at the first
-    gradient. A GradScaler is refused, whose scales d would mix.
+    gradient. A GradScaler is refused, whose scales d would mix. A step whose descent raises has counted in d already,
+    as taking it back would need a copy of d: run again, it counts twice.
 
     Args:
         base_optimizer: the optimizer that takes the step, already constructed.
@@ -165,7 +166,7 @@ class FriendlySAM(SharpnessAware):
 
     What the mean has of the full gradient is taken out of ε, and the batch's own noise is left. m ← λm + (1−λ)g after
     its use; in the first step d = m = g. Two passes, and m: a float for every weight. A GradScaler is refused, whose
-    scales m would mix.
+    scales m would mix. A step whose descent raises has counted in m already: run again, it counts twice.
 
     Args:
         base_optimizer: the optimizer that takes the step, already constructed.
