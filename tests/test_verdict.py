@@ -393,7 +393,7 @@ def test_a_method_that_does_nothing_has_no_gain_whatever_more_steps_do(harm, sha
     assert found.verdict.base.steps == (8 if harm < 0 else 4) or harm == 0
     assert found.verdict.gain.mean == pytest.approx(min(0.0, harm), abs=1e-4)
     assert found.gain(found.trials[0]).mean == pytest.approx(min(0.0, harm), abs=1e-4)
-    assert ("in as many steps, which did worse in as many seconds, for 100%" in str(found.verdict)) == (
+    assert ("in as many steps, which did no better in as many seconds, for 100%" in str(found.verdict)) == (
         found.verdict.base.steps == 4
     )
     assert truth(peak(1.0, 0.5), worth, noise=1e-3, rhos=(1.0,), confirm=4, clock=clock).verdict.helps == (harm >= 0)
@@ -426,6 +426,20 @@ def test_a_gain_of_what_diverged_is_no_error(scores, base, mean):
     assert gain.mean == mean
     assert not gain.helps
     assert str(gain)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_not_finite_on_a_batch_is_no_error(bad):
+    """Nor where those of two batches have no mean."""
+    batches = [torch.rand(2, 2), torch.rand(2, 2)]
+
+    def loss(model, batch):
+        kind = bad if batch is batches[0] else -bad
+        return (model.weight * batch).sum() * (1.0 if model.training else kind)
+
+    found = nusam.find_rho(Pair(), sgd, loss, batches, batches, methods=(nusam.SAM,), rhos=(0.1,), steps=2, confirm=2)
+    assert set(found.base.scores) == {-math.inf}
+    assert str(found.verdict).startswith("The base optimizer alone ends in no finite score")
 
 
 @pytest.mark.parametrize("bad", [{1, 4}, {2, 3}, {5, 8}, {7, 10}, {8, 9, 11}, {1, 4, 5, 8}])

@@ -190,7 +190,8 @@ def find_rho(
         raise ValueError(f"Two methods are called {twice}; give one of them a __name__ of its own.")
 
     def judge(trained: nn.Module) -> float:
-        return -fmean(values(trained, loss, validation))
+        losses = values(trained, loss, validation)
+        return -fmean(losses) if all(map(math.isfinite, losses)) else -math.inf
 
     generators = Generators(loader, validation)
     with generators.put_back(), torch.enable_grad():

@@ -142,7 +142,7 @@ class Verdict:
             )
         open_end = "" if self.beyond is None else f"; not bracketed, try ρ = {self.beyond:g} too"
         shorter = self.price > 1 and self.base.steps == self.trial.steps
-        over = " over the base optimizer in as many steps, which did worse in as many seconds," if shorter else ""
+        over = " over the base optimizer in as many steps, which did no better in as many seconds," if shorter else ""
         told = f"{self.gain}{over} for {_time(self.price)}{open_end}"
         if self.helps:
             return f"{self.trial.label}: {told}."

@@ -151,7 +151,7 @@ def _table(found: RadiusSearch) -> Table:
     for trials in found.lines:
         best = max(trials, key=lambda trial: trial.score)
         over = found.gain(best)
-        if not math.isfinite(max(best.score, found.base.score)):
+        if not math.isfinite(max(best.score, found.rival(best).score)):
             take = "no training ended in a finite score: lower the learning rate"
         elif over.mean > 0:
             take = f"ρ = {best.rho:g}" + ("" if found.bracketed(best) else ", not bracketed")
