@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nusam.experiments import files
 from nusam.experiments.errors import Refused
-from nusam.experiments.runs import store as store_module
 from nusam.experiments.runs.store import Cell, Store
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
 from tests.experiments.commands import nusam
@@ -97,7 +97,7 @@ def test_what_another_process_added_since_is_not_run_again(tmp_path):
 
 @pytest.mark.parametrize("module", [None, SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=lambda *_: unsupported())])
 def test_a_system_without_locks_is_no_hindrance(module, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "fcntl", module)
+    monkeypatch.setattr(files, "fcntl", module)
     Store(tmp_path).add(CELL, outcome(CELL), CPU)
     assert CELL in Store(tmp_path)
 

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ try:
 except ImportError:  # Windows: folders are then not guarded
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone_in", "save_whole", "write_json", "write_whole", "writing_to"]
+__all__ = ["alone_in", "locked", "save_whole", "write_json", "write_whole", "writing_to"]
 
 
 @contextmanager
@@ -35,23 +36,30 @@ def alone_in(out: Path) -> Iterator[None]:
     Raises:
         Refused: if another one does.
     """
-    if fcntl is None:
+    if fcntl is None:  # where a folder can't be opened either
         yield
         return
     with writing_to(out):
         folder = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Refused(
-                f"--out {out} is being filled by another process; wait for it, or name another folder."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+        if not locked(folder):
+            raise Refused(f"--out {out} is being filled by another process; wait for it, or name another folder.")
         yield
     finally:
         os.close(folder)
+
+
+def locked(opened: int | FileIO) -> bool:
+    """Whether the kernel's lock on a file or folder is ours now, or there are none, and not another process's."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,16 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nusam.experiments.errors import Refused
+from nusam.experiments.files import locked
 from nusam.experiments.training.devices import device_name
 from nusam.experiments.training.spec import Epoch, Outcome, Recipe, Run
 
 if TYPE_CHECKING:
     import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows: the folder is then not guarded
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Cell", "Store"]
 
@@ -127,7 +123,11 @@ class Store:
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            self._lock(self._file)
+            if not locked(self._file):
+                raise Refused(
+                    f"The results folder {self.folder} is being filled by another process; wait for it, or name "
+                    "another folder."
+                )
             self._file.seek(0)
             content = self._file.readall()
             self._take(content)
@@ -162,19 +162,6 @@ class Store:
                     "what was finished is kept."
                 ) from error
         self._outcomes[cell.key] = outcome
-
-    def _lock(self, file: FileIO) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Refused(
-                f"The results folder {self.folder} is being filled by another process; wait for it, or name another "
-                "folder."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
 
     def _append(self, line: bytes) -> None:
         """The whole line or nothing of it, also where an interrupt comes in between."""
