@@ -258,3 +258,20 @@ def wait_until(condition) -> None:
     """Poll; how long is too long depends on who else is at work, and is left to the limit of every test."""
     while not condition():
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_what_is_to_be_said_of_the_data_is_said_once(tmp_path):
+    """Though the demo loads it for every search and every row."""
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("eel", "fox"):
+            folder = tmp_path / "own" / part / name
+            folder.mkdir(parents=True)
+            for number in range(20):
+                pixels = generator.integers(0, 255, (8, 8), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "own" / "train" / "eel" / "notes.txt").write_text("caught in May")
+    done = demo(tmp_path / "out", "--data", "folder", "--data-root", tmp_path / "own", "--seeds", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 file that is no image is passed over (.txt).") == 1

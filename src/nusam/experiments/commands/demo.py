@@ -69,8 +69,6 @@ class Demo:
             require_fit(model, source.image_size, source.channels)
         store = Store(self.out)
         console = Console(markup=False)
-        for note in source.notes:
-            console.print(note, highlight=False)
         recipe = Recipe(self.epochs or EPOCHS.get(self.data, 20), wrong_labels=wrong)
         bench = Bench(store, "", self.data, self.data_root, self.jobs, self.device, console)
         try:

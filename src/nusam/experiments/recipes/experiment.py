@@ -128,6 +128,7 @@ class Bench:
     began: float = field(default_factory=time.perf_counter)
     made: set[Cell] = field(default_factory=set)  # runs made here
     found: set[Cell] = field(default_factory=set)  # runs that the store had
+    told: set[str] = field(default_factory=set)  # what has been said of the data
     rates: dict[str, float] = field(default_factory=dict)  # learning rates that were searched for, by model
 
     @property
@@ -140,7 +141,8 @@ class Bench:
         cells = list(cells)
         self.found.update(cell for cell in cells if cell in self.store and cell not in self.made)
         self.made.update(cell for cell in cells if cell not in self.found)
-        fill(self.store, cells, self.data_root, self.jobs, self.device, self.console, download=self.download)
+        where = self.data_root, self.jobs, self.device, self.console
+        fill(self.store, cells, *where, download=self.download, told=self.told)
 
     def hold(self, contests: list[Contest]) -> None:
         """Choose every ρ, and run every seed."""

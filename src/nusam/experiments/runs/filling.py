@@ -33,16 +33,18 @@ def fill(
     console: Console,
     engine: str = "local",
     download: bool = False,
+    told: set[str] | None = None,
 ) -> None:
     """Run what is missing, so many runs side by side, or as many as the device takes.
 
     A finished run is added when all before it are, so the store is the same wherever it was interrupted. torch is
-    waited for when what the runs need has been found.
+    waited for when what the runs need has been found. Of the data is said what ``told`` does not
+    hold yet.
 
     Raises:
         Refused: if another process fills the store, or something that the runs need is not at hand.
     """
-    asked = list(dict.fromkeys(cells))
+    asked, told = list(dict.fromkeys(cells)), set() if told is None else told
     if all(cell in store for cell in asked):
         return
 
@@ -56,7 +58,9 @@ def fill(
             source = with_wrong_labels(load(data, data_root, size, download), recipe.wrong_labels)
             require_images(recipe.augment, data, source.channels)
             for note in source.notes:
-                console.print(note, highlight=False)
+                if note not in told:
+                    told.add(note)
+                    console.print(note, highlight=False)
             for cell in wanted:
                 require_fit(cell.run.model, source.image_size, source.channels)
             import torch
